@@ -1,0 +1,72 @@
+// Argument checks shared by the backends, and the translation from tensors to the plain structs of params.h.
+// The Python layer gives users the friendlier errors; these guard direct calls of torch.ops.inverse_flow.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "params.h"
+
+namespace inverse_flow {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Images are read and written in their own type; the recurrence runs in this one.
+inline ScalarType state_type(ScalarType io) { return io == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+
+inline void check_types(const Tensor& image, const Tensor& weight) {
+  const ScalarType io = image.scalar_type();
+  STD_TORCH_CHECK(
+      io == ScalarType::Float || io == ScalarType::Double || io == ScalarType::BFloat16 || io == ScalarType::Half,
+      "inverse_flow: images must be float32, float64, bfloat16 or float16");
+  STD_TORCH_CHECK(weight.scalar_type() == io || weight.scalar_type() == state_type(io),
+                  "inverse_flow: the weight must have the images' dtype, or float32 beside half-precision images");
+}
+
+inline Strides strides_of(const Tensor& image) {
+  return {image.stride(0), image.stride(1), image.stride(2), image.stride(3)};
+}
+
+inline void check_same_images(const Tensor& a, const Tensor& b) {
+  STD_TORCH_CHECK(a.dim() == b.dim() && a.scalar_type() == b.scalar_type(),
+                  "inverse_flow: grad_output and output must agree in shape and dtype");
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    STD_TORCH_CHECK(a.size(d) == b.size(d), "inverse_flow: grad_output and output must agree in shape");
+  }
+}
+
+inline Shape check_problem(const Tensor& image, const Tensor& weight, const std::optional<Tensor>& bias,
+                           const std::vector<int64_t>& orders, int64_t corner, bool transposed) {
+  STD_TORCH_CHECK(image.dim() == 4, "inverse_flow: images must be (B, C, H, W), got ", image.dim(), " dimensions");
+  STD_TORCH_CHECK(weight.dim() == 4, "inverse_flow: the weight must be (C, C / groups, kH, kW), got ", weight.dim(),
+                  " dimensions");
+  check_types(image, weight);
+  const int64_t channels = image.size(1);
+  const int64_t groups = static_cast<int64_t>(orders.size());
+  STD_TORCH_CHECK(groups >= 1 && channels >= 1 && channels % groups == 0, "inverse_flow: ", channels,
+                  " channels do not divide into ", groups, " groups (one per entry of orders)");
+  STD_TORCH_CHECK(weight.size(0) == channels && weight.size(1) == channels / groups && weight.size(2) >= 1 &&
+                      weight.size(3) >= 1,
+                  "inverse_flow: the weight must be (", channels, ", ", channels / groups, ", kH, kW), got (",
+                  weight.size(0), ", ", weight.size(1), ", ", weight.size(2), ", ", weight.size(3), ")");
+  STD_TORCH_CHECK(image.size(2) >= 1 && image.size(3) >= 1, "inverse_flow: images must have at least one pixel, got ",
+                  image.size(2), " x ", image.size(3));
+  STD_TORCH_CHECK(corner >= kIdentity && corner <= kGeneral, "inverse_flow: corner must be 0, 1 or 2, got ", corner);
+  for (const int64_t order : orders) {
+    STD_TORCH_CHECK(order >= kTopLeft && order <= kBottomRight, "inverse_flow: an order must be 0 to 3, got ", order);
+  }
+  if (bias.has_value()) {
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == channels && bias->scalar_type() == weight.scalar_type(),
+                    "inverse_flow: the bias must be (", channels, ",) and of the weight's dtype");
+  }
+  return {image.size(0),  groups,         channels / groups,           image.size(2), image.size(3),
+          weight.size(2), weight.size(3), static_cast<Corner>(corner), transposed};
+}
+
+}  // namespace inverse_flow

@@ -1,0 +1,281 @@
+// The CPU operators: chooses a regime, shares the work among torch's threads, and allocates.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <optional>
+#include <thread>
+#include <tuple>
+#include <vector>
+
+#include "../checks.h"
+#include "isa.h"
+#include "prepare.h"
+#include "sweep.h"
+
+namespace inverse_flow::cpu {
+
+namespace {
+
+// 64-byte-aligned working memory of one thread.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes) : memory_(std::aligned_alloc(64, std::max<size_t>((bytes + 63) / 64 * 64, 64))) {
+    if (!memory_) throw std::bad_alloc();
+  }
+  ~Scratch() { std::free(memory_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  void* get() const { return memory_; }
+
+ private:
+  void* memory_;
+};
+
+template <class IO, class T>
+Kernels<IO, T> kernels_in_use() {
+  switch (isa_in_use()) {
+#if INVERSE_FLOW_X86
+    case Isa::kAvx512:
+      return avx512::kernels<IO, T>();
+    case Isa::kAvx2:
+      return avx2::kernels<IO, T>();
+#endif
+    default:
+      return portable::kernels<IO, T>();
+  }
+}
+
+// One group of an image tensor in the coordinates in which its solve starts at the top left.
+template <class IO>
+Image<IO> mirrored_group(const Shape& shape, IO* data, Strides stride, int64_t group, int64_t flips) {
+  Image<IO> image{data + group * shape.channels * stride.channel, stride, data, data + 1};
+  const auto span = [&](int64_t count, int64_t step) {
+    (step < 0 ? image.begin : image.end) += (count - 1) * step;
+  };
+  span(shape.batch, stride.batch);
+  span(shape.groups * shape.channels, stride.channel);
+  span(shape.height, stride.row);
+  span(shape.width, stride.column);
+  if (flips & kMirrorRows) {
+    image.data += (shape.height - 1) * stride.row;
+    image.stride.row = -stride.row;
+  }
+  if (flips & kMirrorColumns) {
+    image.data += (shape.width - 1) * stride.column;
+    image.stride.column = -stride.column;
+  }
+  return image;
+}
+
+// How the work is cut up. Lanes are images where that fills the vectors and the threads, else the rows of a band.
+struct Plan {
+  bool rows;
+  int64_t lanes;
+  int64_t units;  // pieces of a group that run independently (images) or in a pipeline (bands of an image)
+};
+
+Plan make_plan(const Shape& shape, int64_t min_lanes, int64_t max_lanes, int64_t threads) {
+  const auto pieces = [](int64_t total, int64_t piece) { return (total + piece - 1) / piece; };
+  const int64_t band = shape.height > min_lanes ? max_lanes : min_lanes;
+  const int64_t bands = pieces(shape.height, band);
+  // Steps of min_lanes-wide vectors each thread would run.
+  const int64_t by_images = pieces(pieces(shape.batch, min_lanes) * shape.groups, threads) * shape.height * shape.width;
+  // Bands of one image overlap but for a start-up of one band's width each, so one image fills at most this many.
+  const int64_t per_image = std::max<int64_t>(1, std::min(bands, band_steps(shape, band) / (band + kChunk)));
+  const int64_t busy = std::min(threads, shape.batch * shape.groups * per_image);
+  const int64_t by_rows =
+      pieces(shape.batch * shape.groups * bands, busy) * band_steps(shape, band) * (band / min_lanes);
+  if (by_rows < by_images) return {true, band, bands};
+  // Enough pieces for the threads to share evenly, each as wide as a line can be.
+  const int64_t vectors = pieces(shape.batch, min_lanes);
+  const int64_t widest = max_lanes / min_lanes;
+  int64_t units = pieces(vectors, widest);
+  if (shape.groups % threads != 0) units = std::min(vectors, pieces(units, threads) * threads);
+  return {false, shape.batch <= min_lanes || units == vectors ? min_lanes : max_lanes, units};
+}
+
+// Solves all groups; with `gradient` also adds up the weight and bias gradients (contiguous, zeroed).
+template <class IO, class T>
+void run(const Shape& shape, const std::vector<int64_t>& orders, const Prepared<T>& prepared, const Tensor& input,
+         const Tensor& output, const Tensor* other, T* weight_gradient, T* bias_gradient) {
+  const Kernels<IO, T> kernels = kernels_in_use<IO, T>();
+  const int64_t threads = torch::stable::get_num_threads();
+  const Plan plan = make_plan(shape, kernels.min_lanes, kernels.max_lanes, threads);
+  const bool with_gradient = other != nullptr;
+
+  std::vector<Problem<IO, T>> problems;
+  for (int64_t g = 0; g < shape.groups; ++g) {
+    const int64_t flips = orders[g] ^ (shape.transposed ? kOppositeCorner : 0);
+    const auto view = [&](const Tensor& tensor) {
+      return mirrored_group<const IO>(shape, static_cast<const IO*>(tensor.const_data_ptr()), strides_of(tensor), g,
+                                      flips);
+    };
+    problems.push_back({shape, prepared.group(shape, g), view(input),
+                        mirrored_group<IO>(shape, static_cast<IO*>(output.mutable_data_ptr()), strides_of(output), g,
+                                           flips),
+                        with_gradient ? view(*other) : Image<const IO>{}, with_gradient});
+  }
+
+  // Every unit of work sums its gradients apart, and they are added up in a fixed order: the result does not depend
+  // on which thread was faster.
+  const int64_t rows_units = shape.batch * plan.units;
+  const int64_t units_per_group = plan.rows ? rows_units : plan.units;
+  const int64_t weight_sums = with_gradient ? shape.taps() * shape.channels * shape.channels : 0;
+  const int64_t bias_sums = with_gradient ? shape.channels : 0;
+  // In the images regime a thread works through neighbouring units with one set of sums.
+  const int64_t jobs = plan.rows ? shape.groups * units_per_group : std::min(threads, shape.groups * plan.units);
+  const int64_t sets = plan.rows ? jobs : jobs + shape.groups;  // a job's range may straddle groups
+  std::vector<T> sums(sets * (weight_sums + bias_sums));
+  const auto gradients = [&](int64_t set) {
+    T* at = sums.data() + set * (weight_sums + bias_sums);
+    return Gradients<T>{at, at + weight_sums};
+  };
+  std::vector<int64_t> group_of_set(sets, -1);
+
+  if (plan.rows) {
+    const size_t bytes = kernels.rows_scratch(problems[0], plan.lanes);
+    const int64_t halo = plan.units > 1 ? halo_size(shape, plan.lanes) : 0;
+    std::vector<T> halos(jobs * halo);
+    std::unique_ptr<std::atomic<int64_t>[]> steps_done(new std::atomic<int64_t>[jobs]);
+    for (int64_t i = 0; i < jobs; ++i) steps_done[i].store(0, std::memory_order_relaxed);
+    // Bands are claimed in order, so the band a claimed one waits for is always being worked on, whatever the
+    // number of threads that really run.
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, std::min(threads, jobs), 1, [&](int64_t begin, int64_t end) {
+      const Scratch scratch(bytes);
+      for (int64_t worker = begin; worker < end; ++worker) {
+        for (int64_t job = next.fetch_add(1); job < jobs; job = next.fetch_add(1)) {
+          const int64_t group = job / units_per_group;
+          const int64_t image = job % units_per_group / plan.units;
+          const int64_t band = job % plan.units;
+          const Neighbours<T> neighbours{band > 0 ? halos.data() + (job - 1) * halo : nullptr,
+                                         band + 1 < plan.units ? halos.data() + job * halo : nullptr,
+                                         band > 0 ? &steps_done[job - 1] : nullptr, &steps_done[job]};
+          group_of_set[job] = group;
+          kernels.rows(problems[group], image, band, plan.lanes, neighbours, scratch.get(), gradients(job));
+        }
+      }
+    });
+  } else {
+    const size_t bytes = kernels.images_scratch(problems[0], plan.lanes);
+    const int64_t units = shape.groups * plan.units;
+    const int64_t vectors = (shape.batch + kernels.min_lanes - 1) / kernels.min_lanes;
+    const auto first_image = [&](int64_t unit) {
+      return std::min(shape.batch, vectors * unit / plan.units * kernels.min_lanes);
+    };
+    torch::stable::parallel_for(0, jobs, 1, [&](int64_t begin, int64_t end) {
+      const Scratch scratch(bytes);
+      for (int64_t job = begin; job < end; ++job) {
+        for (int64_t i = units * job / jobs; i < units * (job + 1) / jobs; ++i) {
+          const int64_t group = i / plan.units;
+          const int64_t first = first_image(i % plan.units);
+          const int64_t count = first_image(i % plan.units + 1) - first;
+          const int64_t lanes = count <= kernels.min_lanes ? kernels.min_lanes : plan.lanes;
+          const int64_t set = job + group;  // unique: both grow along the units
+          group_of_set[set] = group;
+          kernels.images(problems[group], first, count, lanes, scratch.get(), gradients(set));
+        }
+      }
+    });
+  }
+
+  if (!with_gradient) return;
+  for (int64_t set = 0; set < sets; ++set) {
+    const int64_t group = group_of_set[set];
+    if (group < 0) continue;
+    const Gradients<T> part = gradients(set);
+    add_weight_gradient(shape, orders[group], part.weight, weight_gradient + group * weight_sums);
+    for (int64_t c = 0; c < shape.channels; ++c) bias_gradient[group * shape.channels + c] += part.bias[c];
+  }
+}
+
+template <class T>
+constexpr ScalarType kScalarType = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
+
+template <class T>
+Tensor as_state(const Tensor& tensor) {
+  const Tensor converted = tensor.scalar_type() == kScalarType<T> ? tensor : torch::stable::to(tensor, kScalarType<T>);
+  return torch::stable::contiguous(converted);
+}
+
+template <class IO, class T>
+void solve_as(const Shape& shape, const std::vector<int64_t>& orders, const Tensor& input, const Tensor& weight,
+              const std::optional<Tensor>& bias, const Tensor& output) {
+  const Tensor w = as_state<T>(weight);
+  const Tensor b = bias ? as_state<T>(*bias) : w;
+  const Prepared<T> prepared =
+      prepare(shape, orders, static_cast<const T*>(w.const_data_ptr()),
+              bias ? static_cast<const T*>(b.const_data_ptr()) : nullptr, isa_in_use());
+  if (shape.batch > 0) run<IO, T>(shape, orders, prepared, input, output, nullptr, nullptr, nullptr);
+}
+
+template <class IO, class T>
+void solve_backward_as(const Shape& shape, const std::vector<int64_t>& orders, const Tensor& grad_output,
+                       const Tensor& output, const Tensor& weight, const Tensor& grad_input, const Tensor& grad_weight,
+                       const Tensor& grad_bias) {
+  const Tensor w = as_state<T>(weight);
+  const Prepared<T> prepared =
+      prepare<T>(shape, orders, static_cast<const T*>(w.const_data_ptr()), nullptr, isa_in_use());
+  if (shape.batch > 0) {
+    run<IO, T>(shape, orders, prepared, grad_output, grad_input, &output,
+               static_cast<T*>(grad_weight.mutable_data_ptr()), static_cast<T*>(grad_bias.mutable_data_ptr()));
+  }
+}
+
+// Calls f with the image type and the state type.
+template <class F>
+void for_types(ScalarType io, F f) {
+  switch (io) {
+    case ScalarType::Double:
+      return f(double{}, double{});
+    case ScalarType::BFloat16:
+      return f(BFloat16{}, float{});
+    case ScalarType::Half:
+      return f(Float16{}, float{});
+    default:
+      return f(float{}, float{});
+  }
+}
+
+Tensor solve(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, std::vector<int64_t> orders,
+             int64_t corner, bool transposed) {
+  const Shape shape = check_problem(input, weight, bias, orders, corner, transposed);
+  const Tensor output = torch::stable::empty_like(input);
+  for_types(input.scalar_type(), [&](auto io, auto state) {
+    solve_as<decltype(io), decltype(state)>(shape, orders, input, weight, bias, output);
+  });
+  return output;
+}
+
+std::tuple<Tensor, Tensor, Tensor> solve_backward(const Tensor& grad_output, const Tensor& output, const Tensor& weight,
+                                                  std::vector<int64_t> orders, int64_t corner, bool transposed) {
+  const Shape shape = check_problem(grad_output, weight, std::nullopt, orders, corner, !transposed);
+  check_same_images(grad_output, output);
+  const ScalarType state = state_type(grad_output.scalar_type());
+  const Tensor grad_input = torch::stable::empty_like(grad_output);
+  const Tensor grad_weight = torch::stable::new_zeros(
+      weight, {weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, state);
+  const Tensor grad_bias = torch::stable::new_zeros(weight, {weight.size(0)}, state);
+  for_types(grad_output.scalar_type(), [&](auto io, auto acc) {
+    solve_backward_as<decltype(io), decltype(acc)>(shape, orders, grad_output, output, weight, grad_input, grad_weight,
+                                                   grad_bias);
+  });
+  const ScalarType wanted = weight.scalar_type();
+  if (wanted == state) return {grad_input, grad_weight, grad_bias};
+  return {grad_input, torch::stable::to(grad_weight, wanted), torch::stable::to(grad_bias, wanted)};
+}
+
+}  // namespace
+
+}  // namespace inverse_flow::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(inverse_flow, CPU, m) {
+  m.impl("solve", TORCH_BOX(&inverse_flow::cpu::solve));
+  m.impl("solve_backward", TORCH_BOX(&inverse_flow::cpu::solve_backward));
+}

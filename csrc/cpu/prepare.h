@@ -1,0 +1,30 @@
+// Turns the weight tensor into what the kernels read, and their sums back into its gradient.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "isa.h"
+#include "sweep.h"
+
+namespace inverse_flow::cpu {
+
+template <class T>
+struct Prepared {
+  std::vector<T> taps;
+  std::vector<T> corner_inverse;  // empty when M = I
+  std::vector<T> bias;            // empty without one
+  Weights<T> group(const Shape& shape, int64_t group) const;
+};
+
+// `weight` is contiguous, (groups * channels, channels, kernel_h, kernel_w); `bias` has one entry a channel or is null.
+// M is inverted in float64 and rounded once. Throws std::runtime_error when an M is singular.
+template <class T>
+Prepared<T> prepare(const Shape& shape, const std::vector<int64_t>& orders, const T* weight, const T* bias, Isa isa);
+
+// Scatters the sums of one group (see Gradients) into the weight's gradient, adding, and leaving what the corner kind
+// does not read at zero. `shape` is that of the solve that made the sums.
+template <class T>
+void add_weight_gradient(const Shape& shape, int64_t order, const T* sums, T* group_gradient);
+
+}  // namespace inverse_flow::cpu

@@ -1,0 +1,138 @@
+// What the CPU backend hands to the kernels of one instruction set. Plain data; no torch.
+//
+// Both regimes sweep a *line* step by step with the SIMD lanes holding pixels that do not depend on each other:
+//
+//   images as lanes    a line is an image row, a step a column, a lane an image
+//   rows as lanes      a line is a band of rows, a step an anti-diagonal of the band, a lane a row of it
+//
+// so one micro-kernel serves both; they differ in where a tap's source lies and in how a lane maps to memory.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+#include "../params.h"
+
+namespace inverse_flow::cpu {
+
+// Columns (steps) that are packed and unpacked at a time: the side of the transposed square.
+constexpr int64_t kChunk = 8;
+
+// Most lanes a line can have: 2 AVX-512 vectors of float.
+constexpr int64_t kMaxLanes = 32;
+
+// Output channels a micro-kernel keeps in registers: 6 x 2 accumulators, 2 sources and a weight fill the 16 of AVX2.
+constexpr int64_t kOutputBlock = 6;
+
+// Image types stored in half the width of the state; only their bits matter here.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// The prepared weights of one group, in the state type. Blocks of kOutputBlock output channels (the last may be
+// narrower): [block][tap][input channel][output channel of the block], the taps negated, in sweep order (tap_order) and
+// without the corner tap.
+template <class T>
+struct Weights {
+  const T* taps;
+  const T* corner_inverse;  // [block][input channel][output channel of the block]; null when M = I
+  const T* bias;            // one a channel, or null
+};
+
+// An image tensor seen by one group: `data` at batch 0, channel 0 of the group, the mirrored pixel (0, 0); strides of
+// mirrored rows and columns are negative. [begin, end) is the memory the tensor spans, for vector loads that read past
+// a row's end.
+template <class IO>
+struct Image {
+  IO* data;
+  Strides stride;
+  const IO* begin;
+  const IO* end;
+};
+
+template <class IO, class T>
+struct Problem {
+  Shape shape;
+  Weights<T> weights;
+  Image<const IO> input;
+  Image<IO> output;
+  // Only when the weight gradient is wanted: the output of the solve being differentiated.
+  Image<const IO> other;
+  bool with_gradient;
+};
+
+// Where a band of rows meets the band above, when rows are lanes. `halo` holds, for every step, the rows above the
+// band; the band writes the halo of the band below and announces the steps it has finished.
+template <class T>
+struct Neighbours {
+  const T* halo_in;  // null for the first band
+  T* halo_out;       // null for the last band
+  const std::atomic<int64_t>* steps_above;
+  std::atomic<int64_t>* steps_done;
+};
+
+// Partial sums of the gradients, zeroed by the caller: over taps in sweep order and then the corner tap,
+// [tap][channel of the solution][channel of `other`]; and [channel].
+template <class T>
+struct Gradients {
+  T* weight;
+  T* bias;
+};
+
+// The kernels of one instruction set for one state type T and one image type IO.
+template <class IO, class T>
+struct Kernels {
+  // A line has one of these two numbers of lanes.
+  int64_t min_lanes;
+  int64_t max_lanes;
+  // Bytes of 64-byte-aligned scratch a call needs.
+  size_t (*images_scratch)(const Problem<IO, T>&, int64_t lanes);
+  size_t (*rows_scratch)(const Problem<IO, T>&, int64_t lanes);
+  // Images first .. first + count of one group; count <= lanes.
+  void (*images)(const Problem<IO, T>&, int64_t first, int64_t count, int64_t lanes, void* scratch, Gradients<T>);
+  // Rows band * lanes .. of image `image`.
+  void (*rows)(const Problem<IO, T>&, int64_t image, int64_t band, int64_t lanes, const Neighbours<T>&, void* scratch,
+               Gradients<T>);
+};
+
+// Steps of a band, and elements of the halo buffer between two bands.
+inline int64_t band_steps(const Shape& shape, int64_t lanes) { return shape.width + lanes - 1; }
+inline int64_t halo_size(const Shape& shape, int64_t lanes) {
+  return (band_steps(shape, lanes) + shape.kernel_h + shape.kernel_w) * shape.channels * (shape.kernel_h - 1);
+}
+
+// The (p, q) of the taps in sweep order, without the corner tap: the farthest first, so that what a step needs of its
+// direct predecessor comes last and the steps overlap.
+struct TapPosition {
+  int64_t p, q;
+};
+inline void tap_order(const Shape& shape, TapPosition* order) {
+  for (int64_t distance = shape.kernel_h + shape.kernel_w - 2; distance > 0; --distance) {
+    const int64_t farthest = distance < shape.kernel_h ? distance : shape.kernel_h - 1;
+    for (int64_t p = farthest; p >= 0 && distance - p < shape.kernel_w; --p) *order++ = {p, distance - p};
+  }
+}
+
+// rows -= factor * other, `n` doubles: the inner loop of inverting the corner tap.
+using SubtractRow = void (*)(double* row, const double* other, double factor, int64_t n);
+
+#define INVERSE_FLOW_DECLARE_ISA(isa)                               \
+  namespace isa {                                                   \
+  template <class IO, class T>                                      \
+  Kernels<IO, T> kernels();                                         \
+  extern template Kernels<float, float> kernels<float, float>();    \
+  extern template Kernels<double, double> kernels<double, double>(); \
+  extern template Kernels<BFloat16, float> kernels<BFloat16, float>(); \
+  extern template Kernels<Float16, float> kernels<Float16, float>(); \
+  void subtract_row(double* row, const double* other, double factor, int64_t n); \
+  }
+INVERSE_FLOW_DECLARE_ISA(avx512)
+INVERSE_FLOW_DECLARE_ISA(avx2)
+INVERSE_FLOW_DECLARE_ISA(portable)
+#undef INVERSE_FLOW_DECLARE_ISA
+
+}  // namespace inverse_flow::cpu

@@ -1,0 +1,664 @@
+// The CPU kernels, written once and compiled for each instruction set (sweep_avx512.cpp, sweep_avx2.cpp,
+// sweep_portable.cpp).
+//
+//   for each line (sweep.h), for each step of it:
+//     r = y - bias - sum over taps of W_tap * x at (step - tap)      micro-kernel `accumulate`, taps x channels
+//     x = M^-1 r                                                     the same micro-kernel with one tap
+//   and, for the weight gradient, once a slab of lines is solved:
+//     dW_tap -= sum over steps and lanes of u at (step - tap) * other
+//
+// A micro-kernel keeps 6 output channels x 2 vectors of lanes in registers: per input channel 2 vector loads and 6
+// broadcasts feed 12 multiply-adds. The state (x, or u) lies as [step][channel][lane], so every tap is a pointer at a
+// fixed distance. Images are packed 8 steps at a time through 8 x 8 transposes, and only the rows in use are kept.
+// Operations: taps * C^2 multiply-adds a pixel. Bytes: each image read once and written once; the state stays in L2.
+//
+// No include guard and no includes on purpose: the including file provides both, outside the target pragma.
+
+namespace inverse_flow::cpu::INVERSE_FLOW_ISA {
+
+#include "vector.h"
+
+constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+INVERSE_FLOW_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+INVERSE_FLOW_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Hands out 64-byte-aligned pieces of the caller's scratch; with a null base it only counts.
+struct Arena {
+  char* base;
+  size_t used = 0;
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = base ? reinterpret_cast<T*>(base + used) : nullptr;
+    used += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return piece;
+  }
+};
+
+// ---------------------------------------------------------------------------------------------- micro-kernels
+
+// One tap of a line: where its source lies from the state of the current step, and its place in the weights.
+struct Tap {
+  ptrdiff_t source;
+  int64_t index;
+};
+
+// out[o] = init[o] + sum over taps and input channels of w * source, for kOut output channels and kVectors vectors of
+// lanes. kIn > 0 fixes the number of input channels, so that the loop over them unrolls.
+template <class T, int kOut, int kVectors, int kIn>
+INVERSE_FLOW_INLINE void accumulate(const T* state, ptrdiff_t channel_stride, const Tap* taps, int64_t tap_count,
+                                    const T* weights, int64_t tap_weights, int64_t in_channels, const T* init, T* out,
+                                    ptrdiff_t out_stride) {
+  constexpr int64_t n = kVectorLanes<T>;
+  Vector<T> sum[kOut][kVectors];
+  for (int o = 0; o < kOut; ++o) {
+    for (int v = 0; v < kVectors; ++v) {
+      sum[o][v] = init ? load(init + o * (kVectors * n) + v * n) : Vector<T>{};
+    }
+  }
+  const int64_t count = kIn > 0 ? kIn : in_channels;
+  for (int64_t t = 0; t < tap_count; ++t) {
+    const T* source = state + taps[t].source;
+    const T* w = weights + taps[t].index * tap_weights;
+#pragma GCC unroll 6
+    for (int64_t c = 0; c < count; ++c) {
+      Vector<T> x[kVectors];
+      for (int v = 0; v < kVectors; ++v) x[v] = load(source + c * channel_stride + v * n);
+      for (int o = 0; o < kOut; ++o) {
+        for (int v = 0; v < kVectors; ++v) sum[o][v] += x[v] * w[c * kOut + o];
+      }
+    }
+  }
+  for (int o = 0; o < kOut; ++o) {
+    for (int v = 0; v < kVectors; ++v) store(out + o * out_stride + v * n, sum[o][v]);
+  }
+}
+
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+};
+
+// Calls f(first channel, width as a constant) for each block of at most kMost channels.
+template <int kMost, class F>
+INVERSE_FLOW_INLINE void for_blocks(int64_t channels, F f) {
+  int64_t first = 0;
+  for (; first + kMost <= channels; first += kMost) f(first, Constant<kMost>{});
+  const int64_t rest = channels - first;
+  if constexpr (kMost > 5) {
+    if (rest == 5) f(first, Constant<5>{});
+  }
+  if constexpr (kMost > 4) {
+    if (rest == 4) f(first, Constant<4>{});
+  }
+  if constexpr (kMost > 3) {
+    if (rest == 3) f(first, Constant<3>{});
+  }
+  if (rest == 2) f(first, Constant<2>{});
+  if (rest == 1) f(first, Constant<1>{});
+}
+
+// Solves one step for all channels: `right` is the packed y - bias, [channel][lane]; `rest` takes r when M != I.
+template <class T, int kVectors>
+static __attribute__((noinline)) void solve_step(const Weights<T>& weights, const Shape& shape, T* state,
+                                                 ptrdiff_t channel_stride, const Tap* taps, int64_t tap_count,
+                                                 const T* right, T* rest) {
+  constexpr int64_t lanes = kVectors * kVectorLanes<T>;
+  const int64_t channels = shape.channels;
+  const bool identity = weights.corner_inverse == nullptr;
+  for_blocks<kOutputBlock>(channels, [&](int64_t first, auto width) {
+    constexpr int kOut = decltype(width)::value;
+    const T* w = weights.taps + first * channels * (shape.taps() - 1);
+    T* out = identity ? state + first * channel_stride : rest + first * lanes;
+    const ptrdiff_t out_stride = identity ? channel_stride : lanes;
+    if (channels == kOut) {
+      accumulate<T, kOut, kVectors, kOut>(state, channel_stride, taps, tap_count, w, kOut * kOut, kOut, right, out,
+                                          out_stride);
+    } else {
+      accumulate<T, kOut, kVectors, 0>(state, channel_stride, taps, tap_count, w, channels * kOut, channels,
+                                       right + first * lanes, out, out_stride);
+    }
+  });
+  if (identity) return;
+  // The inverse of a triangular M is triangular: skip the half that is zero.
+  const bool lower = shape.corner == kUnitTriangular && !shape.transposed;
+  const bool upper = shape.corner == kUnitTriangular && shape.transposed;
+  for_blocks<kOutputBlock>(channels, [&](int64_t first, auto width) {
+    constexpr int kOut = decltype(width)::value;
+    const int64_t begin = upper ? first : 0;
+    const int64_t end = lower ? first + kOut : channels;
+    const Tap tap{static_cast<ptrdiff_t>(begin * lanes), 0};
+    const T* w = weights.corner_inverse + first * channels + begin * kOut;
+    accumulate<T, kOut, kVectors, 0>(rest, lanes, &tap, 1, w, 0, end - begin, nullptr, state + first * channel_stride,
+                                     channel_stride);
+  });
+}
+
+// A stretch of steps whose outer products a tap sums: sources from `u`, other operand from `x`.
+template <class T>
+struct Span {
+  const T* u;
+  const T* x;
+};
+
+// sums[a][b] -= sum over spans, steps and lanes of u[a] * x[b], for kA x kB channels.
+template <class T, int kA, int kB>
+INVERSE_FLOW_INLINE void outer_block(const Span<T>* spans, int64_t span_count, int64_t steps, int64_t vectors,
+                                     ptrdiff_t u_channel, ptrdiff_t u_step, ptrdiff_t x_channel, ptrdiff_t x_step,
+                                     ptrdiff_t offset_u, ptrdiff_t offset_x, T* sums, int64_t sums_stride) {
+  constexpr int64_t n = kVectorLanes<T>;
+  Vector<T> sum[kA][kB] = {};
+  for (int64_t i = 0; i < span_count; ++i) {
+    for (int64_t s = 0; s < steps; ++s) {
+      const T* u = spans[i].u + offset_u + s * u_step;
+      const T* x = spans[i].x + offset_x + s * x_step;
+      for (int64_t v = 0; v < vectors; ++v) {
+        Vector<T> right[kB];
+        for (int b = 0; b < kB; ++b) right[b] = load(x + b * x_channel + v * n);
+        for (int a = 0; a < kA; ++a) {
+          const Vector<T> left = load(u + a * u_channel + v * n);
+          for (int b = 0; b < kB; ++b) sum[a][b] += left * right[b];
+        }
+      }
+    }
+  }
+  for (int a = 0; a < kA; ++a) {
+    for (int b = 0; b < kB; ++b) sums[a * sums_stride + b] -= horizontal_sum<T>(sum[a][b]);
+  }
+}
+
+// One tap of the weight gradient, all channel pairs: 4 x 3 accumulators, 3 + 1 operands of 16 registers.
+template <class T>
+static __attribute__((noinline)) void outer_sums(const Span<T>* spans, int64_t span_count, int64_t steps,
+                                                 int64_t vectors, int64_t channels, ptrdiff_t u_channel,
+                                                 ptrdiff_t u_step, ptrdiff_t x_channel, ptrdiff_t x_step, T* sums) {
+  for_blocks<4>(channels, [&](int64_t a, auto left) {
+    for_blocks<3>(channels, [&](int64_t b, auto right) {
+      outer_block<T, decltype(left)::value, decltype(right)::value>(spans, span_count, steps, vectors, u_channel,
+                                                                    u_step, x_channel, x_step, a * u_channel,
+                                                                    b * x_channel, sums + a * channels + b, channels);
+    });
+  });
+}
+
+// ---------------------------------------------------------------------------------------------- packing
+
+// How the lanes of a line map to memory: lane l at step s, channel c is data + start[l] + c * channel stride + s *
+// column stride. A lane holds a pixel at steps first[l] <= s < last[l], and never where the two are equal.
+struct Lanes {
+  int64_t count;
+  int64_t first[kMaxLanes];
+  int64_t last[kMaxLanes];
+  int64_t all_first, all_last;  // every lane holds a pixel at all_first <= s < all_last
+
+  bool holds(int64_t lane, int64_t step) const { return step >= first[lane] && step < last[lane]; }
+  bool empty(int64_t lane) const { return first[lane] >= last[lane]; }
+
+  void find_common() {
+    all_first = first[0];
+    all_last = last[0];
+    for (int64_t l = 1; l < count; ++l) {
+      all_first = larger(all_first, first[l]);
+      all_last = smaller(all_last, last[l]);
+    }
+  }
+};
+
+// Steps [begin, begin + steps) of an image tensor into `packed`, [step][channel][lane], minus the bias; zero where a
+// lane holds no pixel. steps <= kChunk.
+template <class IO, class T>
+static __attribute__((noinline)) void pack(const Image<const IO>& image, const ptrdiff_t* start, const Lanes& lanes,
+                                           int64_t channels, int64_t begin, int64_t steps, const T* bias, T* packed) {
+  const ptrdiff_t step_stride = image.stride.column;
+  const ptrdiff_t channel_stride = image.stride.channel;
+  const bool all = begin >= lanes.all_first && begin + steps <= lanes.all_last;
+  for (int64_t block = 0; block < lanes.count; block += 8) {
+    const IO* from[8];
+    const IO* lowest = nullptr;
+    const IO* highest = nullptr;
+    for (int64_t l = 0; l < 8; ++l) {
+      from[l] = lanes.empty(block + l) ? nullptr : image.data + start[block + l];
+      if (!from[l]) continue;
+      if (!lowest || from[l] < lowest) lowest = from[l];
+      if (!highest || from[l] > highest) highest = from[l];
+    }
+    // An empty lane reads another lane's pixels; they are zeroed below like all that lie outside a lane's range.
+    for (int64_t l = 0; l < 8; ++l) from[l] = from[l] ? from[l] : lowest;
+    // Vectors of eight may run past a row into the next one, but never out of the tensor.
+    const auto readable = [&](ptrdiff_t offset) {
+      return lowest && offset >= image.begin - lowest && offset + 8 <= image.end - highest;
+    };
+    const auto put = [&](int64_t s, int64_t c, Eight<T> value) {
+      if (bias) value -= bias[c];
+      if (!all) {
+        for (int64_t l = 0; l < 8; ++l) {
+          if (!lanes.holds(block + l, begin + s)) value[l] = 0;
+        }
+      }
+      store8(packed + (s * channels + c) * lanes.count + block, value);
+    };
+    const auto gather = [&](int64_t s, int64_t c) {
+      IO values[8] = {};
+      for (int64_t l = 0; l < 8; ++l) {
+        if (lanes.holds(block + l, begin + s)) values[l] = from[l][c * channel_stride + (begin + s) * step_stride];
+      }
+      return load8(values);
+    };
+    if (step_stride == 1 || step_stride == -1) {
+      for (int64_t c = 0; c < channels; ++c) {
+        // A mirrored row is read from its other end.
+        const ptrdiff_t offset = c * channel_stride + (step_stride == 1 ? begin : -(begin + kChunk - 1));
+        if (readable(offset)) {
+          Eight<T> rows[8];
+          for (int64_t l = 0; l < 8; ++l) rows[l] = load8(from[l] + offset);
+          transpose8<T>(rows);
+          for (int64_t s = 0; s < steps; ++s) put(s, c, rows[step_stride == 1 ? s : kChunk - 1 - s]);
+        } else {
+          for (int64_t s = 0; s < steps; ++s) put(s, c, gather(s, c));
+        }
+      }
+      continue;
+    }
+    for (int64_t s = 0; s < steps; ++s) {
+      int64_t c = 0;
+      // Channels last: eight channels of eight lanes.
+      while (channel_stride == 1 && c + 8 <= channels && readable((begin + s) * step_stride + c)) {
+        Eight<T> rows[8];
+        for (int64_t l = 0; l < 8; ++l) rows[l] = load8(from[l] + (begin + s) * step_stride + c);
+        transpose8<T>(rows);
+        for (int64_t k = 0; k < 8; ++k) put(s, c + k, rows[k]);
+        c += 8;
+      }
+      for (; c < channels; ++c) put(s, c, gather(s, c));
+    }
+  }
+}
+
+// The first `count` of eight values, without touching the memory behind them.
+template <class T, class IO>
+INVERSE_FLOW_INLINE void store_some(IO* p, Eight<T> value, int64_t skip, int64_t count) {
+  if (count == 8) return store8(p, value);
+  IO values[8];
+  store8(values, value);
+  for (int64_t i = 0; i < count; ++i) p[skip + i] = values[skip + i];
+}
+
+// The inverse of `pack`, from the state: `state` is at step `begin`.
+template <class IO, class T>
+static __attribute__((noinline)) void unpack(const Image<IO>& image, const ptrdiff_t* start, const Lanes& lanes,
+                                             int64_t channels, int64_t begin, int64_t steps, const T* state,
+                                             ptrdiff_t channel_state, ptrdiff_t step_state) {
+  const ptrdiff_t step_stride = image.stride.column;
+  const ptrdiff_t channel_stride = image.stride.channel;
+  for (int64_t block = 0; block < lanes.count; block += 8) {
+    if (step_stride == 1 || step_stride == -1) {
+      for (int64_t c = 0; c < channels; ++c) {
+        Eight<T> rows[8];
+        for (int64_t s = 0; s < 8; ++s) {
+          rows[s] = load8(state + smaller(s, steps - 1) * step_state + c * channel_state + block);
+        }
+        transpose8<T>(rows);
+        for (int64_t l = 0; l < 8; ++l) {
+          const int64_t low = larger(lanes.first[block + l] - begin, 0);
+          const int64_t high = smaller(lanes.last[block + l] - begin, steps);
+          if (low >= high) continue;
+          IO* row = image.data + start[block + l] + c * channel_stride;
+          if (step_stride == 1) {
+            store_some<T>(row + begin, rows[l], low, high - low);
+          } else {
+            store_some<T>(row - (begin + kChunk - 1), reverse8<T>(rows[l]), kChunk - high, high - low);
+          }
+        }
+      }
+      continue;
+    }
+    for (int64_t s = 0; s < steps; ++s) {
+      const T* from = state + s * step_state + block;
+      int64_t c = 0;
+      for (; channel_stride == 1 && c + 8 <= channels; c += 8) {
+        Eight<T> rows[8];
+        for (int64_t k = 0; k < 8; ++k) rows[k] = load8(from + (c + k) * channel_state);
+        transpose8<T>(rows);
+        for (int64_t l = 0; l < 8; ++l) {
+          if (lanes.holds(block + l, begin + s)) {
+            store8(image.data + start[block + l] + (begin + s) * step_stride + c, rows[l]);
+          }
+        }
+      }
+      for (; c < channels; ++c) {
+        IO values[8];
+        store8(values, load8(from + c * channel_state));
+        for (int64_t l = 0; l < 8; ++l) {
+          if (lanes.holds(block + l, begin + s)) {
+            image.data[start[block + l] + c * channel_stride + (begin + s) * step_stride] = values[l];
+          }
+        }
+      }
+    }
+  }
+}
+
+// bias_sums[c] -= sum of the state over steps and lanes (lanes without a pixel hold zero).
+template <class T>
+static void subtract_sums(const T* state, int64_t channels, ptrdiff_t channel_state, ptrdiff_t step_state,
+                          int64_t steps, int64_t lanes, T* sums) {
+  constexpr int64_t n = kVectorLanes<T>;
+  for (int64_t c = 0; c < channels; ++c) {
+    Vector<T> sum{};
+    for (int64_t s = 0; s < steps; ++s) {
+      for (int64_t v = 0; v < lanes; v += n) sum += load(state + s * step_state + c * channel_state + v);
+    }
+    sums[c] -= horizontal_sum<T>(sum);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- images as lanes
+
+// Rows of the state and of `other` that are kept to sum the weight gradient over in one go: as many as stay in L2.
+constexpr int64_t kSlabBytes = 192 * 1024;
+
+template <class IO, class T>
+INVERSE_FLOW_INLINE int64_t slab_rows(const Problem<IO, T>& problem, int64_t lanes) {
+  if (!problem.with_gradient) return 1;
+  const int64_t row_bytes = problem.shape.width * problem.shape.channels * lanes * static_cast<int64_t>(sizeof(T));
+  return smaller(larger(kSlabBytes / (2 * row_bytes), 1), problem.shape.height);
+}
+
+template <class T>
+struct ImagesScratch {
+  T* ring;    // [ring row][column][channel][lane]
+  T* other;   // [slab row][column][channel][lane]
+  T* packed;  // [step of the chunk][channel][lane]
+  T* rest;    // [channel][lane]
+  TapPosition* order;
+  Tap* taps;  // [column up to kernel_w - 1][tap]
+  Span<T>* spans;
+  size_t bytes;
+
+  template <class IO>
+  ImagesScratch(const Problem<IO, T>& problem, int64_t lanes, void* memory) {
+    const Shape& shape = problem.shape;
+    const int64_t pixel = shape.channels * lanes;
+    const int64_t slab = slab_rows(problem, lanes);
+    Arena arena{static_cast<char*>(memory)};
+    ring = arena.take<T>((slab + shape.kernel_h - 1) * shape.width * pixel);
+    other = arena.take<T>(problem.with_gradient ? slab * shape.width * pixel : 0);
+    packed = arena.take<T>(kChunk * pixel);
+    rest = arena.take<T>(pixel);
+    order = arena.take<TapPosition>(shape.taps());
+    taps = arena.take<Tap>(shape.kernel_w * shape.taps());
+    spans = arena.take<Span<T>>(slab);
+    bytes = arena.used;
+  }
+};
+
+template <class IO, class T>
+static size_t images_scratch(const Problem<IO, T>& problem, int64_t lanes) {
+  return ImagesScratch<T>(problem, lanes, nullptr).bytes;
+}
+
+template <class IO, class T, int kVectors>
+static void sweep_images(const Problem<IO, T>& problem, int64_t first_image, int64_t count, void* memory,
+                         Gradients<T> gradients) {
+  const Shape& shape = problem.shape;
+  const int64_t channels = shape.channels;
+  const int64_t tap_count = shape.taps() - 1;
+  constexpr int64_t lane_count = kVectors * kVectorLanes<T>;
+  const ptrdiff_t step_state = channels * lane_count;
+  const ptrdiff_t row_state = shape.width * step_state;
+  const int64_t slab = slab_rows(problem, lane_count);
+  const int64_t ring_rows = slab + shape.kernel_h - 1;
+  const ImagesScratch<T> scratch(problem, lane_count, memory);
+  tap_order(shape, scratch.order);
+
+  Lanes lanes;
+  lanes.count = lane_count;
+  for (int64_t l = 0; l < lane_count; ++l) {
+    lanes.first[l] = 0;
+    lanes.last[l] = l < count ? shape.width : 0;
+  }
+  lanes.find_common();
+  const auto starts = [&](const Strides& stride, int64_t row, ptrdiff_t* start) {
+    for (int64_t l = 0; l < lane_count; ++l) start[l] = (first_image + l) * stride.batch + row * stride.row;
+  };
+  ptrdiff_t start[kMaxLanes];
+
+  for (int64_t slab_first = 0; slab_first < shape.height; slab_first += slab) {
+    const int64_t slab_last = smaller(slab_first + slab, shape.height);
+    for (int64_t row = slab_first; row < slab_last; ++row) {
+      T* state = scratch.ring + row % ring_rows * row_state;
+      // Taps that reach above the image or left of it are left out: one list for each column they can reach from.
+      const int64_t tap_rows = smaller(row + 1, shape.kernel_h);
+      for (int64_t column = 0; column < smaller(shape.kernel_w, shape.width); ++column) {
+        Tap* list = scratch.taps + column * shape.taps();
+        for (int64_t t = 0; t < tap_count; ++t) {
+          const auto [p, q] = scratch.order[t];
+          if (p > row || q > column) continue;
+          *list++ = {((row - p) % ring_rows - row % ring_rows) * row_state - q * step_state, t};
+        }
+      }
+      for (int64_t begin = 0; begin < shape.width; begin += kChunk) {
+        const int64_t steps = smaller(kChunk, shape.width - begin);
+        starts(problem.input.stride, row, start);
+        pack(problem.input, start, lanes, channels, begin, steps, problem.weights.bias, scratch.packed);
+        for (int64_t s = 0; s < steps; ++s) {
+          const int64_t list = smaller(begin + s, shape.kernel_w - 1);
+          solve_step<T, kVectors>(problem.weights, shape, state + (begin + s) * step_state, lane_count,
+                                  scratch.taps + list * shape.taps(), tap_rows * (list + 1) - 1,
+                                  scratch.packed + s * step_state, scratch.rest);
+        }
+        starts(problem.output.stride, row, start);
+        unpack(problem.output, start, lanes, channels, begin, steps, state + begin * step_state, lane_count,
+               step_state);
+        if (problem.with_gradient) {
+          starts(problem.other.stride, row, start);
+          pack<IO, T>(problem.other, start, lanes, channels, begin, steps, nullptr,
+                      scratch.other + (row - slab_first) * row_state + begin * step_state);
+        }
+      }
+      if (problem.with_gradient) {
+        subtract_sums(state, channels, lane_count, step_state, shape.width, lane_count, gradients.bias);
+      }
+    }
+    if (!problem.with_gradient) continue;
+    for (int64_t t = 0; t <= tap_count; ++t) {
+      const auto [p, q] = t < tap_count ? scratch.order[t] : TapPosition{0, 0};
+      int64_t spans = 0;
+      for (int64_t row = larger(slab_first, p); row < slab_last; ++row) {
+        scratch.spans[spans++] = {scratch.ring + (row - p) % ring_rows * row_state,
+                                  scratch.other + (row - slab_first) * row_state + q * step_state};
+      }
+      if (spans == 0 || q >= shape.width) continue;
+      outer_sums(scratch.spans, spans, shape.width - q, kVectors, channels, lane_count, step_state, lane_count,
+                 step_state, gradients.weight + t * channels * channels);
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- rows as lanes
+
+// The state of a band: [step][channel][lane], with the halo of the band above in front of the lanes and zero steps in
+// front of the first.
+template <class T>
+struct RowsScratch {
+  int64_t halo;         // rows above the band that its taps reach
+  int64_t lane_stride;  // halo, padded so that the lanes stay aligned, and lanes
+  int64_t lead;         // zero steps
+  T* state;             // at step 0, lane 0
+  T* memory;
+  int64_t state_size;
+  T* other;
+  T* packed;
+  T* rest;
+  TapPosition* order;
+  Tap* taps;
+  size_t bytes;
+
+  template <class IO>
+  RowsScratch(const Problem<IO, T>& problem, int64_t lanes, void* base) {
+    const Shape& shape = problem.shape;
+    halo = shape.kernel_h - 1;
+    const int64_t padded = round_up(halo, 32 / static_cast<int64_t>(sizeof(T)));
+    lane_stride = padded + lanes;
+    lead = shape.kernel_h + shape.kernel_w - 2;
+    Arena arena{static_cast<char*>(base)};
+    state_size = (lead + round_up(band_steps(shape, lanes), kChunk)) * shape.channels * lane_stride;
+    memory = arena.take<T>(state_size);
+    state = base ? memory + lead * shape.channels * lane_stride + padded : nullptr;
+    other = arena.take<T>(problem.with_gradient ? round_up(band_steps(shape, lanes), kChunk) * shape.channels * lanes
+                                                : 0);
+    packed = arena.take<T>(kChunk * shape.channels * lanes);
+    rest = arena.take<T>(shape.channels * lanes);
+    order = arena.take<TapPosition>(shape.taps());
+    taps = arena.take<Tap>(shape.taps());
+    bytes = arena.used;
+  }
+};
+
+template <class IO, class T>
+static size_t rows_scratch(const Problem<IO, T>& problem, int64_t lanes) {
+  return RowsScratch<T>(problem, lanes, nullptr).bytes;
+}
+
+template <class IO, class T, int kVectors>
+static void sweep_rows(const Problem<IO, T>& problem, int64_t image, int64_t band, const Neighbours<T>& neighbours,
+                       void* memory, Gradients<T> gradients) {
+  const Shape& shape = problem.shape;
+  const int64_t channels = shape.channels;
+  const int64_t tap_count = shape.taps() - 1;
+  constexpr int64_t lane_count = kVectors * kVectorLanes<T>;
+  const int64_t line_steps = band_steps(shape, lane_count);
+  const RowsScratch<T> scratch(problem, lane_count, memory);
+  const ptrdiff_t lane_stride = scratch.lane_stride;
+  const ptrdiff_t step_state = channels * lane_stride;
+  const int64_t halo = scratch.halo;
+  __builtin_memset(scratch.memory, 0, scratch.state_size * sizeof(T));
+
+  tap_order(shape, scratch.order);
+  for (int64_t t = 0; t < tap_count; ++t) {
+    const auto [p, q] = scratch.order[t];
+    scratch.taps[t] = {-(p + q) * step_state - p, t};
+  }
+
+  // Lane r runs r steps behind lane 0: at step s it is at column s - r.
+  Lanes lanes;
+  lanes.count = lane_count;
+  for (int64_t l = 0; l < lane_count; ++l) {
+    const bool inside = band * lane_count + l < shape.height;
+    lanes.first[l] = l;
+    lanes.last[l] = inside ? l + shape.width : l;
+  }
+  lanes.find_common();
+  const auto starts = [&](const Strides& stride, ptrdiff_t* start) {
+    for (int64_t l = 0; l < lane_count; ++l) {
+      start[l] = image * stride.batch + (band * lane_count + l) * stride.row - l * stride.column;
+    }
+  };
+  ptrdiff_t in_start[kMaxLanes], out_start[kMaxLanes], other_start[kMaxLanes];
+  starts(problem.input.stride, in_start);
+  starts(problem.output.stride, out_start);
+  if (problem.with_gradient) starts(problem.other.stride, other_start);
+
+  // Halo entries run from step -halo on. The band above is `lane_count` steps ahead in its own count.
+  int64_t halo_read = -halo;
+  int64_t halo_written = -halo;
+  const int64_t halo_entry = channels * halo;
+  for (int64_t begin = 0; begin < line_steps; begin += kChunk) {
+    const int64_t steps = smaller(kChunk, line_steps - begin);
+    const int64_t end = begin + steps;
+    if (neighbours.halo_in) {
+      const int64_t needed = smaller(end + lane_count, line_steps);
+      while (neighbours.steps_above->load(std::memory_order_acquire) < needed) std::this_thread::yield();
+      for (; halo_read < smaller(end, line_steps - lane_count); ++halo_read) {
+        const T* from = neighbours.halo_in + (halo_read + halo) * halo_entry;
+        T* to = scratch.state + halo_read * step_state - halo;
+        for (int64_t c = 0; c < channels; ++c) {
+          __builtin_memcpy(to + c * lane_stride, from + c * halo, halo * sizeof(T));
+        }
+      }
+    }
+    pack(problem.input, in_start, lanes, channels, begin, steps, problem.weights.bias, scratch.packed);
+    for (int64_t s = 0; s < steps; ++s) {
+      T* state = scratch.state + (begin + s) * step_state;
+      solve_step<T, kVectors>(problem.weights, shape, state, lane_stride, scratch.taps, tap_count,
+                              scratch.packed + s * channels * lane_count, scratch.rest);
+      // Beyond the image the recurrence goes on by itself; what it leaves must not reach the gradient.
+      if (begin + s < lanes.all_first || begin + s >= lanes.all_last) {
+        for (int64_t l = 0; l < lane_count; ++l) {
+          if (lanes.holds(l, begin + s)) continue;
+          for (int64_t c = 0; c < channels; ++c) state[c * lane_stride + l] = 0;
+        }
+      }
+    }
+    unpack(problem.output, out_start, lanes, channels, begin, steps, scratch.state + begin * step_state, lane_stride,
+           step_state);
+    if (neighbours.halo_out) {
+      for (; halo_written < end - lane_count; ++halo_written) {
+        // The last `halo` rows before the next band, which may reach into this band's own halo.
+        const T* from = scratch.state + (halo_written + lane_count) * step_state + lane_count - halo;
+        T* to = neighbours.halo_out + (halo_written + halo) * halo_entry;
+        for (int64_t c = 0; c < channels; ++c) {
+          __builtin_memcpy(to + c * halo, from + c * lane_stride, halo * sizeof(T));
+        }
+      }
+    }
+    neighbours.steps_done->store(end, std::memory_order_release);
+    if (problem.with_gradient) {
+      pack<IO, T>(problem.other, other_start, lanes, channels, begin, steps, nullptr,
+                  scratch.other + begin * channels * lane_count);
+    }
+  }
+  if (!problem.with_gradient) return;
+  subtract_sums(scratch.state, channels, lane_stride, step_state, line_steps, lane_count, gradients.bias);
+  for (int64_t t = 0; t <= tap_count; ++t) {
+    const ptrdiff_t source = t < tap_count ? scratch.taps[t].source : 0;
+    const Span<T> span{scratch.state + source, scratch.other};
+    outer_sums(&span, 1, line_steps, kVectors, channels, lane_stride, step_state,
+               static_cast<ptrdiff_t>(lane_count), static_cast<ptrdiff_t>(channels * lane_count),
+               gradients.weight + t * channels * channels);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- entry points
+
+// Packing works on eight lanes, so a line has at least that many; two vectors hide the latency of the multiply-adds.
+template <class T>
+constexpr int64_t kMinVectors = kVectorLanes<T> >= 8 ? 1 : 8 / kVectorLanes<T>;
+template <class T>
+constexpr int64_t kMaxVectors = kMinVectors<T> > 2 ? kMinVectors<T> : 2;
+
+template <class IO, class T>
+static void images(const Problem<IO, T>& problem, int64_t first, int64_t count, int64_t lanes, void* scratch,
+                   Gradients<T> gradients) {
+  if (lanes == kMinVectors<T> * kVectorLanes<T>) {
+    sweep_images<IO, T, kMinVectors<T>>(problem, first, count, scratch, gradients);
+  } else {
+    sweep_images<IO, T, kMaxVectors<T>>(problem, first, count, scratch, gradients);
+  }
+}
+
+template <class IO, class T>
+static void rows(const Problem<IO, T>& problem, int64_t image, int64_t band, int64_t lanes,
+                 const Neighbours<T>& neighbours, void* scratch, Gradients<T> gradients) {
+  if (lanes == kMinVectors<T> * kVectorLanes<T>) {
+    sweep_rows<IO, T, kMinVectors<T>>(problem, image, band, neighbours, scratch, gradients);
+  } else {
+    sweep_rows<IO, T, kMaxVectors<T>>(problem, image, band, neighbours, scratch, gradients);
+  }
+}
+
+template <class IO, class T>
+Kernels<IO, T> kernels() {
+  return {kMinVectors<T> * kVectorLanes<T>, kMaxVectors<T> * kVectorLanes<T>, &images_scratch<IO, T>,
+          &rows_scratch<IO, T>,             &images<IO, T>,                   &rows<IO, T>};
+}
+
+template Kernels<float, float> kernels<float, float>();
+template Kernels<double, double> kernels<double, double>();
+template Kernels<BFloat16, float> kernels<BFloat16, float>();
+template Kernels<Float16, float> kernels<Float16, float>();
+
+void subtract_row(double* row, const double* other, double factor, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) row[i] -= factor * other[i];
+}
+
+}  // namespace inverse_flow::cpu::INVERSE_FLOW_ISA

@@ -1,0 +1,164 @@
+// SIMD vectors of the instruction set being compiled, through the compilers' vector extensions, so that one source
+// serves AVX-512, AVX2 and whatever the compiler takes as its baseline. Included by sweep_impl.h alone, inside its
+// namespace and under its target pragma: nothing here may be shared between instruction sets.
+
+#if defined(__clang__)
+#define INVERSE_FLOW_SHUFFLE(Index, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define INVERSE_FLOW_SHUFFLE(Index, a, b, ...) __builtin_shuffle(a, b, Index{__VA_ARGS__})
+#endif
+#define INVERSE_FLOW_INLINE static inline __attribute__((always_inline))
+
+// Compute vectors. The loads and stores are unaligned ones: a tap of a skewed line starts anywhere.
+template <class T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(INVERSE_FLOW_VECTOR_BYTES)));
+  typedef float memory __attribute__((vector_size(INVERSE_FLOW_VECTOR_BYTES), aligned(4), may_alias));
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(INVERSE_FLOW_VECTOR_BYTES)));
+  typedef double memory __attribute__((vector_size(INVERSE_FLOW_VECTOR_BYTES), aligned(8), may_alias));
+};
+template <class T>
+using Vector = typename VectorOf<T>::type;
+template <class T>
+constexpr int64_t kVectorLanes = INVERSE_FLOW_VECTOR_BYTES / sizeof(T);
+
+template <class T>
+INVERSE_FLOW_INLINE Vector<T> load(const T* p) {
+  return *reinterpret_cast<const typename VectorOf<T>::memory*>(p);
+}
+template <class T>
+INVERSE_FLOW_INLINE void store(T* p, Vector<T> v) {
+  *reinterpret_cast<typename VectorOf<T>::memory*>(p) = v;
+}
+
+// Groups of eight, the unit of packing: eight pixels of one lane against one pixel of eight lanes.
+typedef float Float8 __attribute__((vector_size(32)));
+typedef double Double8 __attribute__((vector_size(64)));
+typedef int32_t Int8x32 __attribute__((vector_size(32)));
+typedef int64_t Int8x64 __attribute__((vector_size(64)));
+typedef uint16_t Short8 __attribute__((vector_size(16)));
+typedef uint32_t Uint8x32 __attribute__((vector_size(32)));
+
+template <class T>
+struct EightOf;
+template <>
+struct EightOf<float> {
+  using type = Float8;
+  using index = Int8x32;
+  typedef float memory __attribute__((vector_size(32), aligned(4), may_alias));
+};
+template <>
+struct EightOf<double> {
+  using type = Double8;
+  using index = Int8x64;
+  typedef double memory __attribute__((vector_size(64), aligned(8), may_alias));
+};
+template <class T>
+using Eight = typename EightOf<T>::type;
+
+INVERSE_FLOW_INLINE Eight<float> load8(const float* p) { return *reinterpret_cast<const EightOf<float>::memory*>(p); }
+INVERSE_FLOW_INLINE Eight<double> load8(const double* p) {
+  return *reinterpret_cast<const EightOf<double>::memory*>(p);
+}
+INVERSE_FLOW_INLINE void store8(float* p, Eight<float> v) { *reinterpret_cast<EightOf<float>::memory*>(p) = v; }
+INVERSE_FLOW_INLINE void store8(double* p, Eight<double> v) { *reinterpret_cast<EightOf<double>::memory*>(p) = v; }
+
+INVERSE_FLOW_INLINE Eight<float> load8(const BFloat16* p) {
+  Short8 bits;
+  __builtin_memcpy(&bits, p, sizeof bits);
+  const Uint8x32 wide = __builtin_convertvector(bits, Uint8x32) << 16;
+  return (Float8)wide;
+}
+INVERSE_FLOW_INLINE void store8(BFloat16* p, Eight<float> v) {
+  const Uint8x32 bits = (Uint8x32)v;
+  // Round to nearest, ties to even; a NaN keeps its top bits and is made quiet, or rounding could turn it into inf.
+  const Uint8x32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Uint8x32 nan = (bits >> 16) | 0x40u;
+  const Uint8x32 is_nan = (Uint8x32)(v != v);
+  const Short8 half = __builtin_convertvector((rounded & ~is_nan) | (nan & is_nan), Short8);
+  __builtin_memcpy(p, &half, sizeof half);
+}
+
+#if INVERSE_FLOW_HAS_F16C
+INVERSE_FLOW_INLINE Eight<float> load8(const Float16* p) {
+  return (Float8)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+INVERSE_FLOW_INLINE void store8(Float16* p, Eight<float> v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+// Without conversion instructions: move the exponent with a multiplication, which also handles subnormals exactly.
+INVERSE_FLOW_INLINE Eight<float> load8(const Float16* p) {
+  Short8 bits;
+  __builtin_memcpy(&bits, p, sizeof bits);
+  const Uint8x32 wide = __builtin_convertvector(bits, Uint8x32);
+  const Float8 magnitude = (Float8)((wide & 0x7fffu) << 13) * 0x1p112f;
+  const Uint8x32 special = (Uint8x32)((wide & 0x7c00u) == 0x7c00u) & 0x7f800000u;
+  return (Float8)((Uint8x32)magnitude | special | ((wide & 0x8000u) << 16));
+}
+INVERSE_FLOW_INLINE void store8(Float16* p, Eight<float> v) {
+  const Uint8x32 bits = (Uint8x32)v;
+  const Uint8x32 sign = (bits >> 16) & 0x8000u;
+  const Uint8x32 magnitude = bits & 0x7fffffffu;
+  // Normal results: rebias the exponent and round the 13 dropped bits to nearest even.
+  const Uint8x32 normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Subnormal results: adding 0.5 aligns the last bit of a half with the last bit of a float, and rounds.
+  const Uint8x32 subnormal = (Uint8x32)((Float8)magnitude + 0.5f) - 0x3f000000u;
+  const Uint8x32 is_subnormal = (Uint8x32)(magnitude < 0x38800000u);
+  const Uint8x32 is_inf = (Uint8x32)(magnitude >= 0x477ff000u);
+  const Uint8x32 is_nan = (Uint8x32)(magnitude > 0x7f800000u);
+  Uint8x32 half = (subnormal & is_subnormal) | (normal & ~is_subnormal);
+  half = (half & ~is_inf) | (is_inf & 0x7c00u);
+  half = half | (is_nan & 0x200u) | sign;
+  const Short8 narrow = __builtin_convertvector(half, Short8);
+  __builtin_memcpy(p, &narrow, sizeof narrow);
+}
+#endif
+
+// Rows of eight become columns of eight: three rounds of interleaving.
+template <class T>
+INVERSE_FLOW_INLINE void transpose8(Eight<T> (&r)[8]) {
+  using V = Eight<T>;
+  using Index = typename EightOf<T>::index;
+  V a[8], b[8];
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = INVERSE_FLOW_SHUFFLE(Index, r[i], r[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
+    a[i + 1] = INVERSE_FLOW_SHUFFLE(Index, r[i], r[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      b[i + j] = INVERSE_FLOW_SHUFFLE(Index, a[i + j], a[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      b[i + j + 2] = INVERSE_FLOW_SHUFFLE(Index, a[i + j], a[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  }
+  for (int j = 0; j < 4; ++j) {
+    r[j] = INVERSE_FLOW_SHUFFLE(Index, b[j], b[j + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    r[j + 4] = INVERSE_FLOW_SHUFFLE(Index, b[j], b[j + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+}
+
+template <class T>
+INVERSE_FLOW_INLINE Eight<T> reverse8(Eight<T> v) {
+  using Index = typename EightOf<T>::index;
+  return INVERSE_FLOW_SHUFFLE(Index, v, v, 7, 6, 5, 4, 3, 2, 1, 0);
+}
+
+// Adds halves until a 16-byte vector is left, which scalar code finishes.
+template <class T>
+INVERSE_FLOW_INLINE T horizontal_sum(Vector<T> v) {
+  typedef T Quarter __attribute__((vector_size(16)));
+  constexpr int64_t parts = INVERSE_FLOW_VECTOR_BYTES / 16;
+  Quarter part[parts];
+  __builtin_memcpy(part, &v, sizeof v);
+  for (int64_t n = parts / 2; n > 0; n /= 2) {
+    for (int64_t i = 0; i < n; ++i) part[i] += part[i + n];
+  }
+  T sum = part[0][0];
+  for (size_t i = 1; i < 16 / sizeof(T); ++i) sum += part[0][i];
+  return sum;
+}

@@ -1,0 +1,45 @@
+// The Python module inverse_flow._C. Importing it registers the operators of ops.cpp and the CPU kernels; what it
+// carries itself is only the description of the build.
+#include <pybind11/pybind11.h>
+#include <torch/headeronly/version.h>
+
+#include <string>
+
+#include "cpu/isa.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// setup.py records why it left the CUDA module out; the numbers are its CudaStatus.
+std::string cuda_absent() {
+  switch (INVERSE_FLOW_CUDA_STATUS) {
+    case 0:
+      return "";
+    case 1:
+      return "built without CUDA: this PyTorch has no CUDA (FORCE_CUDA=1 builds it all the same)";
+    case 2:
+      return "built without CUDA: no CUDA toolkit was found (set CUDA_HOME or put nvcc on the PATH)";
+    default:
+      return "built without CUDA: switched off with FORCE_CUDA=0";
+  }
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["torch_built_with"] = TORCH_VERSION;
+  info["compiler"] = __VERSION__;
+  info["cpu_isa"] = inverse_flow::cpu::isa_name(inverse_flow::cpu::isa_in_use());
+  py::list isas;
+  for (const auto isa : inverse_flow::cpu::compiled_isas()) isas.append(inverse_flow::cpu::isa_name(isa));
+  info["cpu_isas"] = isas;
+  info["cuda_absent"] = cuda_absent();
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled operators of inverse_flow";
+  m.def("build_info", &build_info);
+}

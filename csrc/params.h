@@ -1,0 +1,55 @@
+// Plain description of one solve, shared by every backend. No torch, no CUDA: the kernels, the emulator
+// and the tests can all include it.
+#pragma once
+
+#include <cstdint>
+
+namespace inverse_flow {
+
+// The corner of the image that a group pads, and recurs, from. Bit 0 mirrors the columns, bit 1 the rows, so
+// every order is the top-left recurrence on a mirrored image, and the transposed solve of an order is the solve
+// from the opposite corner (order ^ kOppositeCorner).
+enum Order : int32_t { kTopLeft = 0, kTopRight = 1, kBottomLeft = 2, kBottomRight = 3 };
+constexpr int32_t kMirrorColumns = 1;
+constexpr int32_t kMirrorRows = 2;
+constexpr int32_t kOppositeCorner = kMirrorColumns | kMirrorRows;
+
+// What is read of the corner tap M, the one that meets the output pixel itself.
+enum Corner : int32_t {
+  kIdentity = 0,        // nothing: M = I
+  kUnitTriangular = 1,  // the strictly lower part: M = I + strict_lower(w)
+  kGeneral = 2,         // all of it; must be invertible
+};
+
+// x = A(w)^-1 (y - bias), or A(w)^-T (y - bias) when `transposed`.
+struct Shape {
+  int64_t batch;
+  int64_t groups;
+  int64_t channels;  // per group
+  int64_t height;
+  int64_t width;
+  int64_t kernel_h;
+  int64_t kernel_w;
+  Corner corner;
+  bool transposed;
+
+  int64_t taps() const { return kernel_h * kernel_w; }
+};
+
+// Element strides of an NCHW tensor.
+struct Strides {
+  int64_t batch;
+  int64_t channel;
+  int64_t row;
+  int64_t column;
+};
+
+// Offset, inside one channel pair's kernel_h x kernel_w window, of the tap that reaches p rows and q columns away
+// from the output pixel in a group of the given order. (0, 0) is the corner tap.
+inline int64_t tap_offset(const Shape& shape, int32_t order, int64_t p, int64_t q) {
+  const int64_t row = (order & kMirrorRows) ? p : shape.kernel_h - 1 - p;
+  const int64_t column = (order & kMirrorColumns) ? q : shape.kernel_w - 1 - q;
+  return row * shape.kernel_w + column;
+}
+
+}  // namespace inverse_flow

@@ -1,0 +1,92 @@
+"""Argument names and checks shared by every public entry point: each error says what was given and what is right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# The corner of the image an order pads, and recurs, from. The codes are those of csrc/params.h: bit 0 mirrors the
+# columns, bit 1 the rows.
+ORDERS = {"top_left": 0, "top_right": 1, "bottom_left": 2, "bottom_right": 3}
+MIRROR_COLUMNS = 1
+MIRROR_ROWS = 2
+
+# What is read of the corner tap M; the codes are those of csrc/params.h.
+CORNERS = {"identity": 0, "unit_triangular": 1, "general": 2}
+IDENTITY, UNIT_TRIANGULAR, GENERAL = CORNERS.values()
+
+# Every operator's images are float32 or float64, or one of these with a float32 recurrence.
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+FLOAT_DTYPES = (torch.float32, torch.float64, *HALF_DTYPES)
+
+Order = str | Sequence[str]
+
+
+def parse_orders(order: Order, groups: int) -> tuple[int, ...]:
+    """One order code a group. ``order`` is one name for all groups, or a sequence with a name for each."""
+    if not isinstance(groups, int) or groups < 1:
+        raise ValueError(f"groups must be an integer of at least 1, got {groups!r}")
+    names = (order,) * groups if isinstance(order, str) else tuple(order)
+    if len(names) != groups:
+        raise ValueError(f"order must be one name or one name for each of the {groups} groups, got {len(names)} names")
+    for name in names:
+        if name not in ORDERS:
+            raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {name!r}")
+    return tuple(ORDERS[name] for name in names)
+
+
+def parse_corner(corner: str) -> int:
+    """The code of a corner kind."""
+    if corner not in CORNERS:
+        raise ValueError(f"corner must be one of {', '.join(CORNERS)}, got {corner!r}")
+    return CORNERS[corner]
+
+
+def _check_floating(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {value.dtype}")
+
+
+def check_arguments(input: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
+    """Checks types, shapes, dtypes and devices of (input, weight, bias) without reading a value, so that nothing
+    here synchronises a device or breaks graph capture.
+
+    Raises:
+        TypeError: an argument is not a tensor or not floating.
+        ValueError: shapes or dtypes do not fit each other.
+        RuntimeError: the tensors lie on different devices.
+    """
+    _check_floating("input", input)
+    _check_floating("weight", weight)
+    if bias is not None:
+        _check_floating("bias", bias)
+
+    if input.dim() != 4:
+        raise ValueError(f"input must have shape (B, C, H, W), got {tuple(input.shape)}")
+    channels = input.shape[1]
+    if channels < 1 or input.shape[2] < 1 or input.shape[3] < 1:
+        raise ValueError(f"input must have at least one channel and one pixel, got shape {tuple(input.shape)}")
+    if channels % groups:
+        raise ValueError(f"the channels of input ({channels}) must be divisible by groups ({groups})")
+    if weight.dim() != 4 or weight.shape[:2] != (channels, channels // groups) or 0 in weight.shape:
+        raise ValueError(
+            f"weight must have shape ({channels}, {channels // groups}, kH, kW) for {channels} channels in "
+            f"{groups} group{'s' if groups > 1 else ''}, got {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != (channels,):
+        raise ValueError(f"bias must have shape ({channels},), got {tuple(bias.shape)}")
+
+    state_dtype = torch.float32 if input.dtype in HALF_DTYPES else input.dtype
+    if weight.dtype not in (input.dtype, state_dtype):
+        also = " or torch.float32" if state_dtype != input.dtype else ""
+        raise ValueError(f"weight must be {input.dtype}{also} like input, got {weight.dtype}")
+    if bias is not None and bias.dtype != weight.dtype:
+        raise ValueError(f"bias must be {weight.dtype} like weight, got {bias.dtype}")
+
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.device != input.device:
+            raise RuntimeError(f"{name} is on {tensor.device} but input is on {input.device}: move one of them")

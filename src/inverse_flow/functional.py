@@ -1,0 +1,100 @@
+r"""Public functions: the causal convolution A(w) and its inverse.
+
+Nagar & Varma, *Parallel Backpropagation for Inverse of a Convolution with Application to Normalizing Flows*,
+AISTATS 2025 (arXiv 2410.14634).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _native, autograd
+from ._checks import Order, check_arguments, parse_corner, parse_orders
+from .causal import convolve, effective_weight
+
+__all__ = ["causal_conv2d", "inverse_conv2d"]
+
+
+def inverse_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    order: Order = "top_left",
+    groups: int = 1,
+    corner: str = "general",
+) -> Tensor:
+    r"""Solves A(w) x + b = y for x: the inverse of :func:`causal_conv2d` with the same arguments.
+
+    .. math:: x_p = M^{-1}\Big(y_p - b - \sum_{\delta \ne 0} W_\delta\, x_{p-\delta}\Big)
+
+    with M the corner tap, the one that meets the output pixel itself (for ``top_left``
+    ``weight[:, :, kH-1, kW-1]``). The state is float32 (float64 for float64 images), also for bfloat16 and float16
+    images. The backward pass is one transposed solve and one weight-gradient pass, and the result can be
+    differentiated any number of times, in reverse and forward mode and under ``torch.func``.
+
+    Args:
+        input: y, of shape (B, C, H, W); float32, float64, bfloat16 or float16; any strides.
+        weight: w, of shape (C, C / groups, kH, kW); the dtype of ``input``, or float32 beside half precision.
+        bias: b, of shape (C,) and of the weight's dtype.
+        order: the corner of the image the recurrence starts from: ``"top_left"``, ``"top_right"``,
+            ``"bottom_left"``, ``"bottom_right"``, or a sequence of one name for each group.
+        groups: the number of channel groups.
+        corner: what is read of M: ``"general"`` (all of it), ``"unit_triangular"`` (its strictly lower part, with
+            ones on the diagonal) or ``"identity"`` (nothing).
+
+    Returns:
+        x, of the shape, dtype and memory format of ``input``.
+
+    Raises:
+        TypeError: an argument is not a tensor or not floating.
+        ValueError: shapes, dtypes, ``order``, ``groups`` or ``corner`` do not fit, or (on the CPU) M is singular.
+            On a GPU a singular M gives NaN instead, since finding it would need a synchronisation.
+        RuntimeError: the tensors lie on different devices, or on a device the library was not built for.
+    """
+    orders, corner_code = parse_orders(order, groups), parse_corner(corner)
+    check_arguments(input, weight, bias, groups)
+    _check_device(input.device)
+    try:
+        return autograd.solve(input, weight, bias, orders, corner_code, False)
+    except RuntimeError as error:
+        if "the corner tap is singular" in str(error):
+            raise ValueError(str(error).splitlines()[0]) from error
+        raise
+
+
+def causal_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    order: Order = "top_left",
+    groups: int = 1,
+    corner: str = "general",
+) -> Tensor:
+    r"""Computes A(w) x + b: a convolution padded on the side of the order's corner alone.
+
+    .. math:: y_{b,o,i,j} = b_o + \sum_{c,p,q} w_{o,c,k_H-1-p,k_W-1-q}\, x_{b,c,i-p,j-q}
+
+    for ``top_left``, that is ``F.conv2d(F.pad(x, (kW-1, 0, kH-1, 0)), w, b, groups=groups)``; the other orders
+    mirror the image. Runs on any device PyTorch's convolution runs on. Under autocast the dtypes given are kept.
+
+    Args, Returns and Raises are those of :func:`inverse_conv2d`, except that M may be singular.
+    """
+    orders, corner_code = parse_orders(order, groups), parse_corner(corner)
+    check_arguments(input, weight, bias, groups)
+    output = convolve(input, effective_weight(weight, orders, corner_code), orders)
+    return output if bias is None else output + bias.to(output.dtype).view(-1, 1, 1)
+
+
+def _check_device(device: torch.device) -> None:
+    if device.type in ("cpu", "meta"):
+        return
+    if device.type != "cuda":
+        raise RuntimeError(f"inverse_conv2d runs on CPU and CUDA tensors, got a tensor on {device}")
+    if _native.cuda_absent_reason:
+        raise RuntimeError(
+            f"input is on {device}, but the CUDA kernels are not available: {_native.cuda_absent_reason}. Rebuild "
+            "with a CUDA toolkit and a CUDA build of PyTorch: pip install --no-build-isolation --force-reinstall ."
+        )
