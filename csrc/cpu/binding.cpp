@@ -87,7 +87,7 @@ Plan make_plan(const Shape& shape, int64_t min_lanes, int64_t max_lanes, int64_t
   // Steps of min_lanes-wide vectors each thread would run.
   const int64_t by_images = pieces(pieces(shape.batch, min_lanes) * shape.groups, threads) * shape.height * shape.width;
   // Bands of one image overlap but for a start-up of one band's width each, so one image fills at most this many.
-  const int64_t per_image = std::max<int64_t>(1, std::min(bands, band_steps(shape, band) / (band + kChunk)));
+  const int64_t per_image = std::max<int64_t>(1, std::min(bands, band_steps(shape, band) / (band + kStretch)));
   const int64_t busy = std::min(threads, shape.batch * shape.groups * per_image);
   const int64_t by_rows =
       pieces(shape.batch * shape.groups * bands, busy) * band_steps(shape, band) * (band / min_lanes);
@@ -163,7 +163,13 @@ void run(const Shape& shape, const std::vector<int64_t>& orders, const Prepared<
       }
     });
   } else {
-    const size_t bytes = kernels.images_scratch(problems[0], plan.lanes);
+    // Mirrored groups are cut up in their own way, and narrow pieces may keep more rows than wide ones.
+    size_t bytes = 0;
+    for (const Problem<IO, T>& problem : problems) {
+      for (const int64_t lanes : {kernels.min_lanes, plan.lanes}) {
+        bytes = std::max(bytes, kernels.images_scratch(problem, lanes));
+      }
+    }
     const int64_t units = shape.groups * plan.units;
     const int64_t vectors = (shape.batch + kernels.min_lanes - 1) / kernels.min_lanes;
     const auto first_image = [&](int64_t unit) {

@@ -16,8 +16,8 @@
 
 namespace inverse_flow::cpu {
 
-// Columns (steps) that are packed and unpacked at a time: the side of the transposed square.
-constexpr int64_t kChunk = 8;
+// Steps that are packed and unpacked at a time: 16 floats are a cache line.
+constexpr int64_t kStretch = 16;
 
 // Most lanes a line can have: 2 AVX-512 vectors of float.
 constexpr int64_t kMaxLanes = 32;

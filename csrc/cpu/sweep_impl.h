@@ -97,40 +97,52 @@ INVERSE_FLOW_INLINE void for_blocks(int64_t channels, F f) {
   if (rest == 1) f(first, Constant<1>{});
 }
 
-// Solves one step for all channels: `right` is the packed y - bias, [channel][lane]; `rest` takes r when M != I.
+// Solves `steps` neighbouring steps that share a list of taps. `right` is the packed y - bias, [step][channel][lane];
+// `rest` takes r when M != I.
 template <class T, int kVectors>
-static __attribute__((noinline)) void solve_step(const Weights<T>& weights, const Shape& shape, T* state,
-                                                 ptrdiff_t channel_stride, const Tap* taps, int64_t tap_count,
-                                                 const T* right, T* rest) {
+static __attribute__((noinline)) void solve_steps(const Weights<T>& weights, const Shape& shape, int64_t steps, T* state,
+                                                  ptrdiff_t step_state, ptrdiff_t channel_state, const Tap* taps,
+                                                  int64_t tap_count, const T* right, T* rest) {
   constexpr int64_t lanes = kVectors * kVectorLanes<T>;
   const int64_t channels = shape.channels;
   const bool identity = weights.corner_inverse == nullptr;
-  for_blocks<kOutputBlock>(channels, [&](int64_t first, auto width) {
-    constexpr int kOut = decltype(width)::value;
-    const T* w = weights.taps + first * channels * (shape.taps() - 1);
-    T* out = identity ? state + first * channel_stride : rest + first * lanes;
-    const ptrdiff_t out_stride = identity ? channel_stride : lanes;
-    if (channels == kOut) {
-      accumulate<T, kOut, kVectors, kOut>(state, channel_stride, taps, tap_count, w, kOut * kOut, kOut, right, out,
-                                          out_stride);
-    } else {
-      accumulate<T, kOut, kVectors, 0>(state, channel_stride, taps, tap_count, w, channels * kOut, channels,
-                                       right + first * lanes, out, out_stride);
-    }
-  });
-  if (identity) return;
   // The inverse of a triangular M is triangular: skip the half that is zero.
   const bool lower = shape.corner == kUnitTriangular && !shape.transposed;
   const bool upper = shape.corner == kUnitTriangular && shape.transposed;
-  for_blocks<kOutputBlock>(channels, [&](int64_t first, auto width) {
+  const auto corner_block = [&](int64_t first, auto width, T* x) {
     constexpr int kOut = decltype(width)::value;
     const int64_t begin = upper ? first : 0;
     const int64_t end = lower ? first + kOut : channels;
     const Tap tap{static_cast<ptrdiff_t>(begin * lanes), 0};
     const T* w = weights.corner_inverse + first * channels + begin * kOut;
-    accumulate<T, kOut, kVectors, 0>(rest, lanes, &tap, 1, w, 0, end - begin, nullptr, state + first * channel_stride,
-                                     channel_stride);
-  });
+    accumulate<T, kOut, kVectors, 0>(rest, lanes, &tap, 1, w, 0, end - begin, nullptr, x + first * channel_state,
+                                     channel_state);
+  };
+  if (channels <= kOutputBlock) {
+    for_blocks<kOutputBlock>(channels, [&](int64_t, auto width) {
+      constexpr int kOut = decltype(width)::value;
+      for (int64_t s = 0; s < steps; ++s) {
+        T* x = state + s * step_state;
+        accumulate<T, kOut, kVectors, kOut>(x, channel_state, taps, tap_count, weights.taps, kOut * kOut, kOut,
+                                            right + s * kOut * lanes, identity ? x : rest,
+                                            identity ? channel_state : lanes);
+        if (!identity) corner_block(0, width, x);
+      }
+    });
+    return;
+  }
+  for (int64_t s = 0; s < steps; ++s) {
+    T* x = state + s * step_state;
+    for_blocks<kOutputBlock>(channels, [&](int64_t first, auto width) {
+      constexpr int kOut = decltype(width)::value;
+      const T* w = weights.taps + first * channels * (shape.taps() - 1);
+      accumulate<T, kOut, kVectors, 0>(x, channel_state, taps, tap_count, w, channels * kOut, channels,
+                                       right + (s * channels + first) * lanes,
+                                       identity ? x + first * channel_state : rest + first * lanes,
+                                       identity ? channel_state : lanes);
+    });
+    if (!identity) for_blocks<kOutputBlock>(channels, [&](int64_t first, auto width) { corner_block(first, width, x); });
+  }
 }
 
 // A stretch of steps whose outer products a tap sums: sources from `u`, other operand from `x`.
@@ -140,42 +152,56 @@ struct Span {
   const T* x;
 };
 
+// The stretches of one tap, all of the same number of steps.
+template <class T>
+struct TapSpans {
+  const Span<T>* spans;
+  int64_t count;
+  int64_t steps;
+};
+
+// Element strides of the two operands of an outer product.
+struct OuterStrides {
+  ptrdiff_t u_channel, u_step, x_channel, x_step;
+};
+
 // sums[a][b] -= sum over spans, steps and lanes of u[a] * x[b], for kA x kB channels.
-template <class T, int kA, int kB>
-INVERSE_FLOW_INLINE void outer_block(const Span<T>* spans, int64_t span_count, int64_t steps, int64_t vectors,
-                                     ptrdiff_t u_channel, ptrdiff_t u_step, ptrdiff_t x_channel, ptrdiff_t x_step,
-                                     ptrdiff_t offset_u, ptrdiff_t offset_x, T* sums, int64_t sums_stride) {
+template <class T, int kA, int kB, int kVectors>
+INVERSE_FLOW_INLINE void outer_block(const TapSpans<T>& tap, const OuterStrides& stride, ptrdiff_t first_u,
+                                     ptrdiff_t first_x, T* sums, int64_t channels) {
   constexpr int64_t n = kVectorLanes<T>;
   Vector<T> sum[kA][kB] = {};
-  for (int64_t i = 0; i < span_count; ++i) {
-    for (int64_t s = 0; s < steps; ++s) {
-      const T* u = spans[i].u + offset_u + s * u_step;
-      const T* x = spans[i].x + offset_x + s * x_step;
-      for (int64_t v = 0; v < vectors; ++v) {
+  for (int64_t i = 0; i < tap.count; ++i) {
+    const T* u = tap.spans[i].u + first_u;
+    const T* x = tap.spans[i].x + first_x;
+    for (int64_t s = 0; s < tap.steps; ++s, u += stride.u_step, x += stride.x_step) {
+      for (int v = 0; v < kVectors; ++v) {
         Vector<T> right[kB];
-        for (int b = 0; b < kB; ++b) right[b] = load(x + b * x_channel + v * n);
+        for (int b = 0; b < kB; ++b) right[b] = load(x + b * stride.x_channel + v * n);
         for (int a = 0; a < kA; ++a) {
-          const Vector<T> left = load(u + a * u_channel + v * n);
+          const Vector<T> left = load(u + a * stride.u_channel + v * n);
           for (int b = 0; b < kB; ++b) sum[a][b] += left * right[b];
         }
       }
     }
   }
   for (int a = 0; a < kA; ++a) {
-    for (int b = 0; b < kB; ++b) sums[a * sums_stride + b] -= horizontal_sum<T>(sum[a][b]);
+    for (int b = 0; b < kB; ++b) sums[a * channels + b] -= horizontal_sum<T>(sum[a][b]);
   }
 }
 
-// One tap of the weight gradient, all channel pairs: 4 x 3 accumulators, 3 + 1 operands of 16 registers.
-template <class T>
-static __attribute__((noinline)) void outer_sums(const Span<T>* spans, int64_t span_count, int64_t steps,
-                                                 int64_t vectors, int64_t channels, ptrdiff_t u_channel,
-                                                 ptrdiff_t u_step, ptrdiff_t x_channel, ptrdiff_t x_step, T* sums) {
+// The weight gradient of all taps and channel pairs: 4 x 3 accumulators, 3 + 1 operands of 16 registers. The taps are
+// the inner loop, since their sources overlap and stay in L1.
+template <class T, int kVectors>
+static __attribute__((noinline)) void outer_sums(const TapSpans<T>* taps, int64_t tap_count, int64_t channels,
+                                                 const OuterStrides& stride, T* sums) {
   for_blocks<4>(channels, [&](int64_t a, auto left) {
     for_blocks<3>(channels, [&](int64_t b, auto right) {
-      outer_block<T, decltype(left)::value, decltype(right)::value>(spans, span_count, steps, vectors, u_channel,
-                                                                    u_step, x_channel, x_step, a * u_channel,
-                                                                    b * x_channel, sums + a * channels + b, channels);
+      for (int64_t t = 0; t < tap_count; ++t) {
+        outer_block<T, decltype(left)::value, decltype(right)::value, kVectors>(
+            taps[t], stride, a * stride.u_channel, b * stride.x_channel, sums + (t * channels + a) * channels + b,
+            channels);
+      }
     });
   });
 }
@@ -204,7 +230,7 @@ struct Lanes {
 };
 
 // Steps [begin, begin + steps) of an image tensor into `packed`, [step][channel][lane], minus the bias; zero where a
-// lane holds no pixel. steps <= kChunk.
+// lane holds no pixel. A channel's steps are read in one go, so that each cache line is visited once.
 template <class IO, class T>
 static __attribute__((noinline)) void pack(const Image<const IO>& image, const ptrdiff_t* start, const Lanes& lanes,
                                            int64_t channels, int64_t begin, int64_t steps, const T* bias, T* packed) {
@@ -245,15 +271,22 @@ static __attribute__((noinline)) void pack(const Image<const IO>& image, const p
     };
     if (step_stride == 1 || step_stride == -1) {
       for (int64_t c = 0; c < channels; ++c) {
-        // A mirrored row is read from its other end.
-        const ptrdiff_t offset = c * channel_stride + (step_stride == 1 ? begin : -(begin + kChunk - 1));
-        if (readable(offset)) {
-          Eight<T> rows[8];
-          for (int64_t l = 0; l < 8; ++l) rows[l] = load8(from[l] + offset);
-          transpose8<T>(rows);
-          for (int64_t s = 0; s < steps; ++s) put(s, c, rows[step_stride == 1 ? s : kChunk - 1 - s]);
-        } else {
-          for (int64_t s = 0; s < steps; ++s) put(s, c, gather(s, c));
+        for (int64_t piece = 0; piece < steps; piece += 8) {
+          const int64_t count = smaller(8, steps - piece);
+          // A mirrored row is read from its other end.
+          const ptrdiff_t offset = c * channel_stride + (step_stride == 1 ? begin + piece : -(begin + piece + 7));
+          if (readable(offset)) {
+            Eight<T> rows[8];
+            for (int64_t l = 0; l < 8; ++l) rows[l] = load8(from[l] + offset);
+            transpose8<T>(rows);
+            if (step_stride == 1 && count == 8 && all) {
+              for (int64_t s = 0; s < 8; ++s) put(piece + s, c, rows[s]);
+            } else {
+              for (int64_t s = 0; s < count; ++s) put(piece + s, c, rows[step_stride == 1 ? s : 7 - s]);
+            }
+          } else {
+            for (int64_t s = piece; s < piece + count; ++s) put(s, c, gather(s, c));
+          }
         }
       }
       continue;
@@ -279,7 +312,14 @@ INVERSE_FLOW_INLINE void store_some(IO* p, Eight<T> value, int64_t skip, int64_t
   if (count == 8) return store8(p, value);
   IO values[8];
   store8(values, value);
-  for (int64_t i = 0; i < count; ++i) p[skip + i] = values[skip + i];
+  const IO* from = values + skip;
+  p += skip;
+  for (int64_t size = 4; size > 0; size /= 2) {
+    if (!(count & size)) continue;
+    __builtin_memcpy(p, from, size * sizeof(IO));
+    p += size;
+    from += size;
+  }
 }
 
 // The inverse of `pack`, from the state: `state` is at step `begin`.
@@ -292,20 +332,24 @@ static __attribute__((noinline)) void unpack(const Image<IO>& image, const ptrdi
   for (int64_t block = 0; block < lanes.count; block += 8) {
     if (step_stride == 1 || step_stride == -1) {
       for (int64_t c = 0; c < channels; ++c) {
-        Eight<T> rows[8];
-        for (int64_t s = 0; s < 8; ++s) {
-          rows[s] = load8(state + smaller(s, steps - 1) * step_state + c * channel_state + block);
-        }
-        transpose8<T>(rows);
-        for (int64_t l = 0; l < 8; ++l) {
-          const int64_t low = larger(lanes.first[block + l] - begin, 0);
-          const int64_t high = smaller(lanes.last[block + l] - begin, steps);
-          if (low >= high) continue;
-          IO* row = image.data + start[block + l] + c * channel_stride;
-          if (step_stride == 1) {
-            store_some<T>(row + begin, rows[l], low, high - low);
-          } else {
-            store_some<T>(row - (begin + kChunk - 1), reverse8<T>(rows[l]), kChunk - high, high - low);
+        for (int64_t piece = 0; piece < steps; piece += 8) {
+          const int64_t at = begin + piece;
+          const int64_t count = smaller(8, steps - piece);
+          Eight<T> rows[8];
+          for (int64_t s = 0; s < 8; ++s) {
+            rows[s] = load8(state + (piece + smaller(s, count - 1)) * step_state + c * channel_state + block);
+          }
+          transpose8<T>(rows);
+          for (int64_t l = 0; l < 8; ++l) {
+            const int64_t low = larger(lanes.first[block + l] - at, 0);
+            const int64_t high = smaller(lanes.last[block + l] - at, count);
+            if (low >= high) continue;
+            IO* row = image.data + start[block + l] + c * channel_stride;
+            if (step_stride == 1) {
+              store_some<T>(row + at, rows[l], low, high - low);
+            } else {
+              store_some<T>(row - (at + 7), reverse8<T>(rows[l]), 8 - high, high - low);
+            }
           }
         }
       }
@@ -356,44 +400,64 @@ static void subtract_sums(const T* state, int64_t channels, ptrdiff_t channel_st
 // Rows of the state and of `other` that are kept to sum the weight gradient over in one go: as many as stay in L2.
 constexpr int64_t kSlabBytes = 192 * 1024;
 
-template <class IO, class T>
-INVERSE_FLOW_INLINE int64_t slab_rows(const Problem<IO, T>& problem, int64_t lanes) {
-  if (!problem.with_gradient) return 1;
-  const int64_t row_bytes = problem.shape.width * problem.shape.channels * lanes * static_cast<int64_t>(sizeof(T));
-  return smaller(larger(kSlabBytes / (2 * row_bytes), 1), problem.shape.height);
-}
+// How an image is cut up. A stretch is what is packed at a time: part of a row, or, where rows are short and follow
+// each other in memory, several rows, so that cache lines are read and written whole.
+template <class T>
+struct ImagesPlan {
+  int64_t stretch_rows;   // 1, or more for short rows
+  int64_t stretch_steps;  // at most
+  int64_t slab_rows;      // a multiple of stretch_rows
+  int64_t ring_rows;      // likewise: a stretch never wraps around
+
+  template <class IO>
+  ImagesPlan(const Problem<IO, T>& problem, int64_t lanes) {
+    const Shape& shape = problem.shape;
+    const auto flat = [&](const auto& image) { return image.stride.row == shape.width * image.stride.column; };
+    const bool joined = flat(problem.input) && flat(problem.output) && (!problem.with_gradient || flat(problem.other));
+    stretch_rows = joined ? smaller((kStretch + shape.width - 1) / shape.width, shape.height) : 1;
+    stretch_steps = stretch_rows > 1 ? stretch_rows * shape.width : smaller(kStretch, shape.width);
+    slab_rows = stretch_rows;
+    if (problem.with_gradient) {
+      const int64_t row_bytes = shape.width * shape.channels * lanes * static_cast<int64_t>(sizeof(T));
+      const int64_t rows = smaller(kSlabBytes / (2 * row_bytes), round_up(shape.height, stretch_rows));
+      slab_rows = larger(rows / stretch_rows * stretch_rows, stretch_rows);
+    }
+    ring_rows = slab_rows + round_up(shape.kernel_h - 1, stretch_rows);
+  }
+};
 
 template <class T>
 struct ImagesScratch {
   T* ring;    // [ring row][column][channel][lane]
   T* other;   // [slab row][column][channel][lane]
-  T* packed;  // [step of the chunk][channel][lane]
+  T* packed;  // [step of the stretch][channel][lane]
   T* rest;    // [channel][lane]
   TapPosition* order;
   Tap* taps;  // [column up to kernel_w - 1][tap]
-  Span<T>* spans;
+  TapSpans<T>* tap_spans;
+  Span<T>* spans;  // [tap][slab row]
   size_t bytes;
 
-  template <class IO>
-  ImagesScratch(const Problem<IO, T>& problem, int64_t lanes, void* memory) {
-    const Shape& shape = problem.shape;
+  ImagesScratch(const Shape& shape, const ImagesPlan<T>& plan, bool with_gradient, int64_t lanes, void* memory) {
     const int64_t pixel = shape.channels * lanes;
-    const int64_t slab = slab_rows(problem, lanes);
+    const int64_t gradient_rows = with_gradient ? plan.slab_rows : 0;
     Arena arena{static_cast<char*>(memory)};
-    ring = arena.take<T>((slab + shape.kernel_h - 1) * shape.width * pixel);
-    other = arena.take<T>(problem.with_gradient ? slab * shape.width * pixel : 0);
-    packed = arena.take<T>(kChunk * pixel);
+    ring = arena.take<T>(plan.ring_rows * shape.width * pixel);
+    other = arena.take<T>(gradient_rows * shape.width * pixel);
+    packed = arena.take<T>(plan.stretch_steps * pixel);
     rest = arena.take<T>(pixel);
     order = arena.take<TapPosition>(shape.taps());
     taps = arena.take<Tap>(shape.kernel_w * shape.taps());
-    spans = arena.take<Span<T>>(slab);
+    tap_spans = arena.take<TapSpans<T>>(with_gradient ? shape.taps() : 0);
+    spans = arena.take<Span<T>>(gradient_rows * shape.taps());
     bytes = arena.used;
   }
 };
 
 template <class IO, class T>
 static size_t images_scratch(const Problem<IO, T>& problem, int64_t lanes) {
-  return ImagesScratch<T>(problem, lanes, nullptr).bytes;
+  const ImagesPlan<T> plan(problem, lanes);
+  return ImagesScratch<T>(problem.shape, plan, problem.with_gradient, lanes, nullptr).bytes;
 }
 
 template <class IO, class T, int kVectors>
@@ -405,72 +469,92 @@ static void sweep_images(const Problem<IO, T>& problem, int64_t first_image, int
   constexpr int64_t lane_count = kVectors * kVectorLanes<T>;
   const ptrdiff_t step_state = channels * lane_count;
   const ptrdiff_t row_state = shape.width * step_state;
-  const int64_t slab = slab_rows(problem, lane_count);
-  const int64_t ring_rows = slab + shape.kernel_h - 1;
-  const ImagesScratch<T> scratch(problem, lane_count, memory);
+  const ImagesPlan<T> plan(problem, lane_count);
+  const ImagesScratch<T> scratch(shape, plan, problem.with_gradient, lane_count, memory);
   tap_order(shape, scratch.order);
+  const auto ring_row = [&](int64_t row) { return row % plan.ring_rows * row_state; };
 
   Lanes lanes;
   lanes.count = lane_count;
   for (int64_t l = 0; l < lane_count; ++l) {
     lanes.first[l] = 0;
-    lanes.last[l] = l < count ? shape.width : 0;
+    lanes.last[l] = l < count ? plan.stretch_rows * shape.width : 0;
   }
   lanes.find_common();
+  ptrdiff_t in_start[kMaxLanes], out_start[kMaxLanes], other_start[kMaxLanes];
   const auto starts = [&](const Strides& stride, int64_t row, ptrdiff_t* start) {
     for (int64_t l = 0; l < lane_count; ++l) start[l] = (first_image + l) * stride.batch + row * stride.row;
   };
-  ptrdiff_t start[kMaxLanes];
 
-  for (int64_t slab_first = 0; slab_first < shape.height; slab_first += slab) {
-    const int64_t slab_last = smaller(slab_first + slab, shape.height);
-    for (int64_t row = slab_first; row < slab_last; ++row) {
-      T* state = scratch.ring + row % ring_rows * row_state;
-      // Taps that reach above the image or left of it are left out: one list for each column they can reach from.
-      const int64_t tap_rows = smaller(row + 1, shape.kernel_h);
-      for (int64_t column = 0; column < smaller(shape.kernel_w, shape.width); ++column) {
-        Tap* list = scratch.taps + column * shape.taps();
-        for (int64_t t = 0; t < tap_count; ++t) {
-          const auto [p, q] = scratch.order[t];
-          if (p > row || q > column) continue;
-          *list++ = {((row - p) % ring_rows - row % ring_rows) * row_state - q * step_state, t};
-        }
+  // Taps that reach above the image or left of it are left out: one list for each column they can reach from.
+  const auto list_taps = [&](int64_t row) {
+    for (int64_t column = 0; column < smaller(shape.kernel_w, shape.width); ++column) {
+      Tap* list = scratch.taps + column * shape.taps();
+      for (int64_t t = 0; t < tap_count; ++t) {
+        const auto [p, q] = scratch.order[t];
+        if (p > row || q > column) continue;
+        *list++ = {ring_row(row - p) - ring_row(row) - q * step_state, t};
       }
-      for (int64_t begin = 0; begin < shape.width; begin += kChunk) {
-        const int64_t steps = smaller(kChunk, shape.width - begin);
-        starts(problem.input.stride, row, start);
-        pack(problem.input, start, lanes, channels, begin, steps, problem.weights.bias, scratch.packed);
-        for (int64_t s = 0; s < steps; ++s) {
-          const int64_t list = smaller(begin + s, shape.kernel_w - 1);
-          solve_step<T, kVectors>(problem.weights, shape, state + (begin + s) * step_state, lane_count,
-                                  scratch.taps + list * shape.taps(), tap_rows * (list + 1) - 1,
-                                  scratch.packed + s * step_state, scratch.rest);
+    }
+  };
+  // Columns [begin, end) of a row, y - bias being at `right`.
+  const auto solve_row = [&](int64_t row, int64_t begin, int64_t end, const T* right) {
+    const int64_t tap_rows = smaller(row + 1, shape.kernel_h);
+    for (int64_t column = begin; column < end;) {
+      const int64_t list = smaller(column, shape.kernel_w - 1);
+      const int64_t steps = column < shape.kernel_w - 1 ? 1 : end - column;
+      solve_steps<T, kVectors>(problem.weights, shape, steps, scratch.ring + ring_row(row) + column * step_state,
+                               step_state, lane_count, scratch.taps + list * shape.taps(), tap_rows * (list + 1) - 1,
+                               right + (column - begin) * step_state, scratch.rest);
+      column += steps;
+    }
+  };
+
+  for (int64_t slab_first = 0; slab_first < shape.height; slab_first += plan.slab_rows) {
+    const int64_t slab_last = smaller(slab_first + plan.slab_rows, shape.height);
+    for (int64_t first_row = slab_first; first_row < slab_last; first_row += plan.stretch_rows) {
+      const int64_t rows = smaller(plan.stretch_rows, slab_last - first_row);
+      const int64_t line_steps = rows * shape.width;
+      T* state = scratch.ring + ring_row(first_row);
+      T* other = scratch.other + (first_row - slab_first) * row_state;
+      starts(problem.input.stride, first_row, in_start);
+      starts(problem.output.stride, first_row, out_start);
+      if (problem.with_gradient) starts(problem.other.stride, first_row, other_start);
+      if (rows == 1) list_taps(first_row);
+      for (int64_t begin = 0; begin < line_steps; begin += plan.stretch_steps) {
+        const int64_t steps = smaller(plan.stretch_steps, line_steps - begin);
+        pack(problem.input, in_start, lanes, channels, begin, steps, problem.weights.bias, scratch.packed);
+        if (rows == 1) {
+          solve_row(first_row, begin, begin + steps, scratch.packed);
+        } else {
+          for (int64_t r = 0; r < rows; ++r) {
+            list_taps(first_row + r);
+            solve_row(first_row + r, 0, shape.width, scratch.packed + r * row_state);
+          }
         }
-        starts(problem.output.stride, row, start);
-        unpack(problem.output, start, lanes, channels, begin, steps, state + begin * step_state, lane_count,
+        unpack(problem.output, out_start, lanes, channels, begin, steps, state + begin * step_state, lane_count,
                step_state);
         if (problem.with_gradient) {
-          starts(problem.other.stride, row, start);
-          pack<IO, T>(problem.other, start, lanes, channels, begin, steps, nullptr,
-                      scratch.other + (row - slab_first) * row_state + begin * step_state);
+          pack<IO, T>(problem.other, other_start, lanes, channels, begin, steps, nullptr, other + begin * step_state);
         }
       }
       if (problem.with_gradient) {
-        subtract_sums(state, channels, lane_count, step_state, shape.width, lane_count, gradients.bias);
+        subtract_sums(state, channels, lane_count, step_state, line_steps, lane_count, gradients.bias);
       }
     }
     if (!problem.with_gradient) continue;
     for (int64_t t = 0; t <= tap_count; ++t) {
       const auto [p, q] = t < tap_count ? scratch.order[t] : TapPosition{0, 0};
-      int64_t spans = 0;
-      for (int64_t row = larger(slab_first, p); row < slab_last; ++row) {
-        scratch.spans[spans++] = {scratch.ring + (row - p) % ring_rows * row_state,
-                                  scratch.other + (row - slab_first) * row_state + q * step_state};
+      Span<T>* spans = scratch.spans + t * plan.slab_rows;
+      int64_t span_count = 0;
+      for (int64_t row = larger(slab_first, p); row < slab_last && q < shape.width; ++row) {
+        spans[span_count++] = {scratch.ring + ring_row(row - p),
+                               scratch.other + (row - slab_first) * row_state + q * step_state};
       }
-      if (spans == 0 || q >= shape.width) continue;
-      outer_sums(scratch.spans, spans, shape.width - q, kVectors, channels, lane_count, step_state, lane_count,
-                 step_state, gradients.weight + t * channels * channels);
+      scratch.tap_spans[t] = {spans, span_count, shape.width - q};
     }
+    outer_sums<T, kVectors>(scratch.tap_spans, tap_count + 1, channels,
+                            {lane_count, step_state, lane_count, step_state}, gradients.weight);
   }
 }
 
@@ -491,6 +575,8 @@ struct RowsScratch {
   T* rest;
   TapPosition* order;
   Tap* taps;
+  TapSpans<T>* tap_spans;
+  Span<T>* spans;
   size_t bytes;
 
   template <class IO>
@@ -501,15 +587,17 @@ struct RowsScratch {
     lane_stride = padded + lanes;
     lead = shape.kernel_h + shape.kernel_w - 2;
     Arena arena{static_cast<char*>(base)};
-    state_size = (lead + round_up(band_steps(shape, lanes), kChunk)) * shape.channels * lane_stride;
+    state_size = (lead + round_up(band_steps(shape, lanes), kStretch)) * shape.channels * lane_stride;
     memory = arena.take<T>(state_size);
     state = base ? memory + lead * shape.channels * lane_stride + padded : nullptr;
-    other = arena.take<T>(problem.with_gradient ? round_up(band_steps(shape, lanes), kChunk) * shape.channels * lanes
+    other = arena.take<T>(problem.with_gradient ? round_up(band_steps(shape, lanes), kStretch) * shape.channels * lanes
                                                 : 0);
-    packed = arena.take<T>(kChunk * shape.channels * lanes);
+    packed = arena.take<T>(kStretch * shape.channels * lanes);
     rest = arena.take<T>(shape.channels * lanes);
     order = arena.take<TapPosition>(shape.taps());
     taps = arena.take<Tap>(shape.taps());
+    tap_spans = arena.take<TapSpans<T>>(problem.with_gradient ? shape.taps() : 0);
+    spans = arena.take<Span<T>>(problem.with_gradient ? shape.taps() : 0);
     bytes = arena.used;
   }
 };
@@ -562,8 +650,8 @@ static void sweep_rows(const Problem<IO, T>& problem, int64_t image, int64_t ban
   int64_t halo_read = -halo;
   int64_t halo_written = -halo;
   const int64_t halo_entry = channels * halo;
-  for (int64_t begin = 0; begin < line_steps; begin += kChunk) {
-    const int64_t steps = smaller(kChunk, line_steps - begin);
+  for (int64_t begin = 0; begin < line_steps; begin += kStretch) {
+    const int64_t steps = smaller(kStretch, line_steps - begin);
     const int64_t end = begin + steps;
     if (neighbours.halo_in) {
       const int64_t needed = smaller(end + lane_count, line_steps);
@@ -577,10 +665,10 @@ static void sweep_rows(const Problem<IO, T>& problem, int64_t image, int64_t ban
       }
     }
     pack(problem.input, in_start, lanes, channels, begin, steps, problem.weights.bias, scratch.packed);
+    solve_steps<T, kVectors>(problem.weights, shape, steps, scratch.state + begin * step_state, step_state, lane_stride,
+                             scratch.taps, tap_count, scratch.packed, scratch.rest);
     for (int64_t s = 0; s < steps; ++s) {
       T* state = scratch.state + (begin + s) * step_state;
-      solve_step<T, kVectors>(problem.weights, shape, state, lane_stride, scratch.taps, tap_count,
-                              scratch.packed + s * channels * lane_count, scratch.rest);
       // Beyond the image the recurrence goes on by itself; what it leaves must not reach the gradient.
       if (begin + s < lanes.all_first || begin + s >= lanes.all_last) {
         for (int64_t l = 0; l < lane_count; ++l) {
@@ -611,11 +699,12 @@ static void sweep_rows(const Problem<IO, T>& problem, int64_t image, int64_t ban
   subtract_sums(scratch.state, channels, lane_stride, step_state, line_steps, lane_count, gradients.bias);
   for (int64_t t = 0; t <= tap_count; ++t) {
     const ptrdiff_t source = t < tap_count ? scratch.taps[t].source : 0;
-    const Span<T> span{scratch.state + source, scratch.other};
-    outer_sums(&span, 1, line_steps, kVectors, channels, lane_stride, step_state,
-               static_cast<ptrdiff_t>(lane_count), static_cast<ptrdiff_t>(channels * lane_count),
-               gradients.weight + t * channels * channels);
+    scratch.spans[t] = {scratch.state + source, scratch.other};
+    scratch.tap_spans[t] = {&scratch.spans[t], 1, line_steps};
   }
+  outer_sums<T, kVectors>(scratch.tap_spans, tap_count + 1, channels,
+                          {lane_stride, step_state, lane_count, static_cast<ptrdiff_t>(channels * lane_count)},
+                          gradients.weight);
 }
 
 // ---------------------------------------------------------------------------------------------- entry points

@@ -1,0 +1,155 @@
+// The CUDA implementation of the operators: device guard, current stream, memory from the caching allocator (so that
+// a graph can be captured), launches checked. Built with the host compiler, against torch's stable ABI alone.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <tuple>
+
+#include "../checks.h"
+#include "launch.h"
+
+namespace inverse_flow {
+namespace {
+
+ElementType element_type(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+      return ElementType::kDouble;
+    case ScalarType::BFloat16:
+      return ElementType::kBFloat16;
+    case ScalarType::Half:
+      return ElementType::kHalf;
+    default:
+      return ElementType::kFloat;
+  }
+}
+
+void check_launch(const char* error) { STD_TORCH_CHECK(error == nullptr, "inverse_flow: CUDA: ", error); }
+
+void check_same_device(const Tensor& a, const Tensor& b, const char* what) {
+  STD_TORCH_CHECK(a.is_cuda() && b.is_cuda() && a.get_device_index() == b.get_device_index(), "inverse_flow: ", what,
+                  " must be on the images' GPU");
+}
+
+void* current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return stream;
+}
+
+DeviceLimits current_limits() {
+  DeviceLimits limits{};
+  check_launch(device_limits(limits));
+  return limits;
+}
+
+Tensor new_bytes(const Tensor& like, int64_t bytes) {
+  return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+}
+
+// Solves, with the device guarded by the caller. `state`, when asked for, receives x in the state type: `output` itself
+// if that is of the state type, else a contiguous tensor.
+Tensor run_solve(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                 const std::vector<int64_t>& orders, const Shape& shape, const DeviceLimits& limits, Tensor* state) {
+  Tensor output = torch::stable::empty_like(input);
+  const ScalarType type = input.scalar_type();
+  const ScalarType wide_type = state_type(type);
+  const int64_t state_bytes = element_bytes(element_type(wide_type));
+  SolvePlan plan{};
+  STD_TORCH_CHECK(plan_solve(shape, state_bytes, limits, plan), "inverse_flow: ", shape.channels,
+                  " channels a group are more than fit this GPU's shared memory (", limits.shared_bytes, " bytes)");
+
+  const bool is_half = type != wide_type;
+  const Tensor weight_memory = torch::stable::contiguous(weight);
+  std::optional<Tensor> bias_memory;
+  if (bias.has_value()) bias_memory = torch::stable::contiguous(*bias);
+  std::optional<Tensor> wide;
+  if (is_half && (state != nullptr || state_needed(plan, is_half))) {
+    wide = torch::stable::new_empty(input, {shape.batch, shape.groups * shape.channels, shape.height, shape.width},
+                                    wide_type);
+  }
+  std::optional<Tensor> workspace;
+  const SolveWorkspace parts = solve_workspace(shape, plan, state_bytes);
+  if (parts.bytes > 0) workspace = new_bytes(input, parts.bytes);
+
+  SolveProblem problem{};
+  problem.shape = shape;
+  problem.orders = orders.data();
+  problem.image_type = element_type(type);
+  problem.input = input.const_data_ptr();
+  problem.input_strides = strides_of(input);
+  problem.output = output.mutable_data_ptr();
+  problem.output_strides = strides_of(output);
+  problem.weight = weight_memory.const_data_ptr();
+  problem.bias = bias_memory.has_value() ? bias_memory->const_data_ptr() : nullptr;
+  problem.weight_type = element_type(weight.scalar_type());
+  problem.state = wide.has_value() ? wide->mutable_data_ptr() : nullptr;
+  problem.workspace = workspace.has_value() ? workspace->mutable_data_ptr() : nullptr;
+  check_launch(launch_solve(problem, plan, current_stream(input)));
+  if (state != nullptr) *state = is_half ? *wide : output;
+  return output;
+}
+
+Tensor solve(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, std::vector<int64_t> orders,
+             int64_t corner, bool transposed) {
+  const Shape shape = check_problem(input, weight, bias, orders, corner, transposed);
+  check_same_device(input, weight, "the weight");
+  if (bias.has_value()) check_same_device(input, *bias, "the bias");
+  const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
+  if (shape.batch == 0) return torch::stable::empty_like(input);
+  return run_solve(input, weight, bias, orders, shape, current_limits(), nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor> solve_backward(const Tensor& grad_output, const Tensor& output, const Tensor& weight,
+                                                  std::vector<int64_t> orders, int64_t corner, bool transposed) {
+  check_same_images(grad_output, output);
+  const Shape shape = check_problem(output, weight, std::nullopt, orders, corner, transposed);
+  check_same_device(output, grad_output, "grad_output");
+  check_same_device(output, weight, "the weight");
+  const torch::stable::accelerator::DeviceGuard guard(output.get_device_index());
+  const int64_t channels = shape.groups * shape.channels;
+  const std::initializer_list<int64_t> weight_sizes{channels, shape.channels, shape.kernel_h, shape.kernel_w};
+  if (shape.batch == 0) {
+    return {torch::stable::empty_like(grad_output), torch::stable::new_zeros(weight, weight_sizes),
+            torch::stable::new_zeros(weight, {channels})};
+  }
+  Tensor weight_gradient = torch::stable::new_empty(weight, weight_sizes);
+  Tensor bias_gradient = torch::stable::new_empty(weight, {channels});
+
+  // u = A^-T grad_output (A^-1 for a transposed solve) is the gradient of the input.
+  const DeviceLimits limits = current_limits();
+  Shape adjoint_shape = shape;
+  adjoint_shape.transposed = !transposed;
+  Tensor adjoint = output;
+  Tensor grad_input = run_solve(grad_output, weight, std::nullopt, orders, adjoint_shape, limits, &adjoint);
+
+  const ScalarType wide_type = state_type(output.scalar_type());
+  const GradientPlan plan = plan_weight_gradient(shape, element_bytes(element_type(wide_type)), limits);
+  Tensor workspace = torch::stable::new_empty(weight, {gradient_workspace_elements(shape, plan)}, wide_type);
+  GradientProblem problem{};
+  problem.shape = shape;
+  problem.orders = orders.data();
+  problem.output_type = element_type(output.scalar_type());
+  problem.output = output.const_data_ptr();
+  problem.output_strides = strides_of(output);
+  problem.adjoint_type = element_type(wide_type);
+  problem.adjoint = adjoint.const_data_ptr();
+  problem.adjoint_strides = strides_of(adjoint);
+  problem.weight_type = element_type(weight.scalar_type());
+  problem.weight_gradient = weight_gradient.mutable_data_ptr();
+  problem.bias_gradient = bias_gradient.mutable_data_ptr();
+  problem.workspace = workspace.mutable_data_ptr();
+  check_launch(launch_gradient(problem, plan, current_stream(output)));
+  return {grad_input, weight_gradient, bias_gradient};
+}
+
+}  // namespace
+}  // namespace inverse_flow
+
+STABLE_TORCH_LIBRARY_IMPL(inverse_flow, CUDA, m) {
+  m.impl("solve", TORCH_BOX(&inverse_flow::solve));
+  m.impl("solve_backward", TORCH_BOX(&inverse_flow::solve_backward));
+}

@@ -1,0 +1,82 @@
+// What the binding calls: plain data in, an error text or null out. No torch and no CUDA header on this side.
+#pragma once
+
+#include <cstdint>
+
+#include "../params.h"
+#include "element_type.h"
+#include "plan.h"
+
+namespace inverse_flow {
+
+struct SolveProblem {
+  Shape shape;
+  const int64_t* orders;  // one a group
+  ElementType image_type;
+  const void* input;
+  Strides input_strides;
+  void* output;
+  Strides output_strides;
+  const void* weight;  // contiguous
+  const void* bias;    // contiguous, of the weight's type; may be null
+  ElementType weight_type;
+  // x in the state type, contiguous, for half-precision images when state_needed says so or the caller wants it; else
+  // null.
+  void* state;
+  void* workspace;  // solve_workspace_bytes of memory; null if that is 0
+};
+
+struct GradientProblem {
+  Shape shape;  // of the solve whose gradient this is
+  const int64_t* orders;
+  ElementType output_type;
+  const void* output;  // x
+  Strides output_strides;
+  ElementType adjoint_type;
+  const void* adjoint;  // u
+  Strides adjoint_strides;
+  ElementType weight_type;
+  void* weight_gradient;  // contiguous
+  void* bias_gradient;    // contiguous
+  void* workspace;        // gradient_workspace_bytes of memory
+};
+
+// Limits of the current device.
+const char* device_limits(DeviceLimits& limits);
+
+// Where the parts of the workspace of a solve begin.
+struct SolveWorkspace {
+  int64_t matrices;
+  int64_t scratch;
+  int64_t folded;
+  int64_t bytes;  // 0 when the blocks fold for themselves
+};
+
+inline SolveWorkspace solve_workspace(const Shape& shape, const SolvePlan& plan, int64_t state_bytes) {
+  if (plan.fold_in_block) return {0, 0, 0, 0};
+  const int64_t inverses = shape.corner == kIdentity || plan.fold_shared_bytes > 0 ? 0 : shape.groups;
+  SolveWorkspace part{};
+  part.folded = 0;
+  part.matrices = round_up(shape.groups * plan.folded_elements(shape.channels) * state_bytes, 16);
+  part.scratch = part.matrices + inverses * shape.channels * shape.channels * 8;
+  part.bytes = part.scratch + inverses * inversion_scratch_bytes(shape.channels);
+  return part;
+}
+
+// Half-precision images of several tiles: the later tiles read the earlier ones unrounded.
+inline bool state_needed(const SolvePlan& plan, bool half_precision) { return half_precision && !plan.single_tile(); }
+
+inline int64_t gradient_workspace_elements(const Shape& shape, const GradientPlan& plan) {
+  const int64_t channels = shape.groups * shape.channels;
+  return plan.splits * channels * (shape.channels * shape.kernel_h * shape.kernel_w + 1);
+}
+
+const char* launch_solve(const SolveProblem& problem, const SolvePlan& plan, void* stream);
+const char* launch_gradient(const GradientProblem& problem, const GradientPlan& plan, void* stream);
+
+// The GPU architectures this module holds code for, as the compiler's list of 10 x compute capability ("800,900").
+const char* compiled_archs();
+// CUDA_VERSION of the toolkit: 1000 x major + 10 x minor.
+int compiled_cuda_version();
+
+}  // namespace inverse_flow

@@ -1,0 +1,165 @@
+// The launches of one solve, and of one gradient, in order. Written against launch_kernel, which stands in
+// launch_kernel.cuh for the GPU and in the emulation for the CPU: so the tests run this very code.
+#pragma once
+
+#include "launch.h"
+#include "weight_gradient.cuh"
+
+#ifdef __CUDACC__
+#include "launch_kernel.cuh"
+#endif
+
+namespace inverse_flow {
+
+// The limits of gridDim.x and gridDim.z.
+constexpr int64_t kMaxGridX = 2147483647;
+constexpr int64_t kMaxGridZ = 65535;
+// Blocks of x of the launch that adds up the gradients: enough to fill a GPU from one group.
+constexpr int64_t kCombineBlocks = 512;
+
+// Calls body(first group, groups, their orders), chunk by chunk, until an error.
+template <typename Body>
+const char* for_each_group_chunk(const Shape& shape, const int64_t* orders, Body body) {
+  const char* error = nullptr;
+  int64_t groups = 0;
+  for (int64_t first = 0; first < shape.groups && error == nullptr; first += groups) {
+    const GroupOrders chunk = group_orders(orders, first, shape.groups, groups);
+    error = body(first, groups, chunk);
+  }
+  return error;
+}
+
+inline Strides contiguous_strides(const Shape& shape) {
+  return {shape.groups * shape.channels * shape.height * shape.width, shape.height * shape.width, shape.width, 1};
+}
+
+// In fold_launch.cu, once for all image types.
+const char* launch_fold(const FoldArguments<float>& args, int64_t groups, int threads, void* stream);
+const char* launch_fold(const FoldArguments<double>& args, int64_t groups, int threads, void* stream);
+
+template <typename Element>
+const char* run_solve(const SolveProblem& problem, const SolvePlan& plan, void* stream) {
+  using State = typename StateOf<Element>::Type;
+  constexpr int kPack = 16 / sizeof(State);
+  const Shape& shape = problem.shape;
+  const SolveWorkspace parts = solve_workspace(shape, plan, sizeof(State));
+  unsigned char* const workspace = static_cast<unsigned char*>(problem.workspace);
+
+  SolveArguments<Element> args{};
+  args.shape = shape;
+  args.plan = plan;
+  args.input = static_cast<const Element*>(problem.input);
+  args.input_strides = problem.input_strides;
+  args.output = static_cast<Element*>(problem.output);
+  args.output_strides = problem.output_strides;
+  if constexpr (sizeof(Element) == sizeof(State)) {
+    args.state = args.output;
+    args.state_strides = problem.output_strides;
+  } else {
+    args.state = static_cast<State*>(problem.state);
+    args.state_strides = contiguous_strides(shape);
+    args.write_state = args.state != nullptr;
+  }
+  args.weight = problem.weight;
+  args.bias = problem.bias;
+  args.weight_type = problem.weight_type;
+  if (!plan.fold_in_block) args.folded = reinterpret_cast<const State*>(workspace + parts.folded);
+
+  void (*kernel)(SolveArguments<Element>) = solve_kernel<Element, kPack, false>;
+  if (plan.weights_in_shared) {
+    kernel = plan.pack == 1 ? solve_kernel<Element, 1, true> : solve_kernel<Element, kPack, true>;
+  }
+
+  return for_each_group_chunk(
+      shape, problem.orders, [&](int64_t first_group, int64_t groups, const GroupOrders& orders) -> const char* {
+        args.first_group = first_group;
+        args.orders = orders;
+        if (!plan.fold_in_block) {
+          FoldArguments<State> fold{shape,
+                                    plan,
+                                    orders,
+                                    first_group,
+                                    problem.weight,
+                                    problem.weight_type,
+                                    reinterpret_cast<double*>(workspace + parts.matrices),
+                                    reinterpret_cast<double*>(workspace + parts.scratch),
+                                    reinterpret_cast<State*>(workspace + parts.folded)};
+          const char* error = launch_fold(fold, groups, plan.fold_threads, stream);
+          if (error != nullptr) return error;
+        }
+        // A tile needs those above and to the left of it, which lie on earlier tile diagonals.
+        for (int64_t diagonal = 0; diagonal < plan.tiles_h + plan.tiles_w - 1; ++diagonal) {
+          const int64_t first_row = std::max<int64_t>(diagonal - (plan.tiles_w - 1), 0);
+          const int64_t tiles = std::min(diagonal, plan.tiles_h - 1) - first_row + 1;
+          if (tiles > kMaxGridZ) return "inverse_flow: the image is too large for this GPU's tiles";
+          args.tile_diagonal = diagonal;
+          const int64_t chunk = kMaxGridX * plan.images;
+          for (args.first_image = 0; args.first_image < shape.batch; args.first_image += chunk) {
+            const int64_t blocks = divide_up(std::min(shape.batch - args.first_image, chunk), plan.images);
+            const char* error = launch_kernel(
+                kernel, {static_cast<unsigned>(blocks), static_cast<unsigned>(groups), static_cast<unsigned>(tiles)},
+                plan.threads, plan.shared_bytes, args, stream);
+            if (error != nullptr) return error;
+          }
+        }
+        return nullptr;
+      });
+}
+
+template <typename State>
+const char* run_gradient(const GradientProblem& problem, const GradientPlan& plan, void* stream) {
+  const Shape& shape = problem.shape;
+  const int64_t channels = shape.groups * shape.channels;
+  State* const weight_partials = static_cast<State*>(problem.workspace);
+  State* const bias_partials =
+      weight_partials + plan.splits * channels * shape.channels * shape.kernel_h * shape.kernel_w;
+
+  ChannelSumArguments<State> sum{shape, problem.adjoint, problem.adjoint_strides, problem.adjoint_type, bias_partials};
+  const int64_t channels_y = std::min<int64_t>(channels, GroupOrders::kMaxGroups);
+  const int64_t channels_z = divide_up(channels, channels_y);
+  if (channels_z > kMaxGridZ) return "inverse_flow: too many channels for the gradient on this GPU";
+  const char* error = launch_kernel(
+      channel_sum_kernel<State>,
+      {static_cast<unsigned>(plan.splits), static_cast<unsigned>(channels_y), static_cast<unsigned>(channels_z)},
+      kBusyThreads, kBusyThreads * static_cast<int64_t>(sizeof(State)), sum, stream);
+  if (error != nullptr) return error;
+
+  GradientArguments<State> args{};
+  args.shape = shape;
+  args.plan = plan;
+  args.partials = weight_partials;
+  args.left = shape.transposed ? problem.output : problem.adjoint;
+  args.left_strides = shape.transposed ? problem.output_strides : problem.adjoint_strides;
+  args.left_type = shape.transposed ? problem.output_type : problem.adjoint_type;
+  args.right = shape.transposed ? problem.adjoint : problem.output;
+  args.right_strides = shape.transposed ? problem.adjoint_strides : problem.output_strides;
+  args.right_type = shape.transposed ? problem.adjoint_type : problem.output_type;
+  if (plan.blocks() > kMaxGridZ) return "inverse_flow: too many channels a group for the gradient on this GPU";
+
+  return for_each_group_chunk(
+      shape, problem.orders, [&](int64_t first_group, int64_t groups, const GroupOrders& orders) -> const char* {
+        args.first_group = first_group;
+        args.orders = orders;
+        const unsigned groups_y = static_cast<unsigned>(groups);
+        const char* failed =
+            launch_kernel(weight_gradient_kernel<State>,
+                          {static_cast<unsigned>(plan.splits), groups_y, static_cast<unsigned>(plan.blocks())},
+                          plan.threads, plan.shared_bytes, args, stream);
+        if (failed != nullptr) return failed;
+        CombineArguments<State> combine{shape,
+                                        orders,
+                                        first_group,
+                                        plan.splits,
+                                        weight_partials,
+                                        bias_partials,
+                                        problem.weight_gradient,
+                                        problem.bias_gradient,
+                                        problem.weight_type};
+        const int64_t entries = shape.channels * shape.channels * shape.kernel_h * shape.kernel_w;
+        const int64_t blocks = std::min(divide_up(entries, kBusyThreads), kCombineBlocks);
+        return launch_kernel(combine_gradients_kernel<State>, {static_cast<unsigned>(blocks), groups_y, 1},
+                             kBusyThreads, 0, combine, stream);
+      });
+}
+
+}  // namespace inverse_flow

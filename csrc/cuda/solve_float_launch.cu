@@ -1,0 +1,10 @@
+// The solve of float images: one file an image type, so that they compile side by side.
+#include "sequence.cuh"
+
+namespace inverse_flow {
+
+const char* launch_solve_float(const SolveProblem& problem, const SolvePlan& plan, void* stream) {
+  return run_solve<float>(problem, plan, stream);
+}
+
+}  // namespace inverse_flow
