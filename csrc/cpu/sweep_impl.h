@@ -51,9 +51,7 @@ INVERSE_FLOW_INLINE void accumulate(const T* state, ptrdiff_t channel_stride, co
   constexpr int64_t n = kVectorLanes<T>;
   Vector<T> sum[kOut][kVectors];
   for (int o = 0; o < kOut; ++o) {
-    for (int v = 0; v < kVectors; ++v) {
-      sum[o][v] = init ? load(init + o * (kVectors * n) + v * n) : Vector<T>{};
-    }
+    for (int v = 0; v < kVectors; ++v) sum[o][v] = Vector<T>{};
   }
   const int64_t count = kIn > 0 ? kIn : in_channels;
   for (int64_t t = 0; t < tap_count; ++t) {
@@ -68,8 +66,12 @@ INVERSE_FLOW_INLINE void accumulate(const T* state, ptrdiff_t channel_stride, co
       }
     }
   }
+  // `init` comes last: the products are often far smaller than it, and adding each to it would round each to its size.
   for (int o = 0; o < kOut; ++o) {
-    for (int v = 0; v < kVectors; ++v) store(out + o * out_stride + v * n, sum[o][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      if (init) sum[o][v] += load(init + o * (kVectors * n) + v * n);
+      store(out + o * out_stride + v * n, sum[o][v]);
+    }
   }
 }
 
@@ -306,6 +308,22 @@ static __attribute__((noinline)) void pack(const Image<const IO>& image, const p
   }
 }
 
+// Asks for the cache lines of a stretch ahead of time: one read a lane and channel is too many streams for the
+// processor to foresee.
+template <bool kWrite, class IO>
+static __attribute__((noinline)) void prefetch(const Image<IO>& image, const ptrdiff_t* start, const Lanes& lanes,
+                                               int64_t channels, int64_t begin, int64_t steps) {
+  if (image.stride.column != 1 && image.stride.column != -1) return;
+  constexpr int64_t line = 64 / sizeof(IO);
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t l = 0; l < lanes.count; ++l) {
+      if (lanes.empty(l)) continue;
+      const IO* at = image.data + start[l] + c * image.stride.channel + begin * image.stride.column;
+      for (int64_t s = 0; s < steps; s += line) __builtin_prefetch(at + s * image.stride.column, kWrite);
+    }
+  }
+}
+
 // The first `count` of eight values, without touching the memory behind them.
 template <class T, class IO>
 INVERSE_FLOW_INLINE void store_some(IO* p, Eight<T> value, int64_t skip, int64_t count) {
@@ -524,6 +542,13 @@ static void sweep_images(const Problem<IO, T>& problem, int64_t first_image, int
       for (int64_t begin = 0; begin < line_steps; begin += plan.stretch_steps) {
         const int64_t steps = smaller(plan.stretch_steps, line_steps - begin);
         pack(problem.input, in_start, lanes, channels, begin, steps, problem.weights.bias, scratch.packed);
+        prefetch<true>(problem.output, out_start, lanes, channels, begin, steps);
+        if (begin + steps < line_steps) {
+          prefetch<false>(problem.input, in_start, lanes, channels, begin + steps, steps);
+        } else if (first_row + plan.stretch_rows < shape.height) {
+          starts(problem.input.stride, first_row + plan.stretch_rows, in_start);
+          prefetch<false>(problem.input, in_start, lanes, channels, 0, steps);
+        }
         if (rows == 1) {
           solve_row(first_row, begin, begin + steps, scratch.packed);
         } else {

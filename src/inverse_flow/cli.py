@@ -21,7 +21,7 @@ def main() -> None:
             print(format_info())
             return
         sys.exit(f"inverse-flow needs {error.name} for this: pip install 'inverse-flow[train]'")
-    cli()
+    cli(prog_name="inverse-flow")
 
 
 def format_info(info: Mapping[str, Any] | None = None) -> str:

@@ -20,6 +20,7 @@ import inverse_flow
 from inverse_flow.cli import format_info
 from inverse_flow.data import load
 from inverse_flow.data.load import SOURCES
+from inverse_flow.flows.logit import DEFAULT_MARGIN
 from inverse_flow.models import InverseFlow
 from inverse_flow.training import Stop, TrainConfig, checkpoint, figures
 from inverse_flow.training import run as runs
@@ -44,8 +45,10 @@ A first run, about four minutes on two cores:
 Examples:
   inverse-flow train --out demo
   inverse-flow train --out demo --resume --minutes 10
-  inverse-flow train --data MNIST/raw --out mnist --no-flip --validation 5000 --depth 16 --minutes 600
-  inverse-flow train --data cifar-10-python.tar.gz --out cifar --depth 16 --hidden 256 --device cuda
+  inverse-flow train --data MNIST/raw --out mnist --no-flip --validation 5000 --depth 16 \\
+      --learning-rate 1e-3 --minutes 600
+  inverse-flow train --data cifar-10-python.tar.gz --out cifar --depth 16 --hidden 256 \\
+      --no-logit --learning-rate 1e-3 --minutes 600 --device cuda
 """,
     "sample": """\b
 Examples:
@@ -68,17 +71,33 @@ def cli() -> None:
     """Train, sample and evaluate normalizing flows built on the inverse of a convolution."""
 
 
+def usable_device(context: click.Context, parameter: click.Parameter, name: str) -> str:
+    """Refuses a device that PyTorch does not know or this machine does not have."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise click.BadParameter(f"PyTorch cannot compute on {name!r} here: {reason}") from error
+    return name
+
+
 def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options of every subcommand that computes."""
     for option in (
-        click.option("--device", default="cpu", show_default=True, help="Where to compute: cpu, cuda, cuda:1, …"),
+        click.option(
+            "--device",
+            default="cpu",
+            show_default=True,
+            callback=usable_device,
+            help="Where to compute: cpu, cuda, cuda:1, …",
+        ),
         click.option("--threads", type=click.IntRange(1), help="CPU threads to use.  [default: PyTorch's choice]"),
     ):
         command = option(command)
     return command
 
 
-@cli.command(epilog=EXAMPLES["train"])
+@cli.command(epilog=EXAMPLES["train"], short_help="Train a flow, measure it, draw samples.")
 @click.option("--data", "source", default="embedded", show_default=True, help=f"Images to train on: {SOURCES}.")
 @click.option(
     "--out", "folder", type=click.Path(file_okay=False, path_type=Path), default="run", show_default=True,
@@ -105,8 +124,17 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
     show_default=True,
     help="Kind of coupling.",
 )
+@click.option(
+    "--logit/--no-logit", default=True, show_default=True, help="Begin with a logit, which spreads out dark and bright."
+)
 @click.option("--batch-size", type=click.IntRange(1), default=50, show_default=True, help="Images in a step.")
-@click.option("--learning-rate", type=float, default=1e-3, show_default=True, help="Of Adam, after the warm-up.")
+@click.option(
+    "--learning-rate",
+    type=float,
+    default=1e-2,
+    show_default=True,
+    help="Of Adam, after the warm-up; less for more depth.",
+)
 @click.option(
     "--flip/--no-flip", default=True, show_default=True, help="Mirror training images at random (not for digits)."
 )
@@ -144,10 +172,11 @@ def train(
         raise click.UsageError(f"{folder / checkpoint.FILE} exists: --resume goes on from it, --fresh replaces it")
     with plain_errors():
         if resume:
-            run = runs.resume(folder, device, **resume_changes(click.get_current_context(), options))
+            content = checkpoint.load(folder)
+            changes = resume_changes(content, {**options, "source": source})
+            run = runs.resume(content, folder, device, **changes)
             console.print(f"resumed at step {run.trainer.step}, {run.trainer.seconds:.0f} s into the run")
         else:
-            options["steps_per_level"] = options.pop("depth")
             run = runs.start(source, folder, train_config(options), model_options(options), device)
         describe(run)
         with TrainingProgress(run.trainer.config, console) as progress:
@@ -162,7 +191,7 @@ def train(
     console.print(f"in {folder}: {', '.join(names)}", highlight=False, soft_wrap=True)
 
 
-@cli.command(epilog=EXAMPLES["sample"])
+@cli.command(epilog=EXAMPLES["sample"], short_help="Draw samples from a trained flow.")
 @click.argument("source", metavar="RUN", type=click.Path(exists=True, path_type=Path))
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default="samples.png", show_default=True,
               help="Picture to write.")  # fmt: skip
@@ -184,7 +213,7 @@ def sample(
     console.print(f"{count} samples in {out}", highlight=False, soft_wrap=True)
 
 
-@cli.command(epilog=EXAMPLES["evaluate"])
+@cli.command(epilog=EXAMPLES["evaluate"], short_help="Measure a trained flow beside the baseline.")
 @click.argument("source", metavar="RUN", type=click.Path(exists=True, path_type=Path))
 @click.option("--data", "data_source", help=f"{SOURCES}.  [default: the data that RUN was trained on]")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
@@ -203,7 +232,7 @@ def evaluate(source: Path, data_source: str | None, as_json: bool, device: str, 
         print_table(summary, f"{source} on {data.name}")
 
 
-@cli.command()
+@cli.command(short_help="Print versions and what this build can do.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of lines.")
 def info(as_json: bool) -> None:
     """Print versions, the CPU instruction set in use, the CUDA architectures, and why CUDA is absent."""
@@ -213,7 +242,9 @@ def info(as_json: bool) -> None:
 def model_options(options: dict[str, Any]) -> dict[str, Any]:
     """The command line's options that describe the model."""
     names = ("levels", "hidden", "kernel_size", "orders", "coupling")
-    return {"steps": options["steps_per_level"], **{name: options[name] for name in names}}
+    logit_margin = DEFAULT_MARGIN if options["logit"] else None
+    chosen = {name: options[name] for name in names}
+    return {"steps": options["depth"], "logit_margin": logit_margin, **chosen}
 
 
 def train_config(options: dict[str, Any]) -> TrainConfig:
@@ -222,15 +253,26 @@ def train_config(options: dict[str, Any]) -> TrainConfig:
     return TrainConfig(**{name: value for name, value in options.items() if name in names})
 
 
-def resume_changes(context: click.Context, options: dict[str, Any]) -> dict[str, Any]:
-    """What the command line changes in a resumed run; an option that cannot be changed is refused."""
-    given = [name for name in (*options, "source") if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
-    fixed = [name for name in given if name not in CHANGEABLE]
+def options_of(content: dict[str, Any]) -> dict[str, Any]:
+    """The command line's options as a checkpoint holds them."""
+    config = content["model_description"]["config"]
+    model = {name: config[name] for name in ("levels", "hidden", "kernel_size", "orders", "coupling")}
+    model |= {"depth": config["steps"], "logit": config["logit_margin"] is not None}
+    return {**content["train_config"], **model, "source": content["extra"]["source"]}
+
+
+def resume_changes(content: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """What the command line changes in a resumed run; a change that would make it another run is refused."""
+    context = click.get_current_context()
+    before = options_of(content)
+    given = [name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    changed = [name for name in given if options[name] != before[name]]
+    fixed = [name for name in changed if name not in CHANGEABLE]
     if fixed:
         flags = {parameter.name: parameter.opts[0] for parameter in context.command.params}
-        listed = ", ".join(flags[name] for name in fixed)
-        raise click.UsageError(f"a resumed run keeps what its checkpoint says: leave out {listed}")
-    return {name: options[name] for name in given}
+        kept = ", ".join(f"{flags[name]} is {before[name]}" for name in fixed)
+        raise click.UsageError(f"a resumed run keeps the settings of its checkpoint: {kept}")
+    return {name: options[name] for name in changed}
 
 
 def describe(run: runs.Run) -> None:
@@ -250,7 +292,7 @@ def describe(run: runs.Run) -> None:
 
 def print_table(summary: Summary, title: str) -> None:
     """The closing table."""
-    table = Table(title=title, show_header=False, title_justify="left")
+    table = Table(title=title, show_header=False, caption=f"on {summary.hardware}")
     table.add_column(no_wrap=True)
     table.add_column(justify="right")
     for name, value in summary.rows():
@@ -259,6 +301,7 @@ def print_table(summary: Summary, title: str) -> None:
 
 
 def use_threads(threads: int | None) -> None:
+    """Limits PyTorch's threads, if the command line does."""
     if threads is not None:
         torch.set_num_threads(threads)
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 from torch import nn
 
 from inverse_flow.conv import InverseConv2d
-from inverse_flow.flows import ActNorm, AdditiveCoupling, AffineCoupling, Compose, Conv1x1, Flow, Split, Squeeze
+from inverse_flow.flows import ActNorm, AdditiveCoupling, AffineCoupling, Compose, Conv1x1, Flow, Logit, Split, Squeeze
 from inverse_flow.flows.base import first_half
 from inverse_flow.flows.split import SplitPrior
 
@@ -37,6 +37,8 @@ class InverseFlowConfig:
             ``"alternating"``: one group that mixes all the channels, its order changing from step to step.
         coupling: ``"affine"`` or ``"additive"``.
         split_prior: ``"conditional"`` or ``"standard"``, see :class:`~inverse_flow.flows.Split`.
+        logit_margin: begin with a :class:`~inverse_flow.flows.Logit` of this margin, for images in [0, 1]; None for no
+            such layer.
         context_channels: channels of the context given to the coupling and prior networks; 0 for none.
     """
 
@@ -49,6 +51,7 @@ class InverseFlowConfig:
     orders: Orders = "four"
     coupling: Literal["affine", "additive"] = "affine"
     split_prior: SplitPrior = "conditional"
+    logit_margin: float | None = None
     context_channels: int = 0
 
     def __post_init__(self) -> None:
@@ -131,7 +134,7 @@ def build(description: Mapping[str, Any]) -> InverseFlow:
 
 
 def _layers(config: InverseFlowConfig) -> list[nn.Module]:
-    layers: list[nn.Module] = []
+    layers: list[nn.Module] = [] if config.logit_margin is None else [Logit(config.logit_margin)]
     channels = config.image_shape[0]
     for level in range(config.levels):
         layers.append(Squeeze(SQUEEZE_FACTOR))

@@ -1,0 +1,9 @@
+"""Image data sets from files on disk, and a small one inside the package. See docs/data.md."""
+
+from inverse_flow.data.cifar10 import load_cifar10
+from inverse_flow.data.embedded import load_embedded
+from inverse_flow.data.idx import load_idx_folder
+from inverse_flow.data.images import ImageData, ImageSet
+from inverse_flow.data.load import load
+
+__all__ = ["ImageData", "ImageSet", "load", "load_cifar10", "load_embedded", "load_idx_folder"]

@@ -1,0 +1,95 @@
+"""What every flow layer promises, and the few helpers that keep the promise in one way."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+Shape: TypeAlias = tuple[int, ...]
+"""The shape of one example, (C, H, W), without the batch."""
+
+
+class FlowLayer(nn.Module, ABC):
+    """A differentiable bijection z = f(x) of one example onto another, with its log-determinant.
+
+    ``forward(x, context=None) -> (z, log|det dz/dx|)`` and ``inverse(z, context=None) -> (x, log|det dx/dz|)``.
+    The log-determinant has shape (B,) even when it is zero, the dtype of the input but at least float32 (under
+    autocast too), the input's device, and the sign of the direction that was called. Results have the dtype of the
+    input. ``context`` is whatever the model is conditioned on; a layer that has no use for it ignores it.
+
+    Deriving from this class is a convenience: any module with these two methods can stand in a flow, as
+    ``inverse_flow.InverseConv2d`` does.
+    """
+
+    @abstractmethod
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Any, Tensor]:
+        """Data to latent: (z, log|det dz/dx|)."""
+
+    @abstractmethod
+    def inverse(self, z: Any, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Latent to data: (x, log|det dx/dz|)."""
+
+    def output_shape(self, shape: Shape) -> Shape:
+        """Shape of z for one x of ``shape``."""
+        return shape
+
+    def input_shape(self, shape: Shape) -> Shape:
+        """Shape of x for one z of ``shape``."""
+        return shape
+
+
+def output_shape(layer: nn.Module, shape: Shape) -> Shape:
+    """Shape of ``layer(x)`` for one example; a layer that does not say keeps the shape."""
+    return layer.output_shape(shape) if hasattr(layer, "output_shape") else shape  # type: ignore[operator]
+
+
+def input_shape(layer: nn.Module, shape: Shape) -> Shape:
+    """Shape of ``layer.inverse(z)`` for one example; a layer that does not say keeps the shape."""
+    return layer.input_shape(shape) if hasattr(layer, "input_shape") else shape  # type: ignore[operator]
+
+
+def logdet_dtype(dtype: torch.dtype) -> torch.dtype:
+    """A log-determinant adds thousands of terms, so it is never kept in half precision."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def zero_logdet(x: Tensor) -> Tensor:
+    """(B,) zeros for the batch ``x``."""
+    return x.new_zeros(x.shape[0], dtype=logdet_dtype(x.dtype))
+
+
+def expand_logdet(logdet: Tensor, x: Tensor) -> Tensor:
+    """One log-determinant, the same for every example of ``x``, as (B,)."""
+    return logdet.to(logdet_dtype(x.dtype)).expand(x.shape[0])
+
+
+def sum_example(values: Tensor) -> Tensor:
+    """(B, ...) to (B,): the sum over everything but the batch."""
+    return values.flatten(1).sum(1)
+
+
+def check_floating(layer: nn.Module, x: Tensor) -> None:
+    """Refuses what is not a tensor of floating-point numbers."""
+    name = type(layer).__name__
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} expects a tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} expects floating-point images, got {x.dtype}; dequantize or convert them first")
+
+
+def check_images(layer: nn.Module, x: Tensor, channels: int | None = None) -> None:
+    """Refuses what is not a batch of floating images (B, C, H, W) with the expected number of channels."""
+    check_floating(layer, x)
+    name = type(layer).__name__
+    if x.dim() != 4:
+        raise ValueError(f"{name} expects images (B, C, H, W), got shape {tuple(x.shape)}")
+    if channels is not None and x.shape[1] != channels:
+        raise ValueError(f"{name} was built for {channels} channels, got images of shape {tuple(x.shape)}")
+
+
+def first_half(channels: int) -> int:
+    """Channels in the first half; it gets the odd one."""
+    return (channels + 1) // 2

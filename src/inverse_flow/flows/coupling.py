@@ -1,0 +1,113 @@
+"""Additive and affine coupling."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from inverse_flow.flows.base import FlowLayer, check_images, first_half, logdet_dtype, sum_example, zero_logdet
+from inverse_flow.flows.conditioner import ConvNet
+
+# The largest |log scale| of an affine coupling and of a split's prior: a scale lies in [e⁻², e²] ≈ [0.14, 7.4], so that
+# one layer can stretch or shrink by no more than that, whatever its network puts out.
+MAX_LOG_SCALE = 2.0
+
+
+def bound_log_scale(raw: Tensor, limit: float = MAX_LOG_SCALE) -> Tensor:
+    """limit · tanh(raw / limit): slope 1 at zero, never beyond ±limit."""
+    return limit * torch.tanh(raw / limit)
+
+
+class _Coupling(FlowLayer):
+    """Splits the channels, x = (x₁, x₂), and changes x₂ as the conditioner of x₁ says; x₁ goes through untouched."""
+
+    parameters_per_value: int
+
+    def __init__(
+        self,
+        channels: int,
+        hidden: int = 64,
+        *,
+        context_channels: int = 0,
+        conditioner: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        if channels < 2:
+            raise ValueError(f"a coupling needs at least 2 channels to split, got {channels}")
+        self.channels = channels
+        self.kept = first_half(channels)
+        self.changed = channels - self.kept
+        out_channels = self.parameters_per_value * self.changed
+        self.conditioner = conditioner or ConvNet(self.kept, hidden, out_channels, context_channels=context_channels)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}"
+
+    def _condition(self, x1: Tensor, context: Tensor | None) -> Tensor:
+        """The conditioner's output, in at least float32 even when the network itself ran in half precision."""
+        parameters = self.conditioner(x1, context)
+        expected = (x1.shape[0], self.parameters_per_value * self.changed, *x1.shape[2:])
+        if parameters.shape != expected:
+            raise ValueError(f"the conditioner must give {expected}, got {tuple(parameters.shape)}")
+        result: Tensor = parameters.to(logdet_dtype(x1.dtype))
+        return result
+
+    def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        check_images(self, x, self.channels)
+        return x[:, : self.kept], x[:, self.kept :]
+
+
+class AdditiveCoupling(_Coupling):
+    """z₁ = x₁, z₂ = x₂ + t(x₁); log-determinant 0 (Dinh, Krueger & Bengio, "NICE", 2014).
+
+    Args:
+        channels: C ≥ 2 of the images; the first ⌈C/2⌉ are x₁.
+        hidden: width of the default conditioner, a :class:`ConvNet`.
+        context_channels: channels of the context that the default conditioner takes.
+        conditioner: a module of your own instead: ``conditioner(x1, context) -> t`` of shape (B, ⌊C/2⌋, H, W).
+    """
+
+    parameters_per_value = 1
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x1, x2 = self._halves(x)
+        z2 = x2 + self._condition(x1, context)
+        return torch.cat((x1, z2.to(x.dtype)), dim=1), zero_logdet(x)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        z1, z2 = self._halves(z)
+        x2 = z2 - self._condition(z1, context)
+        return torch.cat((z1, x2.to(z.dtype)), dim=1), zero_logdet(z)
+
+
+class AffineCoupling(_Coupling):
+    """z₁ = x₁, z₂ = x₂ · exp(s(x₁)) + t(x₁); log-determinant Σ s (Dinh, Sohl-Dickstein & Bengio, "Real NVP", 2016).
+
+    s = m·tanh(r/m) of the conditioner's raw output r, with m = ``MAX_LOG_SCALE`` = 2: every scale lies in
+    [e⁻², e²] in both directions.
+
+    Args:
+        channels: C ≥ 2 of the images; the first ⌈C/2⌉ are x₁.
+        hidden: width of the default conditioner, a :class:`ConvNet`.
+        context_channels: channels of the context that the default conditioner takes.
+        conditioner: a module of your own instead: ``conditioner(x1, context)`` gives t and r, stacked along the
+            channels: (B, 2·⌊C/2⌋, H, W).
+    """
+
+    parameters_per_value = 2
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x1, x2 = self._halves(x)
+        shift, log_scale = self._shift_and_log_scale(x1, context)
+        z2 = x2 * log_scale.exp() + shift
+        return torch.cat((x1, z2.to(x.dtype)), dim=1), sum_example(log_scale)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        z1, z2 = self._halves(z)
+        shift, log_scale = self._shift_and_log_scale(z1, context)
+        x2 = (z2 - shift) * (-log_scale).exp()
+        return torch.cat((z1, x2.to(z.dtype)), dim=1), -sum_example(log_scale)
+
+    def _shift_and_log_scale(self, x1: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        shift, raw = self._condition(x1, context).chunk(2, dim=1)
+        return shift, bound_log_scale(raw)

@@ -1,0 +1,37 @@
+"""A fixed permutation of the channels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from inverse_flow.flows.base import FlowLayer, check_images, zero_logdet
+
+
+class Permute(FlowLayer):
+    """z[:, i] = x[:, permutation[i]]; log-determinant 0.
+
+    Args:
+        permutation: the channels' new order, such as ``range(C - 1, -1, -1)`` or ``torch.randperm(C)``.
+    """
+
+    permutation: Tensor
+    inverse_permutation: Tensor
+
+    def __init__(self, permutation: Sequence[int] | Tensor) -> None:
+        super().__init__()
+        order = torch.as_tensor(permutation if isinstance(permutation, Tensor) else list(permutation))
+        if order.dim() != 1 or sorted(order.tolist()) != list(range(len(order))):
+            raise ValueError(f"a permutation names each of the channels 0 … C-1 once, got {order.tolist()}")
+        self.register_buffer("permutation", order)
+        self.register_buffer("inverse_permutation", order.argsort())
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        check_images(self, x, len(self.permutation))
+        return x[:, self.permutation], zero_logdet(x)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        check_images(self, z, len(self.permutation))
+        return z[:, self.inverse_permutation], zero_logdet(z)

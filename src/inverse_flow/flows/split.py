@@ -1,0 +1,99 @@
+"""Factoring out half of the channels between two scales."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from inverse_flow.flows.base import (
+    FlowLayer,
+    Shape,
+    check_images,
+    first_half,
+    logdet_dtype,
+    sum_example,
+    zero_logdet,
+)
+from inverse_flow.flows.conditioner import ConvNet
+from inverse_flow.flows.coupling import bound_log_scale
+
+SplitPrior: TypeAlias = Literal["conditional", "standard"]
+
+
+class Split(FlowLayer):
+    """x = (x₁, x₂) → ((x₁, ε), logdet): the first half of the channels goes on, the second becomes a latent.
+
+    ``prior="conditional"`` gives x₂ the Gaussian density N(μ(x₁), σ(x₁)²), with μ and log σ learned. It is written as
+    the bijection ε = (x₂ − μ) / σ with log-determinant −Σ log σ, so that the latents of every scale are standard
+    normal and one temperature serves them all. ``prior="standard"`` is ε = x₂. log σ is bounded by
+    ``MAX_LOG_SCALE`` as a coupling's log scale is. Source: Dinh et al., "Real NVP", 2016, section 3.6; Kingma &
+    Dhariwal, "Glow", 2018.
+
+    In a :class:`~inverse_flow.flows.Flow` the ε are collected; the method ``inverse`` takes the pair (x₁, ε).
+
+    Args:
+        channels: C ≥ 2 of the images; the first ⌈C/2⌉ go on.
+        prior: ``"conditional"`` or ``"standard"``.
+        hidden: width of the prior's network; 0 makes it one 3×3 convolution, starting at zero.
+        context_channels: channels of the context that the prior's network takes.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        prior: SplitPrior = "conditional",
+        hidden: int = 0,
+        context_channels: int = 0,
+    ) -> None:
+        super().__init__()
+        if channels < 2:
+            raise ValueError(f"a split needs at least 2 channels, got {channels}")
+        if prior not in ("conditional", "standard"):
+            raise ValueError(f'the prior of a split must be "conditional" or "standard", got {prior!r}')
+        self.channels = channels
+        self.kept = first_half(channels)
+        self.prior_net: nn.Module | None = None
+        if prior == "conditional":
+            out_channels = 2 * (channels - self.kept)
+            self.prior_net = ConvNet(self.kept, hidden, out_channels, context_channels=context_channels)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        check_images(self, x, self.channels)
+        kept, factored = x[:, : self.kept], x[:, self.kept :]
+        if self.prior_net is None:
+            return (kept, factored), zero_logdet(x)
+        mean, log_std = self._mean_and_log_std(kept, context)
+        epsilon = (factored - mean) * (-log_std).exp()
+        return (kept, epsilon.to(x.dtype)), -sum_example(log_std)
+
+    def inverse(self, z: tuple[Tensor, Tensor], context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        kept, epsilon = z
+        check_images(self, kept, self.kept)
+        check_images(self, epsilon, self.channels - self.kept)
+        if self.prior_net is None:
+            return torch.cat((kept, epsilon), dim=1), zero_logdet(kept)
+        mean, log_std = self._mean_and_log_std(kept, context)
+        factored = epsilon * log_std.exp() + mean
+        return torch.cat((kept, factored.to(kept.dtype)), dim=1), sum_example(log_std)
+
+    def output_shape(self, shape: Shape) -> Shape:
+        """Shape of what goes on."""
+        return (self.kept, *shape[1:])
+
+    def latent_shape(self, shape: Shape) -> Shape:
+        """Shape of the latent that is factored out."""
+        return (self.channels - self.kept, *shape[1:])
+
+    def input_shape(self, shape: Shape) -> Shape:
+        return (self.channels, *shape[1:])
+
+    def extra_repr(self) -> str:
+        return f'{self.channels}, prior="{"standard" if self.prior_net is None else "conditional"}"'
+
+    def _mean_and_log_std(self, kept: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert self.prior_net is not None
+        mean, raw = self.prior_net(kept, context).to(logdet_dtype(kept.dtype)).chunk(2, dim=1)
+        return mean, bound_log_scale(raw)

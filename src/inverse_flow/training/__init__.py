@@ -1,0 +1,11 @@
+"""Training, evaluation and what is reported of them. See docs/training.md.
+
+Importing this package needs PyTorch alone; the progress bar and the figures need the extra ``[train]``.
+"""
+
+from inverse_flow.training.baseline import IndependentPixels
+from inverse_flow.training.config import TrainConfig
+from inverse_flow.training.engine import Stop, Trainer
+from inverse_flow.training.metrics import bits_per_dim, dequantize, evaluate
+
+__all__ = ["IndependentPixels", "Stop", "TrainConfig", "Trainer", "bits_per_dim", "dequantize", "evaluate"]

@@ -1,0 +1,78 @@
+"""The progress of a run on the terminal."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+from inverse_flow.training.config import TrainConfig
+from inverse_flow.training.log import StepReport
+
+# Weight of the newest step in the displayed averages.
+SMOOTHING = 0.1
+
+
+class TrainingProgress:
+    """A bar with loss, bits/dim, images/s and the time left; where there is no terminal, a line an evaluation."""
+
+    def __init__(self, config: TrainConfig, console: Console | None = None) -> None:
+        self.config = config
+        self.console = console or Console()
+        self._bits: float | None = None
+        self._loss = 0.0
+        self._rate = 0.0
+        self._first: StepReport | None = None
+        self._validation = ""
+        self._bar = Progress(
+            TextColumn("step {task.fields[step]}"),
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[left]} left"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._bar.add_task("training", total=1.0, step=0, figures="starting", left="?")
+
+    def __enter__(self) -> TrainingProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def __call__(self, report: StepReport) -> None:
+        self._smooth(report)
+        if report.validation is not None:
+            self._validation = f" · validation {report.validation:.3f}"
+        figures = f"loss {self._loss:.0f} · {self._bits:.3f} bits/dim{self._validation} · {self._rate:.0f} images/s"
+        left = self.time_left(report)
+        self._bar.update(self._task, completed=self.fraction(report), step=report.step, figures=figures, left=left)
+        if not self.console.is_terminal and report.step % self.config.evaluate_every == 0:
+            self.console.print(f"step {report.step} · {figures} · {left} left", soft_wrap=True, highlight=False)
+
+    def fraction(self, report: StepReport) -> float:
+        """How much of the run is done: the larger of the shares of its steps and of its time."""
+        by_steps = report.step / self.config.steps
+        by_time = report.seconds / (60 * self.config.minutes) if self.config.minutes else 0.0
+        return min(1.0, max(by_steps, by_time))
+
+    def time_left(self, report: StepReport) -> str:
+        """Minutes and seconds to the end, at the pace since the display began."""
+        if self._first is None:
+            self._first = report
+        by_time = 60 * self.config.minutes - report.seconds if self.config.minutes is not None else float("inf")
+        steps = report.step - self._first.step
+        pace = (report.seconds - self._first.seconds) / steps if steps else float("inf")
+        seconds = max(0.0, min(by_time, pace * (self.config.steps - report.step)))
+        return "?" if seconds == float("inf") else f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
+
+    def _smooth(self, report: StepReport) -> None:
+        weight = 1.0 if self._bits is None else SMOOTHING
+        self._bits = report.bits_per_dim + (1 - weight) * ((self._bits or 0.0) - report.bits_per_dim)
+        self._loss = report.loss + (1 - weight) * (self._loss - report.loss)
+        self._rate = report.images_per_second + (1 - weight) * (self._rate - report.images_per_second)

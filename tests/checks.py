@@ -1,0 +1,186 @@
+"""What the solve must satisfy, as plain functions: the tests call them on the library, and test_teeth.py on broken
+copies of it, to show that each of them can fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inverse_flow import ops, reference
+from inverse_flow.functional import causal_conv2d, inverse_conv2d
+
+from .cases import Case
+from .tolerance import assert_accurate, assert_solves, plain_solve, state_dtype
+
+
+def clean(case: Case, weight: Tensor) -> Tensor:
+    """The weight without the NaN in entries that are not read: for arithmetic that reads them."""
+    return weight.masked_fill(case.unread(weight), 0)
+
+
+def adjoint(case: Case, weight: Tensor) -> tuple[Case, Tensor]:
+    """(case, weight) whose A is the transpose of this one's: from the opposite corner, taps and channels swapped.
+
+    An independent derivation for the plain recurrence; the dense oracle transposes the matrix itself.
+    """
+    members = case.channels // case.groups
+    effective = clean(case, weight)
+    if case.corner != "general":
+        # The transpose of a lower triangular M is upper triangular, which only a general corner can hold.
+        for group, order in enumerate(case.orders):
+            i, j = (0 if "bottom" in order else case.kernel[0] - 1, 0 if "right" in order else case.kernel[1] - 1)
+            effective[group * members : (group + 1) * members, :, i, j].diagonal().fill_(1)
+    swapped = effective.unflatten(0, (case.groups, members)).transpose(1, 2).flatten(0, 1).flip(2, 3)
+    opposite = {"top": "bottom", "bottom": "top", "left": "right", "right": "left"}
+    orders = tuple("_".join(opposite[word] for word in order.split("_")) for order in case.orders)
+    fields = {**case.__dict__, "order": orders, "corner": "general"}
+    return Case(**fields), swapped.contiguous()
+
+
+def solve(case: Case, input: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool = False) -> Tensor:
+    """The operator itself."""
+    return ops.solve(input, weight, bias, case.order_codes, case.corner_code, transposed)
+
+
+def check_value(
+    case: Case,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    transposed: bool = False,
+    found: Tensor | None = None,
+) -> None:
+    """The solve agrees with the dense float64 one, has a small residual, and leaves its arguments alone."""
+    arguments = [tensor for tensor in (input, weight, bias) if tensor is not None]
+    before = [tensor.clone() for tensor in arguments]
+    actual = solve(case, input, weight, bias, transposed) if found is None else found
+    for tensor, old in zip(arguments, before, strict=True):
+        torch.testing.assert_close(tensor, old, rtol=0, atol=0, equal_nan=True)
+
+    matrix = reference.dense_matrix(weight.double(), *input.shape[2:], **case.arguments)
+    matrix = matrix.mT if transposed else matrix
+    right = input.double() if bias is None else input.double() - bias.double().view(-1, 1, 1)
+    exact = torch.linalg.solve(matrix, right.flatten(1).mT).mT.reshape(input.shape)
+    plain_case, plain_weight = adjoint(case, weight) if transposed else (case, weight)
+    plain = plain_solve(input, plain_weight, bias, **plain_case.arguments)
+    assert_accurate(actual, plain, exact, input.dtype)
+    assert_solves(actual, plain, matrix, right)
+
+
+def check_gradients(case: Case, input: Tensor, weight: Tensor, bias: Tensor | None, grad: Tensor | None = None) -> None:
+    """The gradients agree with autograd through the dense float64 solve, and are zero for entries that are not read."""
+    if grad is None:
+        grad = torch.randn_like(input, memory_format=torch.contiguous_format)
+    names = ["input", "weight"] + ["bias"] * (bias is not None)
+
+    def gradients(function: Callable[..., Tensor], dtype: torch.dtype | None) -> tuple[Tensor, list[Tensor]]:
+        leaves = [t if dtype is None else t.to(dtype) for t in (input, weight, bias) if t is not None]
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        output = function(*leaves, **case.arguments)
+        return output.detach(), list(torch.autograd.grad(output, leaves, grad.to(output.dtype)))
+
+    _, actual = gradients(inverse_conv2d, None)
+    x, exact = gradients(reference.inverse_conv2d_dense, torch.float64)
+    _, plain = gradients(reference.inverse_conv2d, state_dtype(input.dtype))
+    u = exact[0]
+    # The gradient of the weight is a sum of products of x and u over all images and pixels, that of the bias of u.
+    ones = torch.ones_like(weight, dtype=torch.float64).requires_grad_()
+    products = causal_conv2d(x.abs(), ones, order=case.order, groups=case.groups)
+    magnitudes = [u, torch.autograd.grad(products, ones, u.abs())[0], u.abs().sum((0, 2, 3))]
+    for name, a, p, e, size, given in zip(names, actual, plain, exact, magnitudes, (input, weight, bias), strict=False):
+        assert a.isfinite().all(), f"the gradient of {name} is not finite"
+        assert_accurate(a, p.to(given.dtype), e, input.dtype, f"the gradient of {name}", size)
+    assert not actual[1][case.unread(weight)].any(), "a weight that is not read has a gradient"
+
+
+def check_layout(case: Case, layout: Callable[[Tensor], Tensor], transposed: bool = False) -> None:
+    """The values do not depend on how the input lies in memory, and the output lies as PyTorch lays it."""
+    input, weight, bias = case.tensors(torch.float32)
+    laid_out = layout(input)
+    expected = solve(case, laid_out.contiguous(), weight, bias, transposed)
+    actual = solve(case, laid_out, weight, bias, transposed)
+    check_value(case, laid_out, weight, bias, transposed, found=actual)
+    assert actual.stride() == torch.empty_like(laid_out).stride()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def check_containment(case: Case, image: int, channel: int, pixel: tuple[int, int], value: float) -> None:
+    """A NaN or infinity in one pixel reaches the pixels behind it, in its own image and group, and no others."""
+    input, weight, bias = case.tensors(torch.float32)
+    expected = solve(case, input, weight, bias)
+    spoiled = input.clone()
+    spoiled[(image, channel, *pixel)] = value
+    actual = solve(case, spoiled, weight, bias)
+    members = case.channels // case.groups
+    group = channel // members
+    order = case.orders[group]
+    rows = slice(None, pixel[0] + 1) if order.startswith("bottom") else slice(pixel[0], None)
+    columns = slice(None, pixel[1] + 1) if order.endswith("right") else slice(pixel[1], None)
+    reached = torch.zeros_like(input, dtype=torch.bool)
+    reached[image, group * members : (group + 1) * members, rows, columns] = True
+    torch.testing.assert_close(actual[~reached], expected[~reached], rtol=0, atol=0)
+    assert not actual[(image, channel, *pixel)].isfinite(), "the solution at the spoiled pixel is finite"
+
+
+def check_repeatable(case: Case, runs: int = 3) -> None:
+    """The same call gives the same bits, forward and backward."""
+
+    def once(tensors: tuple[Tensor, Tensor, Tensor | None], grad: Tensor) -> list[Tensor]:
+        x = solve(case, *tensors)
+        gradients = ops.solve_backward(grad, x, tensors[1], case.order_codes, case.corner_code, False)
+        return [x, *gradients]
+
+    tensors, grad = case.tensors(torch.float32), case.tensors(torch.float32)[0]
+    first = once(tensors, grad)
+    for _ in range(runs):
+        for a, b in zip(once(tensors, grad), first, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def check_consistent(case: Case) -> None:
+    """⟨A⁻¹ y, g⟩ = ⟨y, A⁻ᵀ g⟩, and A(A⁻¹ y) = y = A⁻¹(A y), in float64."""
+    y, weight, bias = case.tensors(torch.float64)
+    g = torch.randn_like(y)
+    x = solve(case, y, weight, None)
+    torch.testing.assert_close((x * g).sum(), (y * solve(case, g, weight, None, True)).sum(), rtol=1e-9, atol=1e-9)
+    there = causal_conv2d(inverse_conv2d(y, weight, bias, **case.arguments), weight, bias, **case.arguments)
+    back = inverse_conv2d(causal_conv2d(y, weight, bias, **case.arguments), weight, bias, **case.arguments)
+    torch.testing.assert_close(there, y, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(back, y, rtol=1e-9, atol=1e-9)
+
+
+def check_vmap(case: Case, mapped: tuple[bool, bool, bool], size: int = 3) -> None:
+    """``vmap`` over a subset of (input, weight, bias) agrees with a loop."""
+    samples = [case.tensors() for _ in range(size)]
+    in_dims = tuple(0 if is_mapped else None for is_mapped in mapped)
+    stacked = [
+        torch.stack([sample[i] for sample in samples]) if mapped[i] else samples[0][i]  # type: ignore[misc]
+        for i in range(3)
+    ]
+
+    def function(*tensors: Any) -> Tensor:
+        return inverse_conv2d(*tensors, **case.arguments)
+
+    actual = torch.func.vmap(function, in_dims)(*stacked)
+    loop = [function(*(tensor[k] if mapped[i] else tensor for i, tensor in enumerate(stacked))) for k in range(size)]
+    torch.testing.assert_close(actual, torch.stack(loop))
+
+
+def jacobian_log_det(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """log|det| of the autograd Jacobian of ``function`` at one image."""
+    jacobian = torch.autograd.functional.jacobian(lambda one: function(one[None])[0], x)
+    return torch.linalg.slogdet(jacobian.reshape(x.numel(), x.numel())).logabsdet
+
+
+def check_log_det(layer: Any, x: Tensor) -> None:
+    """Both directions' log-determinants against their Jacobians, of every image; and they cancel."""
+    z, forward = layer(x)
+    again, inverse = layer.inverse(z)
+    torch.testing.assert_close(again, x)
+    assert forward.shape == inverse.shape == (x.shape[0],)
+    for image in range(x.shape[0]):
+        torch.testing.assert_close(forward[image], jacobian_log_det(lambda t: layer(t)[0], x[image]))
+        torch.testing.assert_close(inverse[image], jacobian_log_det(lambda t: layer.inverse(t)[0], z[image]))

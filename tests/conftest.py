@@ -1,0 +1,49 @@
+"""What every test shares: a seed, one thread per worker, memory that is not zero by luck, and the devices."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator
+
+# Read by cuBLAS when it starts: deterministic algorithms need it.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import pytest
+import torch
+
+from inverse_flow import _native
+
+HAS_CUDA = not _native.cuda_absent_reason and torch.cuda.is_available()
+DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.cuda)] if HAS_CUDA else [])]
+
+# Workers of pytest-xdist share the processor; tests of threading set their own number.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Warnings are errors, but PyTorch warns of its own code when forward-mode derivatives are first used."""
+    config.addinivalue_line("filterwarnings", "ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The CPU, and the GPU where there is one and the library was built for it."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _seed(request: pytest.FixtureRequest) -> None:
+    """A seed of its own for each test, the same in every run and whichever tests run beside it."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(autouse=True)
+def _uninitialised_memory_is_nan() -> Iterator[None]:
+    """``torch.empty`` is filled with NaN, so that a result nobody wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before)

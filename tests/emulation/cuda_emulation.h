@@ -1,0 +1,309 @@
+// CUDA on the CPU, as far as the kernels of csrc/cuda need it: enough to run them, one block after the other, and to
+// catch what a GPU would not tell.
+//
+// A block's threads are fibers. A thread runs until it meets a barrier or a shuffle; who runs next is drawn from a
+// seeded generator, as is the order of the blocks. So a missing barrier makes the result depend on the seed. Shared
+// memory is allocated afresh for each block, at its exact size and full of NaN, so that AddressSanitizer sees an index
+// past its end and a read of memory that nothing wrote spoils the result. A thread that ends, or waits at another kind
+// of barrier, while others wait for it is an error.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <utility>
+#include <vector>
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#else  // the binding's test runs inside Python, without sanitizers
+inline void __sanitizer_start_switch_fiber(void**, const void*, size_t) {}
+inline void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) {}
+#endif
+
+#define __global__
+#define __device__
+#define __host__
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x = 1;
+  unsigned y = 1;
+  unsigned z = 1;
+};
+
+inline dim3 threadIdx;
+inline dim3 blockIdx;
+inline dim3 blockDim;
+inline dim3 gridDim;
+
+namespace inverse_flow::emulation {
+
+constexpr int kWarpSize = 32;
+constexpr size_t kStackBytes = 128 * 1024;
+constexpr int kPoison = 0xff;  // repeated, a NaN of every type
+
+[[noreturn]] inline void fail(const char* message) {
+  std::fprintf(stderr, "emulation: %s (block %u %u %u, thread %u)\n", message, blockIdx.x, blockIdx.y, blockIdx.z,
+               threadIdx.x);
+  std::exit(3);
+}
+
+class Block {
+ public:
+  Block(int threads, size_t shared_bytes, std::mt19937_64& random)
+      : threads_(static_cast<size_t>(threads)), warps_((threads + kWarpSize - 1) / kWarpSize), random_(random) {
+    shared_ = static_cast<unsigned char*>(std::malloc(shared_bytes));
+    std::memset(shared_, kPoison, shared_bytes);
+  }
+  ~Block() { std::free(shared_); }
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+
+  unsigned char* shared() { return shared_; }
+
+  void run(const std::function<void()>& kernel) {
+    current_ = this;
+    kernel_ = &kernel;
+    for (size_t i = 0; i < threads_.size(); ++i) {
+      prepare_fiber(i);
+      runnable_.push_back(i);
+    }
+    size_t running = threads_.size();
+    while (running > 0) {
+      if (runnable_.empty()) release_barrier(running);
+      const size_t choice = random_() % runnable_.size();
+      std::swap(runnable_[choice], runnable_.back());
+      active_ = runnable_.back();
+      runnable_.pop_back();
+      resume();
+      if (threads_[active_].waits == Wait::kDone) --running;
+    }
+    current_ = nullptr;
+  }
+
+  void block_barrier() {
+    threads_[active_].waits = Wait::kBlock;
+    leave(false);
+  }
+
+  // Deposits 8 bytes and returns, once all lanes of the warp have come, what the given lane deposited.
+  uint64_t exchange(uint64_t value, int source_lane) {
+    Warp& warp = warps_[active_ / kWarpSize];
+    const size_t first = active_ / kWarpSize * kWarpSize;
+    const size_t lanes = std::min<size_t>(threads_.size() - first, kWarpSize);
+    warp.deposited[active_ - first] = value;
+    if (++warp.arrived == lanes) {
+      warp.arrived = 0;
+      std::memcpy(warp.exchanged, warp.deposited, sizeof(warp.exchanged));
+      for (size_t i = first; i < first + lanes; ++i) {
+        threads_[i].waits = Wait::kNothing;
+        runnable_.push_back(i);
+      }
+    } else {
+      threads_[active_].waits = Wait::kWarp;
+    }
+    leave(false);
+    return warp.exchanged[source_lane];
+  }
+
+  size_t active() const { return active_; }
+  static Block& current() { return *current_; }
+
+ private:
+  enum class Wait { kNothing, kBlock, kWarp, kDone };
+  struct Thread {
+    ucontext_t context;
+    std::unique_ptr<unsigned char[]> stack;
+    void* fake_stack = nullptr;
+    Wait waits = Wait::kNothing;
+  };
+  struct Warp {
+    uint64_t deposited[kWarpSize];
+    uint64_t exchanged[kWarpSize];
+    size_t arrived = 0;
+  };
+
+  // Stacks are kept for the next block.
+  static std::vector<std::unique_ptr<unsigned char[]>>& spare_stacks() {
+    static std::vector<std::unique_ptr<unsigned char[]>> stacks;
+    return stacks;
+  }
+
+  void prepare_fiber(size_t i) {
+    Thread& thread = threads_[i];
+    auto& spare = spare_stacks();
+    if (spare.empty()) {
+      thread.stack.reset(new unsigned char[kStackBytes]);
+    } else {
+      thread.stack = std::move(spare.back());
+      spare.pop_back();
+    }
+    getcontext(&thread.context);
+    thread.context.uc_stack.ss_sp = thread.stack.get();
+    thread.context.uc_stack.ss_size = kStackBytes;
+    thread.context.uc_link = nullptr;
+    makecontext(&thread.context, &Block::fiber_main, 0);
+  }
+
+  static void fiber_main() {
+    Block& block = *current_;
+    block.arrive(nullptr);
+    (*block.kernel_)();
+    block.threads_[block.active_].waits = Wait::kDone;
+    block.leave(true);
+  }
+
+  // Scheduler to fiber.
+  void resume() {
+    Thread& thread = threads_[active_];
+    threadIdx = {static_cast<unsigned>(active_), 0, 0};
+    __sanitizer_start_switch_fiber(&scheduler_fake_stack_, thread.stack.get(), kStackBytes);
+    swapcontext(&scheduler_, &thread.context);
+    __sanitizer_finish_switch_fiber(scheduler_fake_stack_, nullptr, nullptr);
+    if (thread.waits == Wait::kDone) spare_stacks().push_back(std::move(thread.stack));
+  }
+
+  // Fiber to scheduler.
+  void leave(bool for_good) {
+    Thread& thread = threads_[active_];
+    __sanitizer_start_switch_fiber(for_good ? nullptr : &thread.fake_stack, scheduler_stack_, scheduler_stack_bytes_);
+    swapcontext(&thread.context, &scheduler_);
+    arrive(threads_[active_].fake_stack);
+  }
+
+  void arrive(void* fake_stack) {
+    __sanitizer_finish_switch_fiber(fake_stack, &scheduler_stack_, &scheduler_stack_bytes_);
+  }
+
+  // Nobody can run: that is a barrier all have reached, or a mistake.
+  void release_barrier(size_t running) {
+    size_t waiting = 0;
+    for (size_t i = 0; i < threads_.size(); ++i) waiting += threads_[i].waits == Wait::kBlock;
+    if (waiting != running || running != threads_.size()) fail("threads of a block do not meet at the same barrier");
+    for (size_t i = 0; i < threads_.size(); ++i) {
+      threads_[i].waits = Wait::kNothing;
+      runnable_.push_back(i);
+    }
+  }
+
+  static inline Block* current_ = nullptr;
+  std::vector<Thread> threads_;
+  std::vector<Warp> warps_;
+  std::mt19937_64& random_;
+  std::vector<size_t> runnable_;
+  const std::function<void()>* kernel_ = nullptr;
+  size_t active_ = 0;
+  unsigned char* shared_ = nullptr;
+  ucontext_t scheduler_;
+  void* scheduler_fake_stack_ = nullptr;
+  const void* scheduler_stack_ = nullptr;
+  size_t scheduler_stack_bytes_ = 0;
+};
+
+// What the driver sets and reads.
+struct Device {
+  std::mt19937_64 random;
+  int64_t launches = 0;
+  int64_t largest_shared_bytes = 0;
+  int64_t planted = 0;
+};
+inline Device device;
+
+}  // namespace inverse_flow::emulation
+
+// Whether to make this mistake: only in the spoilt copy of the kernels that tests the emulator itself.
+#define PLANTED(number) (inverse_flow::emulation::device.planted == (number))
+
+inline void __syncthreads() { inverse_flow::emulation::Block::current().block_barrier(); }
+
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  using inverse_flow::emulation::Block;
+  if (mask != 0xffffffffu) inverse_flow::emulation::fail("only whole warps may shuffle");
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  const int lane = static_cast<int>(Block::current().active() % inverse_flow::emulation::kWarpSize);
+  bits = Block::current().exchange(bits, lane ^ lanes);
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+namespace inverse_flow {
+
+inline unsigned char* dynamic_shared_memory() { return emulation::Block::current().shared(); }
+
+inline uint32_t float_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
+
+inline float float_from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+inline double not_a_number() { return std::nan(""); }
+
+inline float half_bits_to_float(uint16_t bits) {
+  const int exponent = (bits >> 10) & 31;
+  const int fraction = bits & 1023;
+  float value = 0;
+  if (exponent == 31) {
+    value = fraction == 0 ? INFINITY : NAN;
+  } else {
+    value = std::ldexp(static_cast<float>(exponent == 0 ? fraction : fraction + 1024), std::max(exponent, 1) - 25);
+  }
+  return (bits & 0x8000) ? -value : value;
+}
+
+inline uint16_t float_to_half_bits(float value) {
+  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  const float size = std::fabs(value);
+  if (std::isnan(value)) return 0x7fff;
+  if (size >= 65520.0f) return sign | 0x7c00;
+  int exponent = 0;
+  std::frexp(size, &exponent);  // size in [2^(exponent - 1), 2^exponent)
+  exponent = std::max(exponent, -13);
+  // In units of the last place: at most 2048, which carries over into the exponent as it should.
+  const int units = static_cast<int>(std::nearbyint(std::ldexp(size, 11 - exponent)));
+  return static_cast<uint16_t>(sign | (units < 1024 ? units : ((exponent + 13) << 10) + units));
+}
+
+// The launch_kernel of launch_kernel.cuh. The blocks of a launch run in random order.
+template <typename Arguments>
+const char* launch_kernel(void (*kernel)(Arguments), dim3 grid, int threads, int64_t shared_bytes,
+                          const Arguments& arguments, void*) {
+  emulation::Device& device = emulation::device;
+  ++device.launches;
+  device.largest_shared_bytes = std::max(device.largest_shared_bytes, shared_bytes);
+  gridDim = grid;
+  blockDim = {static_cast<unsigned>(threads), 1, 1};
+  std::vector<dim3> blocks;
+  for (unsigned z = 0; z < grid.z; ++z) {
+    for (unsigned y = 0; y < grid.y; ++y) {
+      for (unsigned x = 0; x < grid.x; ++x) blocks.push_back({x, y, z});
+    }
+  }
+  std::shuffle(blocks.begin(), blocks.end(), device.random);
+  for (const dim3& index : blocks) {
+    blockIdx = index;
+    emulation::Block block(threads, static_cast<size_t>(shared_bytes), device.random);
+    block.run([&] { kernel(arguments); });
+  }
+  return nullptr;
+}
+
+}  // namespace inverse_flow

@@ -1,0 +1,246 @@
+// Runs one case of csrc/cuda on the emulator: driver CASE RESULT. CASE is a text header ("key value ..." lines up to
+// "end") followed by raw arrays; RESULT gets the raw outputs, one set a seed. The plan and what was launched go to
+// standard output as "key value" lines. See test_emulation.py for the other side.
+#include "fold_launch.cu"
+#include "gradient_launch.cu"
+#include "solve_double_launch.cu"
+#include "solve_float_launch.cu"
+#ifndef EMULATE_FLOAT_AND_DOUBLE_ONLY  // the planted bugs need no more, and build faster
+#include "solve_bfloat16_launch.cu"
+#include "solve_half_launch.cu"
+#endif
+
+#include <fstream>
+#include <iostream>
+#include <map>
+#include <sstream>
+#include <string>
+
+namespace {
+
+using namespace inverse_flow;
+using Bytes = std::unique_ptr<unsigned char[]>;
+
+struct Case {
+  std::map<std::string, std::vector<int64_t>> numbers;
+  std::ifstream file;
+
+  int64_t get(const std::string& key) const { return list(key).at(0); }
+  const std::vector<int64_t>& list(const std::string& key) const {
+    const auto found = numbers.find(key);
+    if (found == numbers.end()) {
+      std::cerr << "driver: the case has no " << key << "\n";
+      std::exit(2);
+    }
+    return found->second;
+  }
+  Strides strides(const std::string& key) const {
+    const auto& s = list(key);
+    return {s.at(0), s.at(1), s.at(2), s.at(3)};
+  }
+  // Memory of exactly this size, so that the sanitizer sees its ends.
+  Bytes read(int64_t bytes) {
+    Bytes data(new unsigned char[static_cast<size_t>(bytes)]);
+    file.read(reinterpret_cast<char*>(data.get()), bytes);
+    if (!file) {
+      std::cerr << "driver: the case ends early\n";
+      std::exit(2);
+    }
+    return data;
+  }
+};
+
+Bytes poisoned(int64_t bytes) {
+  Bytes data(new unsigned char[static_cast<size_t>(bytes)]);
+  std::memset(data.get(), emulation::kPoison, static_cast<size_t>(bytes));
+  return data;
+}
+
+void write(std::ofstream& result, const Bytes& data, int64_t bytes) {
+  result.write(reinterpret_cast<const char*>(data.get()), bytes);
+}
+
+void check(const char* error) {
+  if (error == nullptr) return;
+  std::cerr << "driver: " << error << "\n";
+  std::exit(4);
+}
+
+const char* solve(const SolveProblem& problem, const SolvePlan& plan) {
+  switch (problem.image_type) {
+    case ElementType::kFloat:
+      return launch_solve_float(problem, plan, nullptr);
+    case ElementType::kDouble:
+      return launch_solve_double(problem, plan, nullptr);
+#ifndef EMULATE_FLOAT_AND_DOUBLE_ONLY
+    case ElementType::kBFloat16:
+      return launch_solve_bfloat16(problem, plan, nullptr);
+    case ElementType::kHalf:
+      return launch_solve_half(problem, plan, nullptr);
+#endif
+    default:
+      return "this build has no such image type";
+  }
+}
+
+void print(const SolvePlan& plan) {
+  std::cout << "pack " << plan.pack << "\ntile " << plan.tile_h << " " << plan.tile_w << "\ntiles " << plan.tiles_h
+            << " " << plan.tiles_w << "\nimages " << plan.images << "\nthreads " << plan.threads << "\nchannel_threads "
+            << plan.channel_threads << "\ndiagonal_threads " << plan.diagonal_threads << "\nweights_in_shared "
+            << plan.weights_in_shared << "\nfold_in_block " << plan.fold_in_block << "\nshared_bytes "
+            << plan.shared_bytes << "\n";
+}
+
+void print(const GradientPlan& plan) {
+  std::cout << "gradient_block " << plan.block_outputs << " " << plan.block_inputs << "\ngradient_window "
+            << plan.window_h << " " << plan.window_w << "\ngradient_tile " << plan.tile_h << " " << plan.tile_w
+            << "\ngradient_teams " << plan.teams << "\ngradient_threads " << plan.threads << "\ngradient_splits "
+            << plan.splits << "\ngradient_shared_bytes " << plan.shared_bytes << "\n";
+}
+
+// The conversions of element.cuh and the emulation: all halves to float, and the given floats to halves.
+template <typename Element>
+void convert(Case& input, std::ofstream& result) {
+  const int64_t count = input.get("count");
+  const Bytes data = input.read(count * 4);
+  for (uint32_t bits = 0; bits < 65536; ++bits) {
+    const float value = to_state(Element{static_cast<uint16_t>(bits)});
+    result.write(reinterpret_cast<const char*>(&value), sizeof(value));
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    Element rounded;
+    from_state(reinterpret_cast<const float*>(data.get())[i], rounded);
+    result.write(reinterpret_cast<const char*>(&rounded), sizeof(rounded));
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 3) {
+    std::cerr << "usage: driver CASE RESULT\n";
+    return 2;
+  }
+  Case input;
+  input.file.open(argv[1], std::ios::binary);
+  std::string line;
+  std::string operation;
+  while (std::getline(input.file, line) && line != "end") {
+    std::istringstream words(line);
+    std::string key;
+    words >> key;
+    if (key == "operation") {
+      words >> operation;
+      continue;
+    }
+    auto& values = input.numbers[key];
+    for (int64_t value = 0; words >> value;) values.push_back(value);
+  }
+  std::ofstream result(argv[2], std::ios::binary);
+  if (operation == "convert_half") {
+    convert<Half>(input, result);
+    return 0;
+  }
+  if (operation == "convert_bfloat16") {
+    convert<BFloat16>(input, result);
+    return 0;
+  }
+
+  const std::vector<int64_t>& orders = input.list("orders");
+  const auto image_type = static_cast<ElementType>(input.get("image_type"));
+  const auto weight_type = static_cast<ElementType>(input.get("weight_type"));
+  const bool is_half = element_bytes(image_type) == 2;
+  const ElementType state_type = image_type == ElementType::kDouble ? ElementType::kDouble : ElementType::kFloat;
+  const int64_t state_bytes = element_bytes(state_type);
+  const bool transposed = input.get("transposed") != 0;
+  Shape shape{input.get("batch"),
+              static_cast<int64_t>(orders.size()),
+              input.get("channels"),
+              input.get("height"),
+              input.get("width"),
+              input.get("kernel_h"),
+              input.get("kernel_w"),
+              static_cast<Corner>(input.get("corner")),
+              transposed};
+  const DeviceLimits limits{static_cast<int32_t>(input.get("threads_per_block")), input.get("shared_bytes"),
+                            static_cast<int32_t>(input.get("multiprocessors"))};
+  const bool is_backward = operation == "backward";
+
+  SolvePlan plan;
+  if (!plan_solve(shape, state_bytes, limits, plan)) {
+    std::cerr << "driver: no plan\n";
+    return 5;
+  }
+  print(plan);
+  const GradientPlan gradient_plan = plan_weight_gradient(shape, state_bytes, limits);
+  print(gradient_plan);
+  if (operation == "plan") return 0;
+
+  const int64_t image_bytes = element_bytes(image_type);
+  const int64_t input_bytes = input.get("input_elements") * image_bytes;
+  const int64_t output_bytes = input.get("output_elements") * image_bytes;
+  const int64_t all_channels = shape.groups * shape.channels;
+  const int64_t weight_bytes =
+      all_channels * shape.channels * shape.kernel_h * shape.kernel_w * element_bytes(weight_type);
+  const int64_t bias_bytes = all_channels * element_bytes(weight_type);
+  const Bytes y = input.read(input_bytes);
+  const Bytes weight = input.read(weight_bytes);
+  const bool has_bias = input.get("has_bias") != 0;
+  const Bytes bias = has_bias ? input.read(bias_bytes) : nullptr;
+  // The solution whose gradient is asked for; laid out as the input.
+  const Bytes x = is_backward ? input.read(input_bytes) : nullptr;
+
+  for (const int64_t seed : input.list("seeds")) {
+    emulation::device = {};
+    emulation::device.planted = input.get("planted");
+    emulation::device.random.seed(static_cast<uint64_t>(seed));
+    const Bytes output = poisoned(output_bytes);
+    const int64_t state_elements = shape.batch * all_channels * shape.height * shape.width;
+    const bool with_state = is_half && (is_backward || state_needed(plan, true));
+    const Bytes state = with_state ? poisoned(state_elements * state_bytes) : nullptr;
+    const SolveWorkspace parts = solve_workspace(shape, plan, state_bytes);
+    const Bytes workspace = poisoned(parts.bytes);
+    SolveProblem problem{};
+    problem.shape = shape;
+    // The gradient of a solve is first of all the opposite solve.
+    problem.shape.transposed = transposed != is_backward;
+    problem.orders = orders.data();
+    problem.image_type = image_type;
+    problem.input = y.get() + input.get("input_offset") * image_bytes;
+    problem.input_strides = input.strides("input_strides");
+    problem.output = output.get() + input.get("output_offset") * image_bytes;
+    problem.output_strides = input.strides("output_strides");
+    problem.weight = weight.get();
+    problem.bias = bias.get();
+    problem.weight_type = weight_type;
+    problem.state = state.get();
+    problem.workspace = workspace.get();
+    check(solve(problem, plan));
+    const int64_t solve_launches = emulation::device.launches;
+    write(result, output, output_bytes);
+    if (is_backward) {
+      const Bytes weight_gradient = poisoned(weight_bytes);
+      const Bytes bias_gradient = poisoned(bias_bytes);
+      const Bytes partials = poisoned(gradient_workspace_elements(shape, gradient_plan) * state_bytes);
+      GradientProblem gradient{};
+      gradient.shape = shape;
+      gradient.orders = orders.data();
+      gradient.output_type = image_type;
+      gradient.output = x.get() + input.get("input_offset") * image_bytes;
+      gradient.output_strides = input.strides("input_strides");
+      gradient.adjoint_type = state_type;
+      gradient.adjoint = with_state ? state.get() : problem.output;
+      gradient.adjoint_strides = with_state ? contiguous_strides(shape) : problem.output_strides;
+      gradient.weight_type = weight_type;
+      gradient.weight_gradient = weight_gradient.get();
+      gradient.bias_gradient = bias_gradient.get();
+      gradient.workspace = partials.get();
+      check(launch_gradient(gradient, gradient_plan, nullptr));
+      write(result, weight_gradient, weight_bytes);
+      write(result, bias_gradient, bias_bytes);
+    }
+    std::cout << "solve_launches " << solve_launches << "\nlaunches " << emulation::device.launches
+              << "\nlargest_shared_bytes " << emulation::device.largest_shared_bytes << "\n";
+  }
+  return 0;
+}

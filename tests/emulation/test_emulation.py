@@ -1,0 +1,460 @@
+"""The CUDA kernels, run on the CPU by the emulator, against a dense float64 solve.
+
+Every run is repeated with another order of threads and blocks, and must come out bit for bit the same.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from .emulator import (
+    BOTTOM_LEFT,
+    BOTTOM_RIGHT,
+    GENERAL,
+    IDENTITY,
+    KERNELS,
+    STORED,
+    TOP_LEFT,
+    TOP_RIGHT,
+    TYPES,
+    UNIT_ROUNDOFF,
+    UNIT_TRIANGULAR,
+    Case,
+    Data,
+    DriverError,
+    Run,
+    build,
+    compiler,
+    corner_mask,
+    decode,
+    encode,
+    exclusively,
+    execute,
+    make_data,
+    oracle_gradients,
+    oracle_solve,
+    run,
+    tap,
+)
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="the emulator needs a C++ compiler (g++, or CXX)")
+
+ALL_ORDERS = (TOP_LEFT, TOP_RIGHT, BOTTOM_LEFT, BOTTOM_RIGHT)
+
+
+def shared_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "emulation"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def worker(request: pytest.FixtureRequest) -> str:
+    """The name of the pytest-xdist worker, or "master" without one."""
+    return getattr(request.config, "workerinput", {}).get("workerid", "master")
+
+
+@pytest.fixture(scope="session")
+def driver(tmp_path_factory: pytest.TempPathFactory, worker: str) -> Path:
+    return build(shared_folder(tmp_path_factory, worker))
+
+
+def assert_close(actual: np.ndarray, expected: np.ndarray, kind: str, state_error: float) -> None:
+    """One rounding to the stored type, and an error of the recurrence relative to the largest value."""
+    size = np.abs(expected).max(initial=1.0)
+    allowed = UNIT_ROUNDOFF[kind] * np.abs(expected) * 1.01 + state_error * size
+    if kind == "half":
+        allowed = allowed + 2.0**-24  # subnormal numbers
+    worst = np.max(np.abs(actual - expected) - allowed, initial=-1.0)
+    assert worst <= 0, f"off by {worst:.3g} more than allowed, values up to {size:.3g}"  # a NaN fails too
+
+
+def state_error(case: Case) -> float:
+    return 2e-14 if case.image_type == "double" else 3e-6
+
+
+def check_solve(driver: Path, folder: Path, case: Case, seed: int = 0) -> Run:
+    data = make_data(case, seed)
+    done = run(driver, folder, case, data)
+    assert all(piece == done.raw[0] for piece in done.raw), "the result depends on the order of the threads"
+    expected = oracle_solve(case, data.y - data.bias.reshape(1, -1, 1, 1), np.nan_to_num(data.weight), case.transposed)
+    assert_close(done.outputs[0][0], expected, case.image_type, state_error(case))
+    return done
+
+
+def check_backward(driver: Path, folder: Path, case: Case, seed: int = 0) -> Run:
+    data = make_data(case, seed)
+    weight = np.nan_to_num(data.weight)
+    x = oracle_solve(case, make_data(case, seed + 1).y, weight, case.transposed)
+    if case.input_layout == "expanded":
+        x = np.broadcast_to(x[:, :, :1, :1], x.shape)
+    data.x = decode(encode(x, case.image_type), case.image_type)
+    done = run(driver, folder, case, data, "backward")
+    assert all(piece == done.raw[0] for piece in done.raw), "the result depends on the order of the threads"
+    for actual, expected, kind in zip(
+        done.outputs[0],
+        oracle_gradients(case, data.y, data.x, weight),
+        (case.image_type, case.weight_type, case.weight_type),
+        strict=True,
+    ):
+        assert_close(actual, expected, kind, state_error(case))
+    unread = np.zeros(case.weight_shape, bool)
+    for g, order in enumerate(case.orders):
+        i, j = tap(case, order, 0, 0)
+        unread[g * case.channels : (g + 1) * case.channels, :, i, j] = ~corner_mask(case)
+    assert (done.outputs[0][1][unread] == 0).all()
+    return done
+
+
+# ---- The solve ----
+
+KERNEL_SIZES = [(1, 1), (1, 3), (3, 1), (2, 2), (3, 3), (5, 4), (2, 5)]
+# (height, width): one pixel, one row, one column, smaller than the kernel, and neither square nor even.
+IMAGE_SIZES = [(1, 1), (1, 7), (6, 1), (3, 2), (5, 8)]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("corner", [IDENTITY, UNIT_TRIANGULAR, GENERAL])
+@pytest.mark.parametrize("kernel", KERNEL_SIZES)
+def test_every_kernel_image_and_corner(
+    driver: Path, tmp_path: Path, kernel: tuple[int, int], corner: int, transposed: bool
+) -> None:
+    for number, (height, width) in enumerate(IMAGE_SIZES):
+        case = Case(3, ALL_ORDERS, 1 + number, height, width, *kernel, corner=corner, transposed=transposed)
+        done = check_solve(driver, tmp_path, case, seed=number)
+        assert done.facts["solve_launches"] == [1]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("corner", [IDENTITY, UNIT_TRIANGULAR, GENERAL])
+@pytest.mark.parametrize("image_type", TYPES)
+def test_tiles(driver: Path, tmp_path: Path, image_type: str, corner: int, transposed: bool) -> None:
+    """Images that do not fit: a launch per tile diagonal, reading the earlier tiles unrounded."""
+    weight_type = "double" if image_type == "double" else "float"
+    case = Case(
+        2,
+        (BOTTOM_RIGHT, TOP_RIGHT),
+        3,
+        11,
+        9,
+        3,
+        4,
+        corner=corner,
+        transposed=transposed,
+        image_type=image_type,
+        weight_type=weight_type,
+    )
+    budget = 3000 if image_type == "double" else 1500
+    done = check_solve(driver, tmp_path, case.but(shared_bytes=budget))
+    assert done.facts["weights_in_shared"] == [1]
+    assert 2 < done.facts["tile"][0] < 9
+    tiles_h, tiles_w = done.facts["tiles"]
+    assert done.facts["solve_launches"] == [tiles_h + tiles_w - 1]
+    # Tiles smaller than the kernel, weights left in global memory, and their fold a launch of its own.
+    done = check_solve(driver, tmp_path, case.but(shared_bytes=120))
+    assert done.facts["weights_in_shared"] == [0]
+    assert done.facts["tile"][0] <= 2
+
+
+@pytest.mark.parametrize("image_type", TYPES)
+@pytest.mark.parametrize("weights", ["own type", "float"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_types(driver: Path, tmp_path: Path, image_type: str, weights: str, transposed: bool) -> None:
+    if weights == "float" and image_type == "double":
+        weights = "own type"
+    weight_type = image_type if weights == "own type" else "float"
+    case = Case(2, (TOP_RIGHT, BOTTOM_LEFT), 5, 6, 7, 3, 3, GENERAL, transposed, image_type, weight_type)
+    check_solve(driver, tmp_path, case)
+
+
+@pytest.mark.parametrize("input_layout", ["contiguous", "channels_last", "sliced", "expanded"])
+@pytest.mark.parametrize("output_layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shared_bytes", [99 * 1024, 400])
+@pytest.mark.parametrize("image_type", ["float", "half"])
+def test_layouts(
+    driver: Path, tmp_path: Path, input_layout: str, output_layout: str, shared_bytes: int, image_type: str
+) -> None:
+    case = Case(
+        2,
+        (BOTTOM_LEFT, TOP_RIGHT, TOP_LEFT),
+        4,
+        6,
+        5,
+        3,
+        3,
+        image_type=image_type,
+        input_layout=input_layout,
+        output_layout=output_layout,
+        shared_bytes=shared_bytes,
+    )
+    done = check_solve(driver, tmp_path, case)
+    assert (done.facts["tiles"] == [1, 1]) == (shared_bytes > 400)
+
+
+def test_several_images_in_a_block(driver: Path, tmp_path: Path) -> None:
+    case = Case(11, (TOP_LEFT, BOTTOM_RIGHT), 3, 4, 5, 3, 3, multiprocessors=4)
+    done = check_solve(driver, tmp_path, case)
+    images = done.facts["images"][0]
+    assert images > 1
+    assert 11 % images != 0
+
+
+@pytest.mark.parametrize("corner", [IDENTITY, UNIT_TRIANGULAR, GENERAL])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_fold_before_the_solve(driver: Path, tmp_path: Path, corner: int, transposed: bool) -> None:
+    """More channels than a block folds for itself: a launch before the solve, none for an identity corner."""
+    case = Case(2, (TOP_LEFT, BOTTOM_LEFT), 18, 3, 4, 2, 3, corner=corner, transposed=transposed)
+    done = check_solve(driver, tmp_path, case)
+    assert done.facts["weights_in_shared"] == [1]
+    assert done.facts["solve_launches"] == [1 if corner == IDENTITY else 2]
+    # A corner too large for shared memory is inverted in global memory, by a launch of its own.
+    done = check_solve(driver, tmp_path, case.but(shared_bytes=2048))
+    assert done.facts["weights_in_shared"] == [0]
+    assert done.facts["solve_launches"][0] == sum(done.facts["tiles"]) - 1 + (1 if corner == IDENTITY else 2)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_more_channels_and_pixels_than_threads(driver: Path, tmp_path: Path, transposed: bool) -> None:
+    case = Case(2, (TOP_RIGHT,), 40, 3, 3, 3, 2, GENERAL, transposed, threads_per_block=32)
+    done = check_solve(driver, tmp_path, case)
+    assert done.facts["channel_threads"] == [32]
+    case = Case(2, (TOP_RIGHT,), 6, 9, 10, 3, 3, GENERAL, transposed, threads_per_block=32)
+    done = check_solve(driver, tmp_path, case)
+    assert done.facts["diagonal_threads"] == [5]
+    assert done.facts["tiles"] == [1, 1]
+
+
+def test_large_kernel(driver: Path, tmp_path: Path) -> None:
+    for transposed in (False, True):
+        check_solve(driver, tmp_path, Case(2, (TOP_LEFT, BOTTOM_RIGHT), 2, 13, 12, 11, 11, transposed=transposed))
+        # 4 x 4 tiles, each of which reads up to nine others.
+        case = Case(1, (BOTTOM_LEFT,), 2, 13, 12, 11, 11, transposed=transposed, shared_bytes=16 * 16 + 32)
+        assert max(check_solve(driver, tmp_path, case).facts["tile"]) <= 4
+
+
+def test_depthwise_with_many_groups(driver: Path, tmp_path: Path) -> None:
+    """A pattern of orders that repeats is one launch; one that does not is cut into launches of 256 groups."""
+    repeating = Case(1, ALL_ORDERS * 80, 1, 2, 2, 2, 2, seeds=(1,))
+    assert check_solve(driver, tmp_path, repeating).facts["solve_launches"] == [1]
+    orders = tuple(int(o) for o in np.random.default_rng(5).integers(0, 4, 300))
+    assert check_solve(driver, tmp_path, repeating.but(orders=orders)).facts["solve_launches"] == [2]
+    assert check_backward(driver, tmp_path, repeating.but(orders=orders)).facts["solve_launches"] == [2]
+
+
+def test_no_bias_and_singular_corner(driver: Path, tmp_path: Path) -> None:
+    case = Case(2, (TOP_RIGHT,), 3, 4, 4, 3, 3, GENERAL, bias=False)
+    check_solve(driver, tmp_path, case)
+    data = make_data(case)
+    i, j = tap(case, TOP_RIGHT, 0, 0)
+    data.weight[2, :, i, j] = 2 * data.weight[1, :, i, j]
+    assert np.isnan(run(driver, tmp_path, case, data).outputs[0][0]).all()
+
+
+# ---- The gradients ----
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("corner", [IDENTITY, UNIT_TRIANGULAR, GENERAL])
+@pytest.mark.parametrize("kernel", KERNEL_SIZES)
+def test_gradients_of_every_kernel_image_and_corner(
+    driver: Path, tmp_path: Path, kernel: tuple[int, int], corner: int, transposed: bool
+) -> None:
+    for number, (height, width) in enumerate(IMAGE_SIZES):
+        case = Case(3, ALL_ORDERS, 5 - number, height, width, *kernel, corner=corner, transposed=transposed)
+        check_backward(driver, tmp_path, case, seed=number)
+
+
+@pytest.mark.parametrize("image_type", TYPES)
+@pytest.mark.parametrize("weights", ["own type", "float"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradient_types(driver: Path, tmp_path: Path, image_type: str, weights: str, transposed: bool) -> None:
+    if weights == "float" and image_type == "double":
+        weights = "own type"
+    weight_type = image_type if weights == "own type" else "float"
+    case = Case(2, (TOP_RIGHT, BOTTOM_LEFT), 5, 6, 7, 3, 3, GENERAL, transposed, image_type, weight_type)
+    check_backward(driver, tmp_path, case)
+
+
+@pytest.mark.parametrize("input_layout", ["channels_last", "sliced", "expanded"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradient_layouts(driver: Path, tmp_path: Path, input_layout: str, transposed: bool) -> None:
+    case = Case(2, (BOTTOM_LEFT, TOP_RIGHT), 3, 6, 5, 3, 3, transposed=transposed)
+    check_backward(driver, tmp_path, case.but(input_layout=input_layout, output_layout="channels_last"))
+
+
+def test_gradient_in_blocks(driver: Path, tmp_path: Path) -> None:
+    """More channels and taps than a block holds, tiles smaller than the image, pixels split over blocks."""
+    case = Case(3, (TOP_LEFT, BOTTOM_RIGHT), 9, 7, 9, 3, 6, threads_per_block=64, shared_bytes=3000, multiprocessors=40)
+    done = check_backward(driver, tmp_path, case)
+    assert done.facts["gradient_block"] == [8, 8]
+    assert done.facts["gradient_window"] == [1, 4]
+    assert done.facts["gradient_tile"] != [7, 9]
+    assert done.facts["gradient_splits"][0] > 1
+    done = check_backward(driver, tmp_path, Case(2, (BOTTOM_LEFT,), 2, 17, 33, 5, 5, multiprocessors=2))
+    assert done.facts["gradient_teams"][0] > 1
+
+
+# ---- What the kernels stand on ----
+
+
+@pytest.mark.parametrize("kind", ["half", "bfloat16"])
+def test_conversions(driver: Path, tmp_path: Path, kind: str) -> None:
+    random = np.random.default_rng(3)
+    values = np.concatenate(
+        [
+            random.standard_normal(2000) * 10.0 ** random.integers(-9, 9, 2000),
+            random.integers(0, 4096, 2000) * 2.0 ** random.integers(-30, 6, 2000),  # many of them halfway
+            [0.0, -0.0, np.inf, -np.inf, np.nan, 65519.0, 65520.0, 2.0**-24, 2.0**-25, 3 * 2.0**-25, 3.39e38],
+        ]
+    ).astype(np.float32)
+    text = f"operation convert_{kind}\ncount {values.size}\nend\n"
+    raw, _ = execute(driver, tmp_path, text, [values])
+    every = np.arange(65536, dtype=np.uint16).view(STORED[kind])
+    rounded = np.frombuffer(raw[65536 * 4 :], STORED[kind])
+    with np.errstate(over="ignore", invalid="ignore"):  # numpy's complaints about NaN and infinity
+        np.testing.assert_array_equal(np.frombuffer(raw[: 65536 * 4], np.float32), decode(every, kind))
+        np.testing.assert_array_equal(decode(rounded, kind), decode(encode(values, kind), kind))
+
+
+PAPER_SHAPES = [
+    (1, 28), (3, 32), (4, 14), (12, 16), (12, 32), (16, 7), (24, 8), (24, 16), (48, 4), (48, 8), (96, 4), (48, 16)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shared_kib", [99, 163, 227])
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_one_launch_for_the_shapes_of_the_paper(driver: Path, tmp_path: Path, shared_kib: int, kernel: int) -> None:
+    for channels, side in PAPER_SHAPES:
+        case = Case(
+            100, (TOP_LEFT,), channels, side, side, kernel, kernel, shared_bytes=shared_kib * 1024, multiprocessors=132
+        )
+        facts = run(driver, tmp_path, case, make_data(case), "plan").facts
+        assert facts["tiles"] == [1, 1], (channels, side)
+        assert facts["shared_bytes"][0] <= shared_kib * 1024
+        assert facts["fold_in_block"] == [int(channels <= 16)]
+        assert facts["threads"][0] % 32 == 0
+        assert facts["gradient_shared_bytes"][0] <= 48 * 1024
+
+
+def test_plans_stay_within_the_device(driver: Path, tmp_path: Path) -> None:
+    """Shared memory and threads over a grid of problems; every pixel and channel of the plan has a thread."""
+    for channels, size, kernel, image_type in itertools.product(
+        (1, 2, 13, 64, 200, 700), ((1, 1), (1, 5000), (300, 7), (256, 256)), (1, 3, 11), ("float", "double")
+    ):
+        case = Case(5, (TOP_LEFT,), channels, *size, kernel, kernel, image_type=image_type, weight_type=image_type)
+        facts = run(driver, tmp_path, case, Data(*[np.zeros(0)] * 3), "plan").facts
+        assert facts["shared_bytes"][0] <= case.shared_bytes
+        threads = facts["channel_threads"][0] * facts["diagonal_threads"][0] * facts["images"][0]
+        assert 0 < threads <= facts["threads"][0] <= 640
+        for axis in range(2):
+            tile, tiles = facts["tile"][axis], facts["tiles"][axis]
+            assert tile * (tiles - 1) < size[axis] <= tile * tiles
+        assert facts["gradient_shared_bytes"][0] <= 48 * 1024
+        assert facts["gradient_threads"][0] <= 512
+
+
+# ---- The emulator has teeth: each of these mistakes, planted in a copy of the kernels, must show ----
+
+
+PLANTED = {
+    "missing barrier": (
+        "solve.cuh",
+        "__syncthreads();  // the next diagonal reads what this one wrote",
+        "if (!PLANTED(1)) __syncthreads();",
+    ),
+    "index one past the end": (
+        "solve.cuh",
+        "const int last_row = diagonal < tile.rows ? diagonal : tile.rows - 1;",
+        "const int last_row = diagonal < tile.rows ? diagonal : tile.rows - (PLANTED(2) ? 0 : 1);",
+    ),
+    "read of unwritten memory": (  # the padding of the last pack of channels stays as it was found
+        "solve.cuh",
+        "for (int u = 0; u < kPack; ++u) packed.value[u] = z[u];",
+        """const int found = (image * plan.tile_h + row) * plan.row_stride + column;
+    for (int u = 0; u < kPack; ++u) {
+      const bool is_left = PLANTED(3) && first_output + u >= channels;
+      packed.value[u] = is_left ? x[(found * plan.channel_packs + pack) * kPack + u] : z[u];
+    }""",
+    ),
+    "missing barrier of the gradient": (
+        "weight_gradient.cuh",
+        "__syncthreads();  // the tile is complete",
+        "if (!PLANTED(4)) __syncthreads();",
+    ),
+    "missing barrier of the fold": (
+        "fold.cuh",
+        """      inversion.pivot_column[i] = matrix[i * channels + step];
+    }
+    __syncthreads();""",
+        """      inversion.pivot_column[i] = matrix[i * channels + step];
+    }
+    if (!PLANTED(5)) __syncthreads();""",
+    ),
+    "barrier that some threads skip": (
+        "solve.cuh",
+        "__syncthreads();  // z is complete",
+        "if (!PLANTED(6) || threadIdx.x != 3) __syncthreads();",
+    ),
+}
+PLANTED_CASE = Case(2, (TOP_LEFT, BOTTOM_RIGHT), 3, 5, 6, 3, 3, GENERAL, seeds=(1, 2, 3))
+
+
+@pytest.fixture(scope="session")
+def spoilt_driver(tmp_path_factory: pytest.TempPathFactory, worker: str) -> Path:
+    """The driver over a copy of the kernels that holds all the mistakes, each behind a switch of the case file."""
+    folder = shared_folder(tmp_path_factory, worker) / "spoilt"
+    copy = folder / "csrc"
+    sources = {path: path.read_text() for path in [KERNELS / "params.h", *(KERNELS / "cuda").glob("*.*")]}
+    for name, (file, right, wrong) in PLANTED.items():
+        path = KERNELS / "cuda" / file
+        assert sources[path].count(right) == 1, f"{file} no longer holds the line to spoil for {name}: {right}"
+        sources[path] = sources[path].replace(right, wrong)
+    with exclusively(folder.with_suffix(".lock")):
+        (copy / "cuda").mkdir(parents=True, exist_ok=True)
+        for path, text in sources.items():
+            target = copy / path.relative_to(KERNELS)
+            if not target.exists():
+                target.write_text(text)
+    return build(folder, copy, ("EMULATE_FLOAT_AND_DOUBLE_ONLY",))
+
+
+def test_without_a_planted_mistake_the_checks_pass(spoilt_driver: Path, tmp_path: Path) -> None:
+    check_solve(spoilt_driver, tmp_path, PLANTED_CASE)
+    check_backward(spoilt_driver, tmp_path, PLANTED_CASE)
+
+
+def test_a_missing_barrier_shows(spoilt_driver: Path, tmp_path: Path) -> None:
+    case = PLANTED_CASE.but(planted=1)
+    assert len(set(run(spoilt_driver, tmp_path, case, make_data(case)).raw)) > 1
+    with pytest.raises(AssertionError, match="depends on the order of the threads"):
+        check_solve(spoilt_driver, tmp_path, case)
+
+
+def test_an_index_one_past_the_end_shows(spoilt_driver: Path, tmp_path: Path) -> None:
+    with pytest.raises(DriverError, match="heap-buffer-overflow"):
+        check_solve(spoilt_driver, tmp_path, PLANTED_CASE.but(planted=2))
+
+
+def test_a_read_of_unwritten_memory_shows(spoilt_driver: Path, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="off by nan"):
+        check_solve(spoilt_driver, tmp_path, PLANTED_CASE.but(planted=3))
+
+
+def test_a_missing_barrier_of_the_fold_shows(spoilt_driver: Path, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError):
+        check_solve(spoilt_driver, tmp_path, PLANTED_CASE.but(planted=5))
+
+
+def test_a_missing_barrier_of_the_gradient_shows(spoilt_driver: Path, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError):
+        check_backward(spoilt_driver, tmp_path, PLANTED_CASE.but(planted=4))
+
+
+def test_threads_that_miss_a_barrier_are_an_error(spoilt_driver: Path, tmp_path: Path) -> None:
+    with pytest.raises(DriverError, match="do not meet at the same barrier"):
+        check_solve(spoilt_driver, tmp_path, PLANTED_CASE.but(planted=6))

@@ -1,0 +1,379 @@
+"""What every flow layer must satisfy. A new layer joins with one line in CASES.
+
+The checks are plain functions, so that the last tests can run them on layers broken on purpose.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from inverse_flow import InverseConv2d
+from inverse_flow.flows import (
+    ActNorm,
+    AdditiveCoupling,
+    AffineCoupling,
+    Compose,
+    Conv1x1,
+    Flow,
+    FlowLayer,
+    Logit,
+    Permute,
+    Reverse,
+    Split,
+    Squeeze,
+)
+from inverse_flow.models import InverseFlow
+
+FOUR_ORDERS = ("top_left", "top_right", "bottom_left", "bottom_right")
+CONTEXT_CHANNELS = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    make: Callable[[], nn.Module]
+    shape: tuple[int, int, int]
+    uses_context: bool = False
+    unit_interval: bool = False
+
+    def layer(self, dtype: torch.dtype = torch.float64) -> nn.Module:
+        """A layer with nothing left at its initial value, so that no term of a formula is hidden by a zero."""
+        torch.manual_seed(0)
+        layer = self.make().to(dtype)
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        return layer.eval()
+
+    def images(self, batch: int = 2, dtype: torch.dtype = torch.float64) -> Tensor:
+        draw = torch.rand if self.unit_interval else torch.randn
+        return draw(batch, *self.shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
+
+    def context(self, batch: int = 2, dtype: torch.dtype = torch.float64) -> Tensor | None:
+        if not self.uses_context:
+            return None
+        return torch.randn(batch, CONTEXT_CHANNELS, generator=torch.Generator().manual_seed(2), dtype=dtype)
+
+
+def small_flow() -> Flow:
+    return Flow([Squeeze(), ActNorm(4), Split(4, context_channels=CONTEXT_CHANNELS), Conv1x1(2)], (1, 4, 2))
+
+
+with_context = {"context_channels": CONTEXT_CHANNELS}
+
+CASES = {
+    "inverse_conv": Case(partial(InverseConv2d, 2), (2, 3, 5)),
+    "inverse_conv_plu": Case(partial(InverseConv2d, 3, (2, 3), corner="plu"), (3, 4, 3)),
+    "inverse_conv_four_orders": Case(partial(InverseConv2d, 4, groups=4, order=FOUR_ORDERS), (4, 3, 3)),
+    "actnorm": Case(partial(ActNorm, 3), (3, 3, 5)),
+    "actnorm_one_pixel": Case(partial(ActNorm, 1), (1, 1, 1)),
+    "conv1x1": Case(partial(Conv1x1, 5), (5, 3, 1)),
+    "conv1x1_one_channel": Case(partial(Conv1x1, 1), (1, 2, 3)),
+    "additive_coupling": Case(partial(AdditiveCoupling, 4, 6), (4, 3, 2)),
+    "affine_coupling": Case(partial(AffineCoupling, 4, 6), (4, 3, 2)),
+    "affine_coupling_odd": Case(partial(AffineCoupling, 5, 6), (5, 1, 3)),
+    "affine_coupling_context": Case(partial(AffineCoupling, 3, 6, **with_context), (3, 2, 3), uses_context=True),
+    "squeeze": Case(Squeeze, (3, 4, 2)),
+    "squeeze_3": Case(partial(Squeeze, 3), (1, 3, 6)),
+    "logit": Case(partial(Logit, 0.05), (2, 3, 2), unit_interval=True),
+    "permute": Case(partial(Permute, (2, 0, 1)), (3, 2, 3)),
+    "split_standard": Case(partial(Split, 3, prior="standard"), (3, 3, 2)),
+    "split_conditional": Case(partial(Split, 5), (5, 3, 2)),
+    "split_hidden_context": Case(partial(Split, 4, hidden=3, **with_context), (4, 2, 2), uses_context=True),
+    "reverse": Case(lambda: Reverse(Squeeze()), (4, 2, 3)),
+    "reverse_affine": Case(lambda: Reverse(AffineCoupling(4, 6)), (4, 2, 3)),
+    "compose": Case(lambda: Compose(Squeeze(), ActNorm(4), Conv1x1(4), AffineCoupling(4, 6)), (1, 4, 2)),
+    "flow": Case(small_flow, (1, 4, 2), uses_context=True),
+    "inverse_flow": Case(partial(InverseFlow, (1, 4, 4), levels=2, steps=1, hidden=3), (1, 4, 4)),
+}
+
+
+# Some layers give several tensors: they are compared, and differentiated, as one vector an example.
+
+
+def flat(value: Any) -> Tensor:
+    return torch.cat([part.flatten(1) for part in value], dim=1) if isinstance(value, tuple) else value.flatten(1)
+
+
+def unflat(vector: Tensor, like: Any) -> Any:
+    if not isinstance(like, tuple):
+        return vector.reshape(-1, *like.shape[1:])
+    parts = vector.split([part[0].numel() for part in like], dim=1)
+    return tuple(part.reshape(-1, *shaped.shape[1:]) for part, shaped in zip(parts, like, strict=True))
+
+
+def jacobian_logdet(function: Callable[[Tensor], Tensor], vectors: Tensor) -> Tensor:
+    """log|det| of the autograd Jacobian of each example by itself, (B,)."""
+    jacobians = [torch.autograd.functional.jacobian(lambda v: function(v[None])[0], vector) for vector in vectors]
+    return torch.stack([torch.linalg.slogdet(jacobian).logabsdet for jacobian in jacobians])
+
+
+# The checks.
+
+
+def check_round_trips(case: Case, dtype: torch.dtype, tolerance: float) -> None:
+    layer, x, context = case.layer(dtype), case.images(dtype=dtype), case.context(dtype=dtype)
+    z, forward_logdet = layer(x, context)
+    back, inverse_logdet = layer.inverse(z, context)
+    torch.testing.assert_close(back, x, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(inverse_logdet, -forward_logdet, rtol=tolerance, atol=10 * tolerance)
+
+    other = unflat(flat(x).flip(1), z)
+    data, _ = layer.inverse(other, context)
+    again, _ = layer(data, context)
+    torch.testing.assert_close(flat(again), flat(other), rtol=tolerance, atol=tolerance)
+
+
+def check_logdet_is_that_of_the_jacobian(case: Case) -> None:
+    layer, x, context = case.layer(), case.images(), case.context()
+    one = None if context is None else context[:1]
+    x[1:] *= 0.7
+    context = None if context is None else one.expand(len(x), -1)
+
+    z, logdet = layer(x, context)
+    expected = jacobian_logdet(lambda v: flat(layer(unflat(v, x), one)[0]), flat(x))
+    torch.testing.assert_close(logdet, expected, rtol=1e-9, atol=1e-9)
+
+    _, logdet = layer.inverse(z, context)
+    expected = jacobian_logdet(lambda v: flat(layer.inverse(unflat(v, z), one)[0]), flat(z))
+    torch.testing.assert_close(logdet, expected, rtol=1e-9, atol=1e-9)
+
+
+def check_types(case: Case, dtype: torch.dtype, *, autocast: bool) -> None:
+    layer = case.layer(torch.float32 if autocast else dtype)
+    x, context = case.images(batch=3, dtype=dtype), case.context(batch=3, dtype=dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        z, forward_logdet = layer(x, context)
+        back, inverse_logdet = layer.inverse(z, context)
+    assert flat(z).dtype == back.dtype == dtype
+    assert flat(z).device == back.device == x.device
+    for logdet in (forward_logdet, inverse_logdet):
+        assert logdet.shape == (3,)
+        assert logdet.dtype == torch.promote_types(dtype, torch.float32)
+        assert logdet.device == x.device
+
+
+def check_gradients(case: Case) -> None:
+    layer, x, context = case.layer(), case.images(), case.context()
+    z, _ = layer(x, context)
+    names, values = zip(*layer.named_parameters(), strict=True) if list(layer.parameters()) else ((), ())
+
+    def forward(vector: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        state = dict(zip(names, parameters, strict=True))
+        result, logdet = torch.func.functional_call(layer, state, (unflat(vector, x), context))
+        return flat(result), logdet
+
+    torch.autograd.gradcheck(forward, (flat(x).requires_grad_(), *values), fast_mode=True)
+
+    def inverse(vector: Tensor) -> tuple[Tensor, Tensor]:
+        result, logdet = layer.inverse(unflat(vector, z), context)
+        return flat(result), logdet
+
+    torch.autograd.gradcheck(inverse, (flat(z).detach().requires_grad_(),), fast_mode=True)
+
+
+def check_empty_batch(case: Case) -> None:
+    layer, x, context = case.layer(), case.images(batch=0), case.context(batch=0)
+    z, logdet = layer(x, context)
+    back, inverse_logdet = layer.inverse(z, context)
+    assert back.shape == x.shape
+    assert logdet.shape == inverse_logdet.shape == (0,)
+
+
+def check_context(case: Case) -> None:
+    layer, x = case.layer(), case.images()
+    context = torch.zeros(2, CONTEXT_CHANNELS, dtype=x.dtype)
+    z = flat(layer(x, context)[0])
+    torch.testing.assert_close(flat(layer(x, context=context)[0]), z, rtol=0, atol=0)
+    changed = flat(layer(x, context + 1)[0])
+    assert torch.equal(changed, z) != case.uses_context
+    back, _ = layer.inverse(layer(x, context + 1)[0], context=context + 1)
+    torch.testing.assert_close(back, x)
+
+
+def check_copies(case: Case) -> None:
+    layer, x, context = case.layer(), case.images(), case.context()
+    expected = flat(layer(x, context)[0])
+    torch.manual_seed(5)
+    loaded = case.make().double().eval()
+    loaded.load_state_dict(layer.state_dict())
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), loaded):
+        assert torch.equal(flat(twin(x, context)[0]), expected)
+
+
+def check_non_contiguous(case: Case) -> None:
+    layer, x, context = case.layer(), case.images(), case.context()
+    expected, expected_logdet = layer(x, context)
+    padded = torch.full((len(x), *(size + 1 for size in case.shape)), float("nan"), dtype=x.dtype)
+    strided = padded[:, :-1, :-1, :-1].copy_(x)
+    for other in (strided, x.contiguous(memory_format=torch.channels_last)):
+        z, logdet = layer(other, context)
+        torch.testing.assert_close(flat(z), flat(expected))
+        torch.testing.assert_close(logdet, expected_logdet)
+
+
+cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+@cases
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float64, 1e-12)])
+def test_round_trips(case: Case, dtype: torch.dtype, tolerance: float) -> None:
+    check_round_trips(case, dtype, tolerance)
+
+
+@cases
+def test_logdet_is_that_of_the_jacobian(case: Case) -> None:
+    check_logdet_is_that_of_the_jacobian(case)
+
+
+@cases
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_types(case: Case, dtype: torch.dtype) -> None:
+    check_types(case, dtype, autocast=False)
+
+
+@cases
+def test_types_under_autocast(case: Case) -> None:
+    check_types(case, torch.float32, autocast=True)
+
+
+@cases
+def test_gradients(case: Case) -> None:
+    check_gradients(case)
+
+
+@cases
+def test_empty_batch(case: Case) -> None:
+    check_empty_batch(case)
+
+
+@cases
+def test_context(case: Case) -> None:
+    check_context(case)
+
+
+@cases
+def test_copies(case: Case) -> None:
+    check_copies(case)
+
+
+@cases
+def test_non_contiguous(case: Case) -> None:
+    check_non_contiguous(case)
+
+
+# The checks themselves: each goes red on a layer with the fault it is there to find.
+
+
+class Scale(FlowLayer):
+    """z = x · exp(a): right, but for the fault that a subclass plants."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.tensor(0.3))
+
+    def logdet(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return (self.log_scale.to(dtype) * x[0:1].numel()).expand(x.shape[0])
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return (x * self.log_scale.exp()).to(x.dtype), self.logdet(x)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return (z * (-self.log_scale).exp()).to(z.dtype), -self.logdet(z)
+
+
+class WrongSignInInverse(Scale):
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return super().inverse(z)[0], self.logdet(z)
+
+
+class NotItsInverse(Scale):
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return super().inverse(z)[0] + 1e-3, -self.logdet(z)
+
+
+class WrongLogdetBothWays(Scale):
+    def logdet(self, x: Tensor) -> Tensor:
+        return super().logdet(x) * 0.5
+
+
+class SummedLogdet(Scale):
+    def logdet(self, x: Tensor) -> Tensor:
+        return super().logdet(x).sum()
+
+
+class LogdetInTheInputsDtype(Scale):
+    def logdet(self, x: Tensor) -> Tensor:
+        return super().logdet(x).to(x.dtype)
+
+
+class ResultInFloat64(Scale):
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return x.double() * self.log_scale.exp(), self.logdet(x)
+
+
+class NoGradientToItsParameter(Scale):
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return x * self.log_scale.detach().exp(), self.logdet(x)
+
+
+class NoEmptyBatch(Scale):
+    def logdet(self, x: Tensor) -> Tensor:
+        return (self.log_scale * x[0].numel()).expand(x.shape[0])
+
+
+class DropsTheContext(Scale):
+    """Sees the context in one direction only."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        z, logdet = super().forward(x)
+        return (z if context is None else z + context[:, :1, None, None]), logdet
+
+
+class StateOutsideItsStateDict(Scale):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden_state = torch.rand(())
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return x * self.hidden_state, self.logdet(x)
+
+
+class ReadsMemoryInOrder(Scale):
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        z, logdet = super().forward(x)
+        return torch.as_strided(z, z.shape, z.new_empty(z.shape).stride()), logdet
+
+
+@pytest.mark.parametrize(
+    ("layer", "check"),
+    [
+        (WrongSignInInverse, partial(check_round_trips, dtype=torch.float64, tolerance=1e-12)),
+        (WrongSignInInverse, check_logdet_is_that_of_the_jacobian),
+        (NotItsInverse, partial(check_round_trips, dtype=torch.float32, tolerance=2e-5)),
+        (WrongLogdetBothWays, check_logdet_is_that_of_the_jacobian),
+        (SummedLogdet, partial(check_types, dtype=torch.float32, autocast=False)),
+        (LogdetInTheInputsDtype, partial(check_types, dtype=torch.bfloat16, autocast=False)),
+        (ResultInFloat64, partial(check_types, dtype=torch.float32, autocast=True)),
+        (NoGradientToItsParameter, check_gradients),
+        (NoEmptyBatch, check_empty_batch),
+        (DropsTheContext, check_context),
+        (StateOutsideItsStateDict, check_copies),
+        (ReadsMemoryInOrder, check_non_contiguous),
+    ],
+)
+def test_checks_can_fail(layer: type[Scale], check: Callable[[Case], None]) -> None:
+    check_name = getattr(check, "func", check).__name__
+    arguments = getattr(check, "keywords", {})
+    globals()[check_name](Case(Scale, (2, 3, 2)), **arguments)
+    with pytest.raises((AssertionError, RuntimeError, IndexError)):
+        check(Case(layer, (2, 3, 2), uses_context=layer is DropsTheContext))

@@ -1,0 +1,272 @@
+"""The value of the solve: every order, corner kind, shape, dtype, batch and memory layout."""
+
+from __future__ import annotations
+
+import mmap
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from inverse_flow import ops, reference
+from inverse_flow.functional import inverse_conv2d
+
+from .cases import BATCHES, DIFFERENTIABLE, DTYPES, FEW, LAYOUTS, OVERLAPPING, SHAPES, Case
+from .checks import (
+    check_consistent,
+    check_containment,
+    check_gradients,
+    check_layout,
+    check_repeatable,
+    check_value,
+    solve,
+)
+
+TRANSPOSED = pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
+DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+@DTYPE
+@TRANSPOSED
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_value(case: Case, transposed: bool, dtype: torch.dtype, device: torch.device) -> None:
+    check_value(case, *case.tensors(dtype, device), transposed)
+
+
+@DTYPE
+@TRANSPOSED
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize(
+    "case",
+    [Case(1, 3, 5, 4, order="bottom_left"), Case(1, 4, 3, 9, (2, 2), 2, ("top_right", "top_left"), "unit_triangular")],
+    ids=str,
+)
+def test_batches(case: Case, batch: int, transposed: bool, dtype: torch.dtype, device: torch.device) -> None:
+    case = case.with_batch(batch)
+    check_value(case, *case.tensors(dtype, device), transposed)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_half_precision_images_with_float32_weights(case: Case, dtype: torch.dtype, device: torch.device) -> None:
+    tensors = case.tensors(dtype, device, weight_dtype=torch.float32)
+    check_value(case, *tensors)
+    check_gradients(case, *tensors)
+
+
+@DTYPE
+@pytest.mark.parametrize("case", [*DIFFERENTIABLE[::2], *FEW], ids=str)
+def test_gradients(case: Case, dtype: torch.dtype, device: torch.device) -> None:
+    check_gradients(case, *case.tensors(dtype, device))
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_gradients_of_every_batch(batch: int, device: torch.device) -> None:
+    case = Case(batch, 4, 4, 5, groups=2, order=("bottom_left", "top_right"), corner="unit_triangular")
+    check_gradients(case, *case.tensors(torch.float32, device))
+
+
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_the_public_function_is_the_solve(case: Case, device: torch.device) -> None:
+    tensors = case.tensors(torch.float32, device)
+    torch.testing.assert_close(inverse_conv2d(*tensors, **case.arguments), solve(case, *tensors), rtol=0, atol=0)
+
+
+def test_the_defaults_are_top_left_one_group_general_corner(device: torch.device) -> None:
+    case = Case(3, 2, 4, 5)
+    input, weight, _ = case.tensors(torch.float64, device)
+    check_value(case, input, weight, None, found=inverse_conv2d(input, weight))
+
+
+@pytest.mark.parametrize("case", [*SHAPES[::5], *FEW], ids=str)
+def test_adjoint_and_round_trips(case: Case) -> None:
+    check_consistent(case)
+
+
+@TRANSPOSED
+@pytest.mark.parametrize("case", [*FEW, Case(10, 9, 3, 17), Case(2, 17, 9, 8), Case(9, 2, 4, 5, (1, 1))], ids=str)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *OVERLAPPING])
+def test_layouts(case: Case, layout: str, transposed: bool) -> None:
+    check_layout(case, (LAYOUTS | OVERLAPPING)[layout], transposed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", [Case(10, 9, 3, 17), Case(2, 17, 9, 8)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_other_dtypes(case: Case, layout: str, dtype: torch.dtype) -> None:
+    input, weight, bias = case.tensors(dtype)
+    check_value(case, LAYOUTS[layout](input), weight, bias)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "sliced", "stepped"])
+def test_weight_and_bias_of_any_layout(layout: str) -> None:
+    case = Case(9, 3, 4, 5)
+    input, weight, bias = case.tensors(torch.float32)
+    bias = torch.stack([bias, bias])[:, :].mT[:, 0]
+    assert bias.stride() == (1,) or not bias.is_contiguous()
+    check_value(case, input, LAYOUTS[layout](weight), bias)
+    check_gradients(case, input, LAYOUTS[layout](weight), bias)
+
+
+@pytest.mark.parametrize("case", FEW, ids=str)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *OVERLAPPING])
+def test_layouts_of_the_incoming_gradient(case: Case, layout: str) -> None:
+    input, weight, bias = case.tensors(torch.float32)
+    check_gradients(case, input, weight, bias, (LAYOUTS | OVERLAPPING)[layout](torch.randn_like(input)))
+
+
+def test_the_gradient_of_a_sum_is_an_expanded_one() -> None:
+    case = Case(9, 3, 4, 5)
+    input, weight, bias = case.tensors(torch.float64)
+    inverse_conv2d(input.requires_grad_(), weight, bias).sum().backward()
+    exact = torch.autograd.grad(reference.inverse_conv2d_dense(input, weight, bias).sum(), input)[0]
+    torch.testing.assert_close(input.grad, exact)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("case", [*FEW, Case(33, 2, 3, 4), Case(1, 1, 40, 12, (3, 3))], ids=str)
+def test_a_bad_value_stays_in_its_image(case: Case, value: float) -> None:
+    for image in {0, case.batch // 2, case.batch - 1}:
+        for pixel in [(0, 0), (case.height // 2, case.width // 2), (case.height - 1, 0)]:
+            check_containment(case, image, case.channels // 2, pixel, value)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("case", [*FEW, Case(100, 6, 6, 5), Case(1, 3, 70, 20)], ids=str)
+def test_repeated_runs_are_bit_identical(case: Case, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check_repeatable(case)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+@pytest.mark.parametrize(
+    "case",
+    [*FEW, Case(50, 6, 6, 5), Case(1, 1, 70, 9), Case(3, 2, 37, 5, order="top_right"), Case(1, 2, 9, 9, groups=2)],
+    ids=str,
+)
+def test_any_number_of_threads(case: Case, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        tensors = case.tensors(torch.float32)
+        check_value(case, *tensors)
+        check_value(case, *tensors, transposed=True)
+        check_gradients(case, *tensors)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("batch", [2, 9])
+def test_pivoting(batch: int) -> None:
+    """Corner taps whose first pivots are zero."""
+    case = Case(batch, 4, 3, 4)
+    input, weight, bias = case.tensors(torch.float32)
+    weight[:, :, -1, -1] = torch.eye(4).flip(0) + 0.1 * torch.eye(4).flip(0).roll(1, 1)
+    check_value(case, input, weight, bias)
+    check_value(case, input, weight, bias, transposed=True)
+
+
+@pytest.mark.parametrize("batch", [2, 9])
+def test_solutions_that_grow(batch: int) -> None:
+    """Large taps make the solution grow by orders of magnitude; it stays as accurate as the plain recurrence's."""
+    case = Case(batch, 3, 8, 9, corner="unit_triangular")
+    input, weight, bias = case.tensors(torch.float32)
+    weight *= 5
+    assert inverse_conv2d(input, weight, bias, **case.arguments).abs().max() > 1e3
+    check_value(case, input, weight, bias)
+
+
+@pytest.mark.parametrize("batch", [2, 9])
+def test_overflow_is_infinite_or_nan_and_never_a_wrong_number(batch: int) -> None:
+    case = Case(batch, 2, 12, 12, corner="identity")
+    input, weight, bias = case.tensors(torch.float32)
+    weight *= 1e6
+    x = inverse_conv2d(input, weight, bias, **case.arguments)
+    plain = reference.inverse_conv2d(input, weight, bias, **case.arguments)
+    assert not x.isfinite().all()
+    both = x.isfinite() & plain.isfinite()
+    torch.testing.assert_close(x[both], plain[both], rtol=1e-2, atol=0)
+    # The two may overflow at slightly different pixels only.
+    assert (x.isfinite() == plain.isfinite()).float().mean() > 0.95
+
+
+def test_float16_results_beyond_its_range_become_infinite() -> None:
+    weight = torch.full((1, 1, 1, 1), 0.01)
+    x = inverse_conv2d(torch.full((9, 1, 2, 2), 1e4, dtype=torch.float16), weight)
+    assert x.dtype == torch.float16
+    assert x.isinf().all()
+
+
+@pytest.mark.parametrize("case", [Case(9, 1, 3, 8, (1, 1), bias=False), Case(2, 1, 9, 8, (1, 1), bias=False)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_half_precision_number_survives(case: Case, dtype: torch.dtype) -> None:
+    """All 65,536 bit patterns through the kernels' conversions: with M = I the solve is the identity."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)
+    pixels = case.height * case.width
+    padded = torch.cat([bits, bits[: -len(bits) % (case.batch * pixels)]])
+    values = padded.view(dtype).view(-1, 1, case.height, case.width)
+    weight = torch.ones(1, 1, 1, 1)
+    for part in values.split(case.batch):
+        x = inverse_conv2d(part, weight, corner="identity")
+        torch.testing.assert_close(x, part, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("batch", [2, 9])
+def test_rounding_to_half_precision_is_to_nearest_even(batch: int, dtype: torch.dtype) -> None:
+    """Scaled numbers, whose results need rounding, among them subnormal ones and those next to overflow."""
+    scale = torch.tensor([1.0009765625, 3.0, 0.3333, 1024.7, 1e-7, 1e-5, 60000.0, 1 + 2.0**-9])
+    y = torch.randn(batch, 8, 5, 8).to(dtype)
+    weight = torch.diag(1 / scale).view(8, 8, 1, 1)
+    inverse = torch.linalg.inv(weight.view(8, 8).double()).float().diagonal()
+    expected = (y.float() * inverse.view(1, 8, 1, 1)).to(dtype)
+    torch.testing.assert_close(inverse_conv2d(y, weight), expected, rtol=0, atol=0)
+
+
+def test_strides_beyond_2_to_the_31() -> None:
+    """Offsets need 64 bits. The memory is reserved, never touched but for the elements read."""
+    step = 2**31 + 8
+    shape, stride = (2, 2, 3, 4), (step, step // 2, 16, 1)
+    size = 4 * (sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) + 1)
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reserving memory without using it is done the Linux way")
+    reserved = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # MAP_NORESERVE
+    case = Case(*shape, order="bottom_right")
+    input, weight, bias = case.tensors(torch.float32)
+    far = torch.frombuffer(reserved, dtype=torch.float32).as_strided(shape, stride)
+    far.copy_(input)
+    torch.testing.assert_close(solve(case, far, weight, bias), solve(case, input, weight, bias), rtol=0, atol=0)
+    x = solve(case, input, weight, bias)
+    arguments = (weight, case.order_codes, case.corner_code, False)
+    for found, expected in zip(
+        (*ops.solve_backward(far, x, *arguments), *ops.solve_backward(x, far, *arguments)),
+        (*ops.solve_backward(input, x, *arguments), *ops.solve_backward(x, input, *arguments)),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def free_memory_gib() -> float:
+    """What Linux says is free for new programs."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    found = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+    return found["MemAvailable"] / 2**20
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or free_memory_gib() < 9, reason="needs 9 GiB of free memory")
+def test_more_than_2_to_the_31_elements() -> None:
+    case = Case(66, 1, 4096, 7944, (2, 2), corner="identity", order="bottom_right", bias=False)
+    one, weight, _ = case.with_batch(1).tensors(torch.float16, weight_dtype=torch.float32)
+    one = one[:, :, :8].repeat(1, 1, case.height // 8, 1)
+    images = one.expand(case.batch, -1, -1, -1)
+    assert images.numel() > 2**31
+    torch.use_deterministic_algorithms(False)  # filling 4 GiB with NaN first would double the time
+    x = solve(case, images, weight, None)
+    few = solve(case.with_batch(9), images[:9], weight, None)
+    for image in (0, 32, case.batch - 1):
+        assert torch.equal(x[image], few[0])

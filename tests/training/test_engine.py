@@ -1,0 +1,219 @@
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from inverse_flow.flows import FlowLayer, NonFiniteError
+from inverse_flow.flows.base import zero_logdet
+from inverse_flow.models import InverseFlow
+from inverse_flow.training import Stop, TrainConfig, Trainer, checkpoint
+from inverse_flow.training.log import StepReport, read_log
+
+CONFIG = TrainConfig(
+    steps=12, batch_size=4, learning_rate=3e-3, warmup_steps=5, flip=True, validation=5, evaluate_every=4
+)
+
+
+def images(count: int = 21) -> Tensor:
+    """Smooth gradients, so that there is something to learn."""
+    generator = torch.Generator().manual_seed(0)
+    slopes = torch.rand(count, 2, 1, 1, generator=generator)
+    ramp = torch.linspace(0, 1, 4)
+    return (127 * (slopes[:, :1] * ramp + slopes[:, 1:] * ramp[:, None])).byte()
+
+
+def model() -> InverseFlow:
+    torch.manual_seed(1)
+    return InverseFlow((1, 4, 4), levels=1, steps=1, hidden=4)
+
+
+def run(trainer: Trainer, interrupt_at: int | None = None) -> list[StepReport]:
+    reports: list[StepReport] = []
+
+    def on_step(report: StepReport) -> None:
+        reports.append(report)
+        if report.step == interrupt_at:
+            signal.raise_signal(signal.SIGINT)  # Ctrl-C
+
+    trainer.fit(on_step)
+    return reports
+
+
+def losses(reports: list[StepReport]) -> list[tuple[int, float, float, float | None]]:
+    return [(r.step, r.loss, r.grad_norm, r.validation) for r in reports]
+
+
+def test_the_bits_per_dimension_fall() -> None:
+    trainer = Trainer(model(), images(), replace(CONFIG, steps=150, learning_rate=1e-2))
+    bits = [report.bits_per_dim for report in run(trainer)]
+    assert sum(bits[-10:]) / 10 < sum(bits[:10]) / 10 - 1
+    assert trainer.stop is Stop.STEPS
+
+
+@pytest.mark.parametrize("cut", [1, 3, 4, 7, 12])
+def test_a_run_cut_anywhere_and_resumed_is_the_uncut_run(tmp_path: Path, cut: int) -> None:
+    uncut = Trainer(model(), images(), CONFIG)
+    expected = losses(run(uncut))
+
+    cut_run = Trainer(model(), images(), CONFIG, tmp_path)
+    first = losses(run(cut_run, interrupt_at=cut))
+    assert cut_run.stop is Stop.INTERRUPTED
+    torch.manual_seed(99)
+    resumed = Trainer.resume(checkpoint.load(tmp_path), images(), tmp_path)
+    second = losses(run(resumed))
+
+    assert first + second == expected
+    for name, value in uncut.result().state_dict().items():
+        assert torch.equal(resumed.result().state_dict()[name], value), name
+    assert losses(read_log(tmp_path / "log.csv")) == expected
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
+    expected = losses(run(Trainer(model(), images(), CONFIG)))
+
+    def kill_at_step_6(report: StepReport) -> None:
+        if report.step == 6:
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        Trainer(model(), images(), CONFIG, tmp_path).fit(kill_at_step_6)
+    resumed = Trainer.resume(checkpoint.load(tmp_path), images(), tmp_path)
+    assert resumed.step == 4
+    assert losses(run(resumed)) == expected[4:]
+    assert losses(read_log(tmp_path / "log.csv")) == expected
+
+
+def test_the_resume_test_can_fail(tmp_path: Path) -> None:
+    """Without the optimiser's state the losses differ: the comparison above is sharp enough to see it."""
+    expected = losses(run(Trainer(model(), images(), CONFIG)))
+    run(Trainer(model(), images(), replace(CONFIG, steps=6), tmp_path))
+    content = checkpoint.load(tmp_path)
+    content["optimizer"]["state"] = {}
+    assert losses(run(Trainer.resume(content, images(), steps=CONFIG.steps))) != expected[6:]
+
+
+def test_ctrl_c_ends_the_run_after_the_step_and_keeps_it(tmp_path: Path) -> None:
+    trainer = Trainer(model(), images(), CONFIG, tmp_path)
+    assert [report.step for report in run(trainer, interrupt_at=3)] == [1, 2, 3]
+    assert trainer.stop is Stop.INTERRUPTED
+    assert checkpoint.load(tmp_path)["step"] == 3
+
+
+def test_the_time_budget_counts_the_time_before_a_resume(tmp_path: Path) -> None:
+    trainer = Trainer(model(), images(), replace(CONFIG, steps=10**6, minutes=0.3 / 60), tmp_path)
+    assert trainer.fit() is Stop.TIME
+    assert 0.3 <= trainer.seconds < 3
+    done = trainer.step
+    resumed = Trainer.resume(checkpoint.load(tmp_path), images(), tmp_path)
+    assert resumed.fit() is Stop.TIME
+    assert resumed.step == done
+
+
+def test_the_learning_rate_warms_up() -> None:
+    rates = [report.learning_rate for report in run(Trainer(model(), images(), CONFIG))]
+    full = CONFIG.learning_rate
+    assert rates == pytest.approx([full * 0.2, full * 0.4, full * 0.6, full * 0.8] + [full] * 8)
+
+
+def test_the_best_validated_weights_are_the_result() -> None:
+    trainer = Trainer(model(), images(), CONFIG)
+    reports = run(trainer)
+    checked = [r.validation for r in reports if r.validation is not None]
+    assert len(checked) == 3
+    assert trainer.best["bits_per_dim"] == min(checked)
+    trainer.best["weights"] = {n: torch.zeros_like(t) for n, t in trainer.best["weights"].items()}
+    assert all(not t.any() for t in trainer.result().state_dict().values())
+
+
+def test_the_best_weights_survive_a_resume(tmp_path: Path) -> None:
+    trainer = Trainer(model(), images(), CONFIG, tmp_path)
+    run(trainer, interrupt_at=5)
+    content = checkpoint.load(tmp_path)
+    content["best"]["bits_per_dim"] = -1000.0  # never to be beaten
+    resumed = Trainer.resume(content, images())
+    run(resumed)
+    for name, value in resumed.result().state_dict().items():
+        assert torch.equal(value, content["best"]["weights"][name])
+
+
+def test_the_global_random_state_survives_a_resume(tmp_path: Path) -> None:
+    """For layers that draw random numbers of their own, such as dropout."""
+    run(Trainer(model(), images(), CONFIG, tmp_path))
+    expected = torch.rand(3)
+    torch.manual_seed(99)
+    Trainer.resume(checkpoint.load(tmp_path), images())
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_the_last_weights_of_a_finished_run_are_validated_too() -> None:
+    trainer = Trainer(model(), images(), replace(CONFIG, steps=3))
+    assert not any(report.validation for report in run(trainer))
+    assert trainer.best["step"] == 3
+
+
+def test_without_validation_images_the_averaged_weights_are_the_result() -> None:
+    trainer = Trainer(model(), images(), replace(CONFIG, validation=0))
+    assert all(report.validation is None for report in run(trainer))
+    assert trainer.result() is trainer.averaged.model
+
+
+def test_validation_images_are_not_trained_on() -> None:
+    trainer = Trainer(model(), images(), CONFIG)
+    parts = (trainer.batches.images, trainer.validation_images)
+    assert [len(part) for part in parts] == [16, 5]
+    together = {tuple(image.flatten().tolist()) for part in parts for image in part}
+    assert together == {tuple(image.flatten().tolist()) for image in images()}
+    other = Trainer(model(), images(), replace(CONFIG, seed=1))
+    assert not torch.equal(trainer.validation_images, other.validation_images)
+    with pytest.raises(ValueError, match="21 of 21 images for validation leave none"):
+        Trainer(model(), images(), replace(CONFIG, validation=21))
+
+
+def test_the_gradient_is_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    step = torch.optim.Adam.step
+
+    def spy(self: torch.optim.Adam, *args: object) -> None:
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        seen.append(float(torch.cat([g.flatten() for g in gradients]).norm()))
+        step(self, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", spy)
+    reports = run(Trainer(model(), images(), replace(CONFIG, max_grad_norm=0.01)))
+    assert max(seen) <= 0.0101
+    assert max(report.grad_norm for report in reports) > 0.02
+
+
+class Fault(FlowLayer):
+    """The identity, but for a loss, or a gradient, that is NaN."""
+
+    def __init__(self, in_gradient: bool) -> None:
+        super().__init__()
+        self.in_gradient = in_gradient
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if self.in_gradient:  # √w at 0: finite, with an infinite slope
+            return x + self.weight.sqrt(), zero_logdet(x)
+        return x * torch.nan, zero_logdet(x)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return z, zero_logdet(z)
+
+
+def test_a_loss_that_is_not_finite_names_its_layer() -> None:
+    broken = model()
+    broken.layers[1].layers[2] = Fault(in_gradient=False)
+    message = r"layers.1.layers.2: 64 of 64 values of the result of Fault.forward .*the loss of step 1 is nan"
+    with pytest.raises(NonFiniteError, match=message):
+        Trainer(broken, images(), CONFIG).fit()
+
+
+def test_a_gradient_that_is_not_finite_names_its_parameter() -> None:
+    broken = model()
+    broken.layers[1].layers[2] = Fault(in_gradient=True)
+    with pytest.raises(FloatingPointError, match=r"gradients of step 1 are not finite: layers.1.layers.2.weight$"):
+        Trainer(broken, images(), CONFIG).fit()

@@ -1,0 +1,48 @@
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import torch
+
+from inverse_flow.training.figures import save_curve, save_samples, tile, to_uint8
+from inverse_flow.training.log import StepReport
+
+
+def test_values_map_to_their_level_and_are_cut_at_the_ends() -> None:
+    values = torch.tensor([-0.5, 0.0, 0.5, 0.999, 1.7])
+    assert to_uint8(values).tolist() == [0, 0, 128, 255, 255]
+
+
+def test_images_are_laid_out_row_by_row() -> None:
+    images = torch.arange(3, dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 1, 2, 4).clone()
+    grid = tile(images, columns=2, gap=1)
+    assert grid.shape == (5, 9, 3)
+    assert (grid[:2, :4] == 0).all()
+    assert (grid[:2, 5:] == 1).all()
+    assert (grid[3:, :4] == 2).all()
+    assert (grid[2] == 255).all()
+    assert (grid[3:, 5:] == 255).all()
+
+
+def test_colours_keep_their_channels() -> None:
+    image = torch.tensor([10, 20, 30], dtype=torch.uint8).view(1, 3, 1, 1)
+    assert tile(image, columns=1).tolist() == [[[10, 20, 30]]]
+
+
+def test_the_pictures_are_written(tmp_path: Path) -> None:
+    images = torch.randint(0, 256, (10, 1, 6, 6), dtype=torch.uint8)
+    save_samples(tmp_path / "samples.png", images, images)
+    save_samples(tmp_path / "alone.png", images)
+    reports = [StepReport(i, 0, float(i), 1.0, 5 - i, 1.0, 1e-3, 10.0, 4.0 if i % 2 else None) for i in range(4)]
+    save_curve(tmp_path / "curve.png", reports, baseline=4.5)
+    for name in ("samples.png", "alone.png", "curve.png"):
+        picture = matplotlib.image.imread(tmp_path / name)
+        assert min(picture.shape[:2]) > 300
+        assert np.unique(picture.reshape(-1, picture.shape[2]), axis=0).shape[0] > 5
+    pair, alone = (matplotlib.image.imread(tmp_path / name).shape[1] for name in ("samples.png", "alone.png"))
+    assert pair == 2 * alone
+
+
+def test_an_empty_log_still_has_a_curve(tmp_path: Path) -> None:
+    save_curve(tmp_path / "curve.png", [], baseline=4.5)
+    assert (tmp_path / "curve.png").is_file()

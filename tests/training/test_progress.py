@@ -1,0 +1,43 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from inverse_flow.training import TrainConfig
+from inverse_flow.training.log import StepReport
+from inverse_flow.training.progress import TrainingProgress
+
+
+def report(step: int, seconds: float, validation: float | None = None) -> StepReport:
+    return StepReport(step, 0, seconds, 1234.0, 4.5, 1.0, 1e-3, 321.0, validation)
+
+
+def shown(terminal: bool) -> str:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=120)
+    with TrainingProgress(TrainConfig(steps=100, evaluate_every=2), console) as progress:
+        progress(report(1, 1.0))
+        progress(report(2, 2.0, validation=4.25))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_it_shows_loss_bits_speed_and_time_left(terminal: bool) -> None:
+    text = shown(terminal)
+    for part in ("loss 1234", "4.500 bits/dim", "validation 4.250", "321 images/s", "1:38 left"):
+        assert part in text
+
+
+def test_without_a_terminal_there_is_a_line_an_evaluation() -> None:
+    assert len(shown(terminal=False).splitlines()) == 1
+
+
+def test_the_nearer_limit_counts() -> None:
+    by_time = TrainingProgress(TrainConfig(steps=1000, minutes=1))
+    by_time(report(10, 10.0))
+    assert by_time.fraction(report(30, 30.0)) == 0.5
+    assert by_time.time_left(report(30, 30.0)) == "0:30"
+    by_steps = TrainingProgress(TrainConfig(steps=40, minutes=10))
+    by_steps(report(10, 10.0))
+    assert by_steps.fraction(report(30, 30.0)) == 0.75
+    assert by_steps.time_left(report(30, 30.0)) == "0:10"
