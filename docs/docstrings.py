@@ -25,6 +25,6 @@ def translate(docstring: str) -> str:
 class Docstrings(griffe.Extension):
     """Hands every docstring to :func:`translate` before it is parsed."""
 
-    def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:  # noqa: D102
+    def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring:
             obj.docstring.value = translate(textwrap.dedent(obj.docstring.value))

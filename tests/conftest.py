@@ -22,8 +22,22 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests that take very long or very much memory")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves the slow tests out unless asked for."""
+    if config.getoption("--slow"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    items[:] = [item for item in items if item not in slow]
+    config.hook.pytest_deselected(items=slow)
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Warnings are errors, but PyTorch warns of its own code when forward-mode derivatives are first used."""
+    config.addinivalue_line("markers", "slow: takes very long or very much memory; run with --slow")
+    # Warnings are errors, but PyTorch warns of its own code when forward-mode derivatives are first used.
     config.addinivalue_line("filterwarnings", "ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 
 

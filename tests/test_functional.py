@@ -258,11 +258,11 @@ def free_memory_gib() -> float:
     return found["MemAvailable"] / 2**20
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux") or free_memory_gib() < 9, reason="needs 9 GiB of free memory")
 def test_more_than_2_to_the_31_elements() -> None:
-    case = Case(66, 1, 4096, 7944, (2, 2), corner="identity", order="bottom_right", bias=False)
+    case = Case(66, 1, 4099, 7944, (2, 2), corner="identity", order="bottom_right", bias=False)
     one, weight, _ = case.with_batch(1).tensors(torch.float16, weight_dtype=torch.float32)
-    one = one[:, :, :8].repeat(1, 1, case.height // 8, 1)
     images = one.expand(case.batch, -1, -1, -1)
     assert images.numel() > 2**31
     torch.use_deterministic_algorithms(False)  # filling 4 GiB with NaN first would double the time

@@ -162,16 +162,19 @@ __device__ void prepare(const SolveArguments<Element>& args, const Tile& tile, i
     }
     if (!plan.single_tile()) {
       const ImageView<const State> solved(args.state, args.state_strides, args.shape, group, flips);
+      State outside[kPack] = {};  // a sum of its own: the products may be far smaller than z
       const int last_a = smaller(plan.taps_h - 1, image_row);
       const int last_b = smaller(plan.taps_w - 1, image_column);
       for (int a = 0; a <= last_a; ++a) {
         // Above the tile every tap is outside, else those that reach left of it.
         for (int b = a <= row ? column + 1 : 0; b <= last_b; ++b) {
           const State* source = solved.pixel(tile.first_image + image, image_row - a, image_column - b);
-          add_tap<kWeightsInShared, kPack>(z, weights + (a * plan.taps_w + b) * tap_size, channels, first_output,
-                                           [&](int c) { return -source[c * args.state_strides.channel]; });
+          add_tap<kWeightsInShared, kPack>(outside, weights + (a * plan.taps_w + b) * tap_size, channels, first_output,
+                                           [&](int c) { return source[c * args.state_strides.channel]; });
         }
       }
+      INVERSE_FLOW_UNROLL
+      for (int u = 0; u < kPack; ++u) z[u] -= outside[u];
     }
     Pack<State, kPack> packed;
     INVERSE_FLOW_UNROLL

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
 from . import ops
@@ -41,9 +42,9 @@ class Solve(torch.autograd.Function):
         output, weight = ctx.saved_tensors
         _, weight_needed, bias_needed, *_ = ctx.needs_input_grad
         if weight_needed:
-            grads = SolveBackward.apply(grad_output, output, weight, ctx.orders, ctx.corner, ctx.transposed)
+            grads = solve_backward(grad_output, output, weight, ctx.orders, ctx.corner, ctx.transposed)
             return (*grads[:2], grads[2] if bias_needed else None, None, None, None)
-        grad_input = Solve.apply(grad_output, weight, None, ctx.orders, ctx.corner, not ctx.transposed)
+        grad_input = solve(grad_output, weight, None, ctx.orders, ctx.corner, not ctx.transposed)
         grad_bias = -grad_input.sum((0, 2, 3), dtype=weight.dtype) if bias_needed else None
         return grad_input, None, grad_bias, None, None, None
 
@@ -61,9 +62,9 @@ class Solve(torch.autograd.Function):
         size, (input_dim, weight_dim, bias_dim, *_) = info.batch_size, in_dims
         if weight_dim is None and bias_dim is None:
             images = input.movedim(input_dim, 0)
-            output = Solve.apply(images.flatten(0, 1), weight, bias, orders, corner, transposed)
+            output = solve(images.flatten(0, 1), weight, bias, orders, corner, transposed)
             return output.unflatten(0, images.shape[:2]), 0
-        output = Solve.apply(
+        output = solve(
             _into_channels(input, input_dim, size, 1),
             _into_channels(weight, weight_dim, size, 0),
             None if bias is None else _into_channels(bias, bias_dim, size, 0),
@@ -100,7 +101,7 @@ class SolveBackward(torch.autograd.Function):
         into_u = into_u - into_bias.to(into_u.dtype).view(-1, 1, 1)
         into_x = -convolve(u, taps, ctx.orders, transposed=not ctx.transposed) if ctx.needs_input_grad[1] else None
         # u = A⁻ᵀ g is a solve like any other.
-        into_grad, into_w, _ = SolveBackward.apply(into_u, u, weight, ctx.orders, ctx.corner, not ctx.transposed)
+        into_grad, into_w, _ = solve_backward(into_u, u, weight, ctx.orders, ctx.corner, not ctx.transposed)
         return into_grad, into_x, into_w, None, None, None
 
     @staticmethod
@@ -116,7 +117,7 @@ class SolveBackward(torch.autograd.Function):
     ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int, int]]:
         size, (grad_dim, output_dim, weight_dim, *_) = info.batch_size, in_dims
         # Each sample has a weight gradient of its own, so samples become groups even where they share a weight.
-        grad_input, grad_weight, grad_bias = SolveBackward.apply(
+        grad_input, grad_weight, grad_bias = solve_backward(
             _into_channels(grad_output, grad_dim, size, 1),
             _into_channels(output, output_dim, size, 1),
             _into_channels(weight, weight_dim, size, 0),
@@ -149,7 +150,33 @@ class SolveForwardMode(Solve):
         if weight_tangent is not None:
             taps = weight_tangent * read_mask(weight, ctx.orders, ctx.corner)
             tangent = tangent - convolve(output, taps, ctx.orders, transposed=ctx.transposed)
-        return Solve.apply(tangent, weight, None, ctx.orders, ctx.corner, ctx.transposed)
+        return solve(tangent, weight, None, ctx.orders, ctx.corner, ctx.transposed)
+
+
+class SolveBackwardForwardMode(SolveBackward):
+    """:class:`SolveBackward` with a forward-mode rule, for forward mode over reverse mode (Hessians)."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor, Tensor]) -> None:
+        SolveBackward.setup_context(ctx, inputs, outputs)
+        ctx.save_for_forward(inputs[0], inputs[1], outputs[0], inputs[2])
+
+    @staticmethod
+    def jvp(  # type: ignore[override]
+        ctx: Any, grad_tangent: Tensor | None, output_tangent: Tensor | None, weight_tangent: Tensor | None, *_: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """u̇ = A⁻ᵀ(ġ − A(ẇ)ᵀ u); the weight gradient −Σ u xᵀ is bilinear, and each half of its tangent is what this
+        very Function gives, once for (u̇, x) and once for (u, ẋ)."""
+        grad_output, output, u, weight = ctx.saved_tensors
+        rest = (weight, ctx.orders, ctx.corner, ctx.transposed)
+        tangent = torch.zeros_like(grad_output) if grad_tangent is None else grad_tangent
+        if weight_tangent is not None:
+            taps = weight_tangent * read_mask(weight, ctx.orders, ctx.corner)
+            tangent = tangent - convolve(u, taps, ctx.orders, transposed=not ctx.transposed)
+        u_tangent, weight_part, bias_part = solve_backward(tangent, output, *rest)
+        if output_tangent is not None:
+            weight_part = weight_part + solve_backward(grad_output, output_tangent, *rest)[1]
+        return u_tangent, weight_part, bias_part
 
 
 def _into_channels(tensor: Tensor, vmap_dim: int | None, size: int, channel_dim: int) -> Tensor:
@@ -159,7 +186,31 @@ def _into_channels(tensor: Tensor, vmap_dim: int | None, size: int, channel_dim:
     return tensor.movedim(vmap_dim, channel_dim).flatten(channel_dim, channel_dim + 1)
 
 
+def _in_forward_mode() -> bool:
+    """Whether derivatives run forward here.
+
+    Raises:
+        NotImplementedError: forward mode inside forward mode, where PyTorch's Functions silently give zeros.
+    """
+    if forward_ad._current_level < 0:
+        return False
+    if eager_transforms.JVP_NESTING > 1:
+        raise NotImplementedError(
+            "inverse_conv2d cannot be differentiated in forward mode twice: put forward mode over reverse mode, "
+            "as torch.func.hessian does"
+        )
+    return True
+
+
 def solve(input: Tensor, weight: Tensor, bias: Tensor | None, orders: Orders, corner: int, transposed: bool) -> Tensor:
     """The differentiable solve, in reverse mode and, inside a forward-mode level, in forward mode."""
-    function = SolveForwardMode if forward_ad._current_level >= 0 else Solve
+    function = SolveForwardMode if _in_forward_mode() else Solve
     return function.apply(input, weight, bias, orders, corner, transposed)
+
+
+def solve_backward(
+    grad_output: Tensor, output: Tensor, weight: Tensor, orders: Orders, corner: int, transposed: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of :func:`solve`, themselves differentiable in both modes."""
+    function = SolveBackwardForwardMode if _in_forward_mode() else SolveBackward
+    return function.apply(grad_output, output, weight, orders, corner, transposed)

@@ -68,8 +68,9 @@ class InverseConv2d(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
-        if len(kernel) != 2 or any(not isinstance(size, int) or size < 1 for size in kernel):
+        kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+        pair = isinstance(kernel, tuple | list) and len(kernel) == 2
+        if not pair or any(not isinstance(size, int) or size < 1 for size in kernel):
             raise ValueError(f"kernel_size must be one integer or a pair, each at least 1, got {kernel_size!r}")
         if not isinstance(channels, int) or channels < 1:
             raise ValueError(f"channels must be an integer of at least 1, got {channels!r}")
@@ -82,11 +83,11 @@ class InverseConv2d(nn.Module):
             raise TypeError(f"dtype must be float32, float64, bfloat16 or float16, got {dtype}")
 
         self.channels = channels
-        self.kernel_size = kernel
+        self.kernel_size = (kernel[0], kernel[1])
         self.groups = groups
         self.order = order if isinstance(order, str) else tuple(order)
         self.corner = corner
-        self.weight = nn.Parameter(torch.empty(channels, channels // groups, *kernel, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(channels, channels // groups, *self.kernel_size, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(channels, device=device, dtype=dtype)) if bias else None
         if corner == "plu":
             self.log_scale = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))

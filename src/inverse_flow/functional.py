@@ -31,8 +31,8 @@ def inverse_conv2d(
 
     with M the corner tap, the one that meets the output pixel itself (for ``top_left``
     ``weight[:, :, kH-1, kW-1]``). The state is float32 (float64 for float64 images), also for bfloat16 and float16
-    images. The backward pass is one transposed solve and one weight-gradient pass, and the result can be
-    differentiated any number of times, in reverse and forward mode and under ``torch.func``.
+    images. The backward pass is one transposed solve and one weight-gradient pass. The result can be differentiated
+    any number of times in reverse mode, and once more in forward mode on top (``torch.func.hessian``).
 
     Args:
         input: y, of shape (B, C, H, W); float32, float64, bfloat16 or float16; any strides.
@@ -52,6 +52,7 @@ def inverse_conv2d(
         ValueError: shapes, dtypes, ``order``, ``groups`` or ``corner`` do not fit, or (on the CPU) M is singular.
             On a GPU a singular M gives NaN instead, since finding it would need a synchronisation.
         RuntimeError: the tensors lie on different devices, or on a device the library was not built for.
+        NotImplementedError: forward mode inside forward mode, for which PyTorch would give zeros.
     """
     orders, corner_code = parse_orders(order, groups), parse_corner(corner)
     check_arguments(input, weight, bias, groups)

@@ -60,6 +60,7 @@ def inverse_conv2d_dense(
     corner: str = "general",
 ) -> Tensor:
     """:func:`inverse_flow.functional.inverse_conv2d` as a dense solve in float64: the oracle. Returns float64."""
+    parse_orders(order, groups)
     check_arguments(input, weight, bias, groups)
     right = input.double() if bias is None else input.double() - bias.double().view(-1, 1, 1)
     matrix = dense_matrix(weight.double(), *input.shape[2:], order=order, groups=groups, corner=corner)

@@ -1,0 +1,82 @@
+# Every target does its own set-up: it makes a virtual environment, puts PyTorch and the build tools into it, builds and
+# installs the package from this tree, and does so again when a source has changed.
+#
+#   make demo             train a small flow on 1,000 images, four minutes on two cores; results in demo/
+#   make test             the test suite
+#   make lint             formatters, linters, type checker
+#   make bench            the solve against conv2d; results in benchmarks/results/
+#   make gpu-check        everything that needs a GPU; results in benchmarks/results/
+#   make docs             the documentation, in site/
+#   make clean            removes what the others made
+#
+#   PYTHON=python3.12     the interpreter that the environment is made with
+#   VENV=folder           the environment; one that exists is used as it is. VENV= (empty): none, PYTHON itself is used
+#   TORCH=torch==2.12.0   what to install where there is no PyTorch yet
+#   RESUME=1, FRESH=1     make demo goes on from its checkpoint, or replaces it
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BUILD_TOOLS := "setuptools>=77" "pybind11>=2.12" ninja
+
+python := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
+pip := $(python) -m pip --disable-pip-version-check
+# The hooks of pre-commit find their programs on the PATH.
+export PATH := $(if $(VENV),$(abspath $(VENV))/bin:)$(PATH)
+
+# An empty file for each finished step: a step that was interrupted has none, and is done again.
+done := $(if $(VENV),$(VENV),build)/.inverse-flow
+sources := setup.py pyproject.toml MANIFEST.in LICENSE README.md \
+    $(shell find csrc src -type f ! -name '*.so' ! -name '*.pyc' ! -path '*.egg-info/*')
+# What the build reads from the environment; see docs/installation.md.
+settings := $(FORCE_CUDA)/$(CUDA_HOME)/$(TORCH_CUDA_ARCH_LIST)/$(if $(findstring default,$(origin CXX)),,$(CXX))
+
+.PHONY: demo test lint bench gpu-check docs clean
+.DELETE_ON_ERROR:
+
+demo: $(done)/package $(done)/train
+	$(python) -m inverse_flow.cli train --data embedded --out demo $(if $(RESUME),--resume) $(if $(FRESH),--fresh)
+
+test: $(done)/package $(done)/dev
+	$(python) -m pytest -n auto
+
+lint: $(done)/package $(done)/dev
+	$(python) -m pre_commit run --all-files --show-diff-on-failure --color never
+
+bench: $(done)/package
+	$(python) benchmarks/layer.py --json benchmarks/results/layer.json
+
+gpu-check: $(done)/package
+	$(python) benchmarks/gpu_check.py
+
+docs: $(done)/dev
+	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict
+
+clean:
+	rm -rf .venv build dist demo site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(done)/python:
+	$(if $(VENV),$(pip) --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV))
+	$(python) -c "import torch" 2>/dev/null || $(pip) install "$(TORCH)"
+	$(pip) install $(BUILD_TOOLS)
+	@mkdir -p $(@D) && touch $@
+
+# Rewritten only when a setting has changed since the last build.
+$(done)/settings: always
+	@mkdir -p $(@D)
+	@echo '$(settings)' | cmp -s - $@ || echo '$(settings)' > $@
+
+# Object files are kept in build/temp* and compiled again only when needed; build/lib* would bring back modules that
+# have been removed from the tree.
+$(done)/package: $(done)/python $(done)/settings $(sources)
+	rm -rf build/lib* build/bdist*
+	$(pip) install --no-build-isolation .
+	@touch $@
+
+# The requirements of an extra.
+$(done)/train $(done)/dev: pyproject.toml | $(done)/package
+	$(pip) install "inverse-flow[$(@F)]"
+	@touch $@
+
+.PHONY: always
+always:
