@@ -18,7 +18,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Images are read and written in their own type; the recurrence runs in this one.
-inline ScalarType state_type(ScalarType io) { return io == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+inline ScalarType state_type(ScalarType io) {
+  return io == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
 
 inline void check_types(const Tensor& image, const Tensor& weight) {
   const ScalarType io = image.scalar_type();
@@ -51,10 +53,10 @@ inline Shape check_problem(const Tensor& image, const Tensor& weight, const std:
   const int64_t groups = static_cast<int64_t>(orders.size());
   STD_TORCH_CHECK(groups >= 1 && channels >= 1 && channels % groups == 0, "inverse_flow: ", channels,
                   " channels do not divide into ", groups, " groups (one per entry of orders)");
-  STD_TORCH_CHECK(weight.size(0) == channels && weight.size(1) == channels / groups && weight.size(2) >= 1 &&
-                      weight.size(3) >= 1,
-                  "inverse_flow: the weight must be (", channels, ", ", channels / groups, ", kH, kW), got (",
-                  weight.size(0), ", ", weight.size(1), ", ", weight.size(2), ", ", weight.size(3), ")");
+  STD_TORCH_CHECK(
+      weight.size(0) == channels && weight.size(1) == channels / groups && weight.size(2) >= 1 && weight.size(3) >= 1,
+      "inverse_flow: the weight must be (", channels, ", ", channels / groups, ", kH, kW), got (", weight.size(0), ", ",
+      weight.size(1), ", ", weight.size(2), ", ", weight.size(3), ")");
   STD_TORCH_CHECK(image.size(2) >= 1 && image.size(3) >= 1, "inverse_flow: images must have at least one pixel, got ",
                   image.size(2), " x ", image.size(3));
   STD_TORCH_CHECK(corner >= kIdentity && corner <= kGeneral, "inverse_flow: corner must be 0, 1 or 2, got ", corner);

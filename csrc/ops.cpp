@@ -4,8 +4,7 @@
 
 STABLE_TORCH_LIBRARY(inverse_flow, m) {
   // A(w)^-1 (input - bias), or A(w)^-T (input - bias).
-  m.def(
-      "solve(Tensor input, Tensor weight, Tensor? bias, int[] orders, int corner, bool transposed) -> Tensor");
+  m.def("solve(Tensor input, Tensor weight, Tensor? bias, int[] orders, int corner, bool transposed) -> Tensor");
   // The gradients of `solve` from its output: (grad_input, grad_weight, grad_bias).
   m.def(
       "solve_backward(Tensor grad_output, Tensor output, Tensor weight, int[] orders, int corner, bool transposed)"

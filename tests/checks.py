@@ -15,6 +15,8 @@ from inverse_flow.functional import causal_conv2d, inverse_conv2d
 from .cases import Case
 from .tolerance import assert_accurate, assert_solves, plain_solve, state_dtype
 
+Device = torch.device | str
+
 
 def clean(case: Case, weight: Tensor) -> Tensor:
     """The weight without the NaN in entries that are not read: for arithmetic that reads them."""
@@ -96,9 +98,11 @@ def check_gradients(case: Case, input: Tensor, weight: Tensor, bias: Tensor | No
     assert not actual[1][case.unread(weight)].any(), "a weight that is not read has a gradient"
 
 
-def check_layout(case: Case, layout: Callable[[Tensor], Tensor], transposed: bool = False) -> None:
+def check_layout(
+    case: Case, layout: Callable[[Tensor], Tensor], transposed: bool = False, device: Device = "cpu"
+) -> None:
     """The values do not depend on how the input lies in memory, and the output lies as PyTorch lays it."""
-    input, weight, bias = case.tensors(torch.float32)
+    input, weight, bias = case.tensors(torch.float32, device)
     laid_out = layout(input)
     expected = solve(case, laid_out.contiguous(), weight, bias, transposed)
     actual = solve(case, laid_out, weight, bias, transposed)
@@ -107,9 +111,11 @@ def check_layout(case: Case, layout: Callable[[Tensor], Tensor], transposed: boo
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
-def check_containment(case: Case, image: int, channel: int, pixel: tuple[int, int], value: float) -> None:
+def check_containment(
+    case: Case, image: int, channel: int, pixel: tuple[int, int], value: float, device: Device = "cpu"
+) -> None:
     """A NaN or infinity in one pixel reaches the pixels behind it, in its own image and group, and no others."""
-    input, weight, bias = case.tensors(torch.float32)
+    input, weight, bias = case.tensors(torch.float32, device)
     expected = solve(case, input, weight, bias)
     spoiled = input.clone()
     spoiled[(image, channel, *pixel)] = value
@@ -125,7 +131,7 @@ def check_containment(case: Case, image: int, channel: int, pixel: tuple[int, in
     assert not actual[(image, channel, *pixel)].isfinite(), "the solution at the spoiled pixel is finite"
 
 
-def check_repeatable(case: Case, runs: int = 3) -> None:
+def check_repeatable(case: Case, device: Device = "cpu", runs: int = 3) -> None:
     """The same call gives the same bits, forward and backward."""
 
     def once(tensors: tuple[Tensor, Tensor, Tensor | None], grad: Tensor) -> list[Tensor]:
@@ -133,16 +139,16 @@ def check_repeatable(case: Case, runs: int = 3) -> None:
         gradients = ops.solve_backward(grad, x, tensors[1], case.order_codes, case.corner_code, False)
         return [x, *gradients]
 
-    tensors, grad = case.tensors(torch.float32), case.tensors(torch.float32)[0]
+    tensors, grad = case.tensors(torch.float32, device), case.tensors(torch.float32, device)[0]
     first = once(tensors, grad)
     for _ in range(runs):
         for a, b in zip(once(tensors, grad), first, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def check_consistent(case: Case) -> None:
+def check_consistent(case: Case, device: Device = "cpu") -> None:
     """⟨A⁻¹ y, g⟩ = ⟨y, A⁻ᵀ g⟩, and A(A⁻¹ y) = y = A⁻¹(A y), in float64."""
-    y, weight, bias = case.tensors(torch.float64)
+    y, weight, bias = case.tensors(torch.float64, device)
     g = torch.randn_like(y)
     x = solve(case, y, weight, None)
     torch.testing.assert_close((x * g).sum(), (y * solve(case, g, weight, None, True)).sum(), rtol=1e-9, atol=1e-9)
@@ -152,9 +158,9 @@ def check_consistent(case: Case) -> None:
     torch.testing.assert_close(back, y, rtol=1e-9, atol=1e-9)
 
 
-def check_vmap(case: Case, mapped: tuple[bool, bool, bool], size: int = 3) -> None:
+def check_vmap(case: Case, mapped: tuple[bool, bool, bool], device: Device = "cpu", size: int = 3) -> None:
     """``vmap`` over a subset of (input, weight, bias) agrees with a loop."""
-    samples = [case.tensors() for _ in range(size)]
+    samples = [case.tensors(torch.float64, device) for _ in range(size)]
     in_dims = tuple(0 if is_mapped else None for is_mapped in mapped)
     stacked = [
         torch.stack([sample[i] for sample in samples]) if mapped[i] else samples[0][i]  # type: ignore[misc]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 
 import pytest
@@ -31,31 +32,33 @@ TINY = [
 FEW_TINY = [TINY[0], TINY[4], TINY[8], *TINY[12:]]
 
 
-def leaves(case: Case, needed: tuple[bool, bool, bool]) -> tuple[Tensor, Tensor, Tensor]:
-    input, weight, bias = case.tensors()
+def leaves(
+    case: Case, needed: tuple[bool, bool, bool], device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor]:
+    input, weight, bias = case.tensors(device=device)
     assert bias is not None
     return tuple(t.requires_grad_(n) for t, n in zip((input, weight, bias), needed, strict=True))  # type: ignore[return-value]
 
 
 @SUBSET
 @pytest.mark.parametrize("case", TINY, ids=str)
-def test_gradcheck(case: Case, needed: tuple[bool, bool, bool]) -> None:
-    assert gradcheck(lambda *t: inverse_conv2d(*t, **case.arguments), leaves(case, needed))
+def test_gradcheck(case: Case, needed: tuple[bool, bool, bool], device: torch.device) -> None:
+    assert gradcheck(lambda *t: inverse_conv2d(*t, **case.arguments), leaves(case, needed, device))
 
 
 @SUBSET
 @pytest.mark.parametrize("case", FEW_TINY, ids=str)
-def test_gradgradcheck(case: Case, needed: tuple[bool, bool, bool]) -> None:
-    assert gradgradcheck(lambda *t: inverse_conv2d(*t, **case.arguments), leaves(case, needed))
+def test_gradgradcheck(case: Case, needed: tuple[bool, bool, bool], device: torch.device) -> None:
+    assert gradgradcheck(lambda *t: inverse_conv2d(*t, **case.arguments), leaves(case, needed, device))
 
 
 @SUBSET
 @pytest.mark.parametrize("case", FEW_TINY, ids=str)
-def test_gradcheck_of_the_transposed_solve(case: Case, needed: tuple[bool, bool, bool]) -> None:
+def test_gradcheck_of_the_transposed_solve(case: Case, needed: tuple[bool, bool, bool], device: torch.device) -> None:
     def transposed(*tensors: Tensor) -> Tensor:
         return Solve.apply(*tensors, case.order_codes, case.corner_code, True)
 
-    assert gradcheck(transposed, leaves(case, needed))
+    assert gradcheck(transposed, leaves(case, needed, device))
 
 
 def test_third_derivatives() -> None:
@@ -72,9 +75,9 @@ def test_third_derivatives() -> None:
 
 @SUBSET
 @pytest.mark.parametrize("case", FEW_TINY, ids=str)
-def test_forward_mode(case: Case, needed: tuple[bool, bool, bool]) -> None:
+def test_forward_mode(case: Case, needed: tuple[bool, bool, bool], device: torch.device) -> None:
     function = lambda *t: inverse_conv2d(*t, **case.arguments)  # noqa: E731
-    assert gradcheck(function, leaves(case, needed), check_forward_ad=True, check_backward_ad=False)
+    assert gradcheck(function, leaves(case, needed, device), check_forward_ad=True, check_backward_ad=False)
 
 
 @pytest.mark.parametrize("case", FEW_TINY, ids=str)
@@ -114,18 +117,44 @@ def test_jacobians_of_both_modes_agree_with_the_dense_solve(case: Case) -> None:
     torch.testing.assert_close(torch.func.jacfwd(fast, everything)(*tensors), exact)
 
 
-@pytest.mark.parametrize("order", ["top_left", "bottom_right"])
-def test_hessian(order: str) -> None:
-    case = Case(1, 2, 2, 2, (2, 2), order=order, bias=False)
+MODES = {"r": torch.func.jacrev, "f": torch.func.jacfwd}
+
+
+def cube(function: Callable[..., Tensor], case: Case, input: Tensor) -> Callable[[Tensor], Tensor]:
+    """A loss of the weight alone whose derivatives of every order differ from zero."""
+    return lambda weight: function(input, weight, **case.arguments).pow(3).sum()
+
+
+@pytest.mark.parametrize("modes", ["rr", "fr", "rf", "rrr", "frr", "rfr", "rrf"])
+@pytest.mark.parametrize("corner", ["general", "unit_triangular"])
+def test_derivatives_of_derivatives_in_mixed_modes(corner: str, modes: str) -> None:
+    """``fr`` is forward mode over reverse mode, and so on."""
+    case = Case(1, 2, 2, 2, (2, 2), order="bottom_left", corner=corner)
     input, weight, _ = case.tensors()
+    weight = weight.nan_to_num()
+    found, exact = cube(inverse_conv2d, case, input), cube(reference.inverse_conv2d_dense, case, input)
+    for mode in reversed(modes):
+        found, exact = MODES[mode](found), torch.func.jacrev(exact)
+    torch.testing.assert_close(found(weight), exact(weight))
 
-    def loss(weight: Tensor, function: object = inverse_conv2d) -> Tensor:
-        return function(input, weight, order=order).pow(3).sum()  # type: ignore[operator]
 
-    exact = torch.autograd.functional.hessian(lambda w: loss(w, reference.inverse_conv2d_dense), weight)
-    torch.testing.assert_close(torch.func.hessian(loss)(weight), exact)
-    torch.testing.assert_close(torch.func.jacrev(torch.func.jacrev(loss))(weight), exact)
-    torch.testing.assert_close(torch.autograd.functional.hessian(loss, weight), exact)
+@pytest.mark.parametrize("modes", ["ff", "ffr", "rff", "frf"])
+def test_forward_mode_twice_says_that_it_cannot(modes: str) -> None:
+    """PyTorch would silently give zeros."""
+    case = Case(1, 2, 2, 2, (2, 2))
+    input, weight, _ = case.tensors()
+    derivative = cube(inverse_conv2d, case, input)
+    for mode in reversed(modes):
+        derivative = MODES[mode](derivative)
+    with pytest.raises(NotImplementedError, match="cannot be differentiated in forward mode twice"):
+        derivative(weight)
+
+
+def test_hessian() -> None:
+    case = Case(1, 2, 2, 2, (2, 2))
+    input, weight, _ = case.tensors()
+    loss = cube(inverse_conv2d, case, input)
+    torch.testing.assert_close(torch.func.hessian(loss)(weight), torch.autograd.functional.hessian(loss, weight))
 
 
 @SUBSET
@@ -138,8 +167,8 @@ def test_hessian(order: str) -> None:
     ],
     ids=str,
 )
-def test_vmap_agrees_with_a_loop(case: Case, needed: tuple[bool, bool, bool]) -> None:
-    check_vmap(case, needed)
+def test_vmap_agrees_with_a_loop(case: Case, needed: tuple[bool, bool, bool], device: torch.device) -> None:
+    check_vmap(case, needed, device)
 
 
 def test_vmap_over_any_dimension_and_nested() -> None:

@@ -55,9 +55,7 @@ Kernels<IO, T> kernels_in_use() {
 template <class IO>
 Image<IO> mirrored_group(const Shape& shape, IO* data, Strides stride, int64_t group, int64_t flips) {
   Image<IO> image{data + group * shape.channels * stride.channel, stride, data, data + 1};
-  const auto span = [&](int64_t count, int64_t step) {
-    (step < 0 ? image.begin : image.end) += (count - 1) * step;
-  };
+  const auto span = [&](int64_t count, int64_t step) { (step < 0 ? image.begin : image.end) += (count - 1) * step; };
   span(shape.batch, stride.batch);
   span(shape.groups * shape.channels, stride.channel);
   span(shape.height, stride.row);
@@ -116,10 +114,10 @@ void run(const Shape& shape, const std::vector<int64_t>& orders, const Prepared<
       return mirrored_group<const IO>(shape, static_cast<const IO*>(tensor.const_data_ptr()), strides_of(tensor), g,
                                       flips);
     };
-    problems.push_back({shape, prepared.group(shape, g), view(input),
-                        mirrored_group<IO>(shape, static_cast<IO*>(output.mutable_data_ptr()), strides_of(output), g,
-                                           flips),
-                        with_gradient ? view(*other) : Image<const IO>{}, with_gradient});
+    problems.push_back(
+        {shape, prepared.group(shape, g), view(input),
+         mirrored_group<IO>(shape, static_cast<IO*>(output.mutable_data_ptr()), strides_of(output), g, flips),
+         with_gradient ? view(*other) : Image<const IO>{}, with_gradient});
   }
 
   // Every unit of work sums its gradients apart, and they are added up in a fixed order: the result does not depend
@@ -215,9 +213,8 @@ void solve_as(const Shape& shape, const std::vector<int64_t>& orders, const Tens
               const std::optional<Tensor>& bias, const Tensor& output) {
   const Tensor w = as_state<T>(weight);
   const Tensor b = bias ? as_state<T>(*bias) : w;
-  const Prepared<T> prepared =
-      prepare(shape, orders, static_cast<const T*>(w.const_data_ptr()),
-              bias ? static_cast<const T*>(b.const_data_ptr()) : nullptr, isa_in_use());
+  const Prepared<T> prepared = prepare(shape, orders, static_cast<const T*>(w.const_data_ptr()),
+                                       bias ? static_cast<const T*>(b.const_data_ptr()) : nullptr, isa_in_use());
   if (shape.batch > 0) run<IO, T>(shape, orders, prepared, input, output, nullptr, nullptr, nullptr);
 }
 
@@ -265,8 +262,8 @@ std::tuple<Tensor, Tensor, Tensor> solve_backward(const Tensor& grad_output, con
   check_same_images(grad_output, output);
   const ScalarType state = state_type(grad_output.scalar_type());
   const Tensor grad_input = torch::stable::empty_like(grad_output);
-  const Tensor grad_weight = torch::stable::new_zeros(
-      weight, {weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, state);
+  const Tensor grad_weight =
+      torch::stable::new_zeros(weight, {weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, state);
   const Tensor grad_bias = torch::stable::new_zeros(weight, {weight.size(0)}, state);
   for_types(grad_output.scalar_type(), [&](auto io, auto acc) {
     solve_backward_as<decltype(io), decltype(acc)>(shape, orders, grad_output, output, weight, grad_input, grad_weight,

@@ -120,14 +120,14 @@ inline void tap_order(const Shape& shape, TapPosition* order) {
 // rows -= factor * other, `n` doubles: the inner loop of inverting the corner tap.
 using SubtractRow = void (*)(double* row, const double* other, double factor, int64_t n);
 
-#define INVERSE_FLOW_DECLARE_ISA(isa)                               \
-  namespace isa {                                                   \
-  template <class IO, class T>                                      \
-  Kernels<IO, T> kernels();                                         \
-  extern template Kernels<float, float> kernels<float, float>();    \
-  extern template Kernels<double, double> kernels<double, double>(); \
-  extern template Kernels<BFloat16, float> kernels<BFloat16, float>(); \
-  extern template Kernels<Float16, float> kernels<Float16, float>(); \
+#define INVERSE_FLOW_DECLARE_ISA(isa)                                            \
+  namespace isa {                                                                \
+  template <class IO, class T>                                                   \
+  Kernels<IO, T> kernels();                                                      \
+  extern template Kernels<float, float> kernels<float, float>();                 \
+  extern template Kernels<double, double> kernels<double, double>();             \
+  extern template Kernels<BFloat16, float> kernels<BFloat16, float>();           \
+  extern template Kernels<Float16, float> kernels<Float16, float>();             \
   void subtract_row(double* row, const double* other, double factor, int64_t n); \
   }
 INVERSE_FLOW_DECLARE_ISA(avx512)

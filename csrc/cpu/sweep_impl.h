@@ -102,9 +102,9 @@ INVERSE_FLOW_INLINE void for_blocks(int64_t channels, F f) {
 // Solves `steps` neighbouring steps that share a list of taps. `right` is the packed y - bias, [step][channel][lane];
 // `rest` takes r when M != I.
 template <class T, int kVectors>
-static __attribute__((noinline)) void solve_steps(const Weights<T>& weights, const Shape& shape, int64_t steps, T* state,
-                                                  ptrdiff_t step_state, ptrdiff_t channel_state, const Tap* taps,
-                                                  int64_t tap_count, const T* right, T* rest) {
+static __attribute__((noinline)) void solve_steps(const Weights<T>& weights, const Shape& shape, int64_t steps,
+                                                  T* state, ptrdiff_t step_state, ptrdiff_t channel_state,
+                                                  const Tap* taps, int64_t tap_count, const T* right, T* rest) {
   constexpr int64_t lanes = kVectors * kVectorLanes<T>;
   const int64_t channels = shape.channels;
   const bool identity = weights.corner_inverse == nullptr;
@@ -138,12 +138,12 @@ static __attribute__((noinline)) void solve_steps(const Weights<T>& weights, con
     for_blocks<kOutputBlock>(channels, [&](int64_t first, auto width) {
       constexpr int kOut = decltype(width)::value;
       const T* w = weights.taps + first * channels * (shape.taps() - 1);
-      accumulate<T, kOut, kVectors, 0>(x, channel_state, taps, tap_count, w, channels * kOut, channels,
-                                       right + (s * channels + first) * lanes,
-                                       identity ? x + first * channel_state : rest + first * lanes,
-                                       identity ? channel_state : lanes);
+      accumulate<T, kOut, kVectors, 0>(
+          x, channel_state, taps, tap_count, w, channels * kOut, channels, right + (s * channels + first) * lanes,
+          identity ? x + first * channel_state : rest + first * lanes, identity ? channel_state : lanes);
     });
-    if (!identity) for_blocks<kOutputBlock>(channels, [&](int64_t first, auto width) { corner_block(first, width, x); });
+    if (!identity)
+      for_blocks<kOutputBlock>(channels, [&](int64_t first, auto width) { corner_block(first, width, x); });
   }
 }
 
@@ -231,6 +231,28 @@ struct Lanes {
   }
 };
 
+// The common case of `pack`, without a decision for each value: eight steps of eight lanes that all hold a pixel.
+template <class IO, class T>
+INVERSE_FLOW_INLINE void pack_whole(const IO* const (&from)[8], ptrdiff_t offset, ptrdiff_t step_stride, T bias, T* to,
+                                    ptrdiff_t to_step) {
+  Eight<T> rows[8];
+  for (int64_t l = 0; l < 8; ++l) rows[l] = load8(from[l] + offset);
+  transpose8<T>(rows);
+  // A mirrored row comes last step first.
+  if (step_stride == -1) to += 7 * to_step;
+  for (int64_t s = 0; s < 8; ++s) store8(to + s * step_stride * to_step, rows[s] - bias);
+}
+
+// The inverse of `pack_whole`.
+template <class IO, class T>
+INVERSE_FLOW_INLINE void unpack_whole(IO* to, const ptrdiff_t* start, ptrdiff_t step_stride, const T* from,
+                                      ptrdiff_t from_step) {
+  Eight<T> rows[8];
+  for (int64_t s = 0; s < 8; ++s) rows[s] = load8(from + (step_stride == 1 ? s : 7 - s) * from_step);
+  transpose8<T>(rows);
+  for (int64_t l = 0; l < 8; ++l) store8(to + start[l], rows[l]);
+}
+
 // Steps [begin, begin + steps) of an image tensor into `packed`, [step][channel][lane], minus the bias; zero where a
 // lane holds no pixel. A channel's steps are read in one go, so that each cache line is visited once.
 template <class IO, class T>
@@ -277,15 +299,14 @@ static __attribute__((noinline)) void pack(const Image<const IO>& image, const p
           const int64_t count = smaller(8, steps - piece);
           // A mirrored row is read from its other end.
           const ptrdiff_t offset = c * channel_stride + (step_stride == 1 ? begin + piece : -(begin + piece + 7));
-          if (readable(offset)) {
+          if (all && count == 8 && readable(offset)) {
+            pack_whole(from, offset, step_stride, bias ? bias[c] : T(0),
+                       packed + (piece * channels + c) * lanes.count + block, channels * lanes.count);
+          } else if (readable(offset)) {
             Eight<T> rows[8];
             for (int64_t l = 0; l < 8; ++l) rows[l] = load8(from[l] + offset);
             transpose8<T>(rows);
-            if (step_stride == 1 && count == 8 && all) {
-              for (int64_t s = 0; s < 8; ++s) put(piece + s, c, rows[s]);
-            } else {
-              for (int64_t s = 0; s < count; ++s) put(piece + s, c, rows[step_stride == 1 ? s : 7 - s]);
-            }
+            for (int64_t s = 0; s < count; ++s) put(piece + s, c, rows[step_stride == 1 ? s : 7 - s]);
           } else {
             for (int64_t s = piece; s < piece + count; ++s) put(s, c, gather(s, c));
           }
@@ -304,22 +325,6 @@ static __attribute__((noinline)) void pack(const Image<const IO>& image, const p
         c += 8;
       }
       for (; c < channels; ++c) put(s, c, gather(s, c));
-    }
-  }
-}
-
-// Asks for the cache lines of a stretch ahead of time: one read a lane and channel is too many streams for the
-// processor to foresee. Inlined, since GCC drops calls of functions that do nothing else.
-template <bool kWrite, class IO>
-INVERSE_FLOW_INLINE void prefetch(const Image<IO>& image, const ptrdiff_t* start, const Lanes& lanes,
-                                               int64_t channels, int64_t begin, int64_t steps) {
-  if (image.stride.column != 1 && image.stride.column != -1) return;
-  constexpr int64_t line = 64 / sizeof(IO);
-  for (int64_t c = 0; c < channels; ++c) {
-    for (int64_t l = 0; l < lanes.count; ++l) {
-      if (lanes.empty(l)) continue;
-      const IO* at = image.data + start[l] + c * image.stride.channel + begin * image.stride.column;
-      for (int64_t s = 0; s < steps; s += line) __builtin_prefetch(at + s * image.stride.column, kWrite);
     }
   }
 }
@@ -353,10 +358,15 @@ static __attribute__((noinline)) void unpack(const Image<IO>& image, const ptrdi
         for (int64_t piece = 0; piece < steps; piece += 8) {
           const int64_t at = begin + piece;
           const int64_t count = smaller(8, steps - piece);
-          Eight<T> rows[8];
-          for (int64_t s = 0; s < 8; ++s) {
-            rows[s] = load8(state + (piece + smaller(s, count - 1)) * step_state + c * channel_state + block);
+          const T* from = state + piece * step_state + c * channel_state + block;
+          IO* channel = image.data + c * channel_stride;
+          const ptrdiff_t offset = step_stride == 1 ? at : -(at + 7);
+          if (at >= lanes.all_first && at + 8 <= lanes.all_last && count == 8) {
+            unpack_whole(channel + offset, start + block, step_stride, from, step_state);
+            continue;
           }
+          Eight<T> rows[8];
+          for (int64_t s = 0; s < 8; ++s) rows[s] = load8(from + smaller(s, count - 1) * step_state);
           transpose8<T>(rows);
           for (int64_t l = 0; l < 8; ++l) {
             const int64_t low = larger(lanes.first[block + l] - at, 0);
@@ -432,7 +442,10 @@ struct ImagesPlan {
     const Shape& shape = problem.shape;
     const auto flat = [&](const auto& image) { return image.stride.row == shape.width * image.stride.column; };
     const bool joined = flat(problem.input) && flat(problem.output) && (!problem.with_gradient || flat(problem.other));
-    stretch_rows = joined ? smaller((kStretch + shape.width - 1) / shape.width, shape.height) : 1;
+    // Enough rows for a cache line, and for whole vectors of eight.
+    int64_t rows = (kStretch + shape.width - 1) / shape.width;
+    while (rows * shape.width % 8 != 0) ++rows;
+    stretch_rows = joined && shape.width % kStretch != 0 ? smaller(rows, shape.height) : 1;
     stretch_steps = stretch_rows > 1 ? stretch_rows * shape.width : smaller(kStretch, shape.width);
     slab_rows = stretch_rows;
     if (problem.with_gradient) {
@@ -542,13 +555,6 @@ static void sweep_images(const Problem<IO, T>& problem, int64_t first_image, int
       for (int64_t begin = 0; begin < line_steps; begin += plan.stretch_steps) {
         const int64_t steps = smaller(plan.stretch_steps, line_steps - begin);
         pack(problem.input, in_start, lanes, channels, begin, steps, problem.weights.bias, scratch.packed);
-        prefetch<true>(problem.output, out_start, lanes, channels, begin, steps);
-        if (begin + steps < line_steps) {
-          prefetch<false>(problem.input, in_start, lanes, channels, begin + steps, steps);
-        } else if (first_row + plan.stretch_rows < shape.height) {
-          starts(problem.input.stride, first_row + plan.stretch_rows, in_start);
-          prefetch<false>(problem.input, in_start, lanes, channels, 0, steps);
-        }
         if (rows == 1) {
           solve_row(first_row, begin, begin + steps, scratch.packed);
         } else {
@@ -762,8 +768,12 @@ static void rows(const Problem<IO, T>& problem, int64_t image, int64_t band, int
 
 template <class IO, class T>
 Kernels<IO, T> kernels() {
-  return {kMinVectors<T> * kVectorLanes<T>, kMaxVectors<T> * kVectorLanes<T>, &images_scratch<IO, T>,
-          &rows_scratch<IO, T>,             &images<IO, T>,                   &rows<IO, T>};
+  return {kMinVectors<T> * kVectorLanes<T>,
+          kMaxVectors<T> * kVectorLanes<T>,
+          &images_scratch<IO, T>,
+          &rows_scratch<IO, T>,
+          &images<IO, T>,
+          &rows<IO, T>};
 }
 
 template Kernels<float, float> kernels<float, float>();

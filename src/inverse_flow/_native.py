@@ -24,7 +24,7 @@ if importlib.util.find_spec(f"{__package__}._C_cuda") is not None:
     if torch.version.cuda is None:
         cuda_absent_reason = "inverse_flow._C_cuda is built, but this PyTorch has no CUDA"
     else:
-        from . import _C_cuda  # type: ignore[no-redef]
+        from . import _C_cuda
 
         cuda_absent_reason = ""
 

@@ -38,7 +38,7 @@ class Solve(torch.autograd.Function):
         ctx.save_for_backward(output, weight)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         output, weight = ctx.saved_tensors
         _, weight_needed, bias_needed, *_ = ctx.needs_input_grad
         if weight_needed:
@@ -90,9 +90,7 @@ class SolveBackward(torch.autograd.Function):
         ctx.save_for_backward(output, outputs[0], weight)
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, into_u: Tensor, into_weight: Tensor, into_bias: Tensor
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, into_u: Tensor, into_weight: Tensor, into_bias: Tensor) -> tuple[Tensor | None, ...]:
         x, u, weight = ctx.saved_tensors
         # ∂L/∂w = −Σ u xᵀ (transposed: −Σ x uᵀ) is bilinear: its derivatives are convolutions with the incoming
         # gradient as the weight.
@@ -126,7 +124,8 @@ class SolveBackward(torch.autograd.Function):
             transposed,
         )
         split = (size, -1)
-        return (grad_input.unflatten(1, split), grad_weight.unflatten(0, split), grad_bias.unflatten(0, split)), (1, 0, 0)
+        grads = grad_input.unflatten(1, split), grad_weight.unflatten(0, split), grad_bias.unflatten(0, split)
+        return grads, (1, 0, 0)
 
 
 class SolveForwardMode(Solve):
@@ -139,7 +138,7 @@ class SolveForwardMode(Solve):
         ctx.save_for_forward(output, inputs[1])
 
     @staticmethod
-    def jvp(  # type: ignore[override]
+    def jvp(
         ctx: Any, input_tangent: Tensor | None, weight_tangent: Tensor | None, bias_tangent: Tensor | None, *_: Any
     ) -> Tensor:
         """ẋ = A⁻¹(ẏ − ḃ − A(ẇ) x)"""
@@ -162,7 +161,7 @@ class SolveBackwardForwardMode(SolveBackward):
         ctx.save_for_forward(inputs[0], inputs[1], outputs[0], inputs[2])
 
     @staticmethod
-    def jvp(  # type: ignore[override]
+    def jvp(
         ctx: Any, grad_tangent: Tensor | None, output_tangent: Tensor | None, weight_tangent: Tensor | None, *_: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         """u̇ = A⁻ᵀ(ġ − A(ẇ)ᵀ u); the weight gradient −Σ u xᵀ is bilinear, and each half of its tangent is what this

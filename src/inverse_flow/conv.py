@@ -55,6 +55,9 @@ class InverseConv2d(nn.Module):
         As :func:`inverse_flow.functional.inverse_conv2d` when called.
     """
 
+    sign: Tensor
+    permutation: Tensor
+
     def __init__(
         self,
         channels: int,
@@ -87,7 +90,9 @@ class InverseConv2d(nn.Module):
         self.groups = groups
         self.order = order if isinstance(order, str) else tuple(order)
         self.corner = corner
-        self.weight = nn.Parameter(torch.empty(channels, channels // groups, *self.kernel_size, device=device, dtype=dtype))
+        self.weight = nn.Parameter(
+            torch.empty(channels, channels // groups, *self.kernel_size, device=device, dtype=dtype)
+        )
         self.bias = nn.Parameter(torch.empty(channels, device=device, dtype=dtype)) if bias else None
         if corner == "plu":
             self.log_scale = nn.Parameter(torch.empty(channels, device=device, dtype=dtype))
@@ -131,7 +136,8 @@ class InverseConv2d(nn.Module):
         kernel_h, kernel_w = self.kernel_size
         at_corner = torch.zeros(self.groups, 1, 1, kernel_h, kernel_w, dtype=torch.bool, device=self.weight.device)
         for group, order in enumerate(self._orders):
-            at_corner[(group, 0, 0, *corner_index(order, kernel_h, kernel_w))] = True
+            row, column = corner_index(order, kernel_h, kernel_w)
+            at_corner[group, 0, 0, row, column] = True
         grouped = self.weight.unflatten(0, (self.groups, -1))
         return torch.where(at_corner, corners[..., None, None], grouped).flatten(0, 1), "general"
 
