@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import textwrap
 from typing import Any
 
 import griffe
@@ -27,4 +26,4 @@ class Docstrings(griffe.Extension):
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring:
-            obj.docstring.value = translate(textwrap.dedent(obj.docstring.value))
+            obj.docstring.value = translate(obj.docstring.value)
