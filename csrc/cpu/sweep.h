@@ -16,7 +16,7 @@
 
 namespace inverse_flow::cpu {
 
-// Steps that are packed and unpacked at a time: 16 floats are a cache line.
+// Steps that are packed and unpacked at a time at least: 16 floats are a cache line.
 constexpr int64_t kStretch = 16;
 
 // Most lanes a line can have: 2 AVX-512 vectors of float.

@@ -9,7 +9,7 @@
 //
 // A micro-kernel keeps 6 output channels x 2 vectors of lanes in registers: per input channel 2 vector loads and 6
 // broadcasts feed 12 multiply-adds. The state (x, or u) lies as [step][channel][lane], so every tap is a pointer at a
-// fixed distance. Images are packed 8 steps at a time through 8 x 8 transposes, and only the rows in use are kept.
+// fixed distance. Images are packed through 8 x 8 transposes, a slab of rows or a stretch of steps at a time.
 // Operations: taps * C^2 multiply-adds a pixel. Bytes: each image read once and written once; the state stays in L2.
 //
 // No include guard and no includes on purpose: the including file provides both, outside the target pragma.
@@ -99,8 +99,8 @@ INVERSE_FLOW_INLINE void for_blocks(int64_t channels, F f) {
   if (rest == 1) f(first, Constant<1>{});
 }
 
-// Solves `steps` neighbouring steps that share a list of taps. `right` is the packed y - bias, [step][channel][lane];
-// `rest` takes r when M != I.
+// Solves `steps` neighbouring steps that share a list of taps. `right` is the packed y - bias, [step][channel][lane],
+// which may be the state itself; `rest` takes r when M != I.
 template <class T, int kVectors>
 static __attribute__((noinline)) void solve_steps(const Weights<T>& weights, const Shape& shape, int64_t steps,
                                                   T* state, ptrdiff_t step_state, ptrdiff_t channel_state,
@@ -425,57 +425,43 @@ static void subtract_sums(const T* state, int64_t channels, ptrdiff_t channel_st
 
 // ---------------------------------------------------------------------------------------------- images as lanes
 
-// Rows of the state and of `other` that are kept to sum the weight gradient over in one go: as many as stay in L2.
+// The state of a slab stays in L2. Large slabs are read and written in long runs of each channel, which the hardware
+// prefetches; runs of a single cache line take twice as long.
 constexpr int64_t kSlabBytes = 192 * 1024;
 
-// How an image is cut up. A stretch is what is packed at a time: part of a row, or, where rows are short and follow
-// each other in memory, several rows, so that cache lines are read and written whole.
+// How an image is cut up: a slab of rows is packed, solved in place and unpacked in one go, and its weight gradient
+// summed. Only where a single row is too large is it packed and solved a stretch at a time.
 template <class T>
 struct ImagesPlan {
-  int64_t stretch_rows;   // 1, or more for short rows
-  int64_t stretch_steps;  // at most
-  int64_t slab_rows;      // a multiple of stretch_rows
-  int64_t ring_rows;      // likewise: a stretch never wraps around
+  int64_t rows;     // of a slab
+  int64_t stretch;  // columns
 
-  template <class IO>
-  ImagesPlan(const Problem<IO, T>& problem, int64_t lanes) {
-    const Shape& shape = problem.shape;
-    const auto flat = [&](const auto& image) { return image.stride.row == shape.width * image.stride.column; };
-    const bool joined = flat(problem.input) && flat(problem.output) && (!problem.with_gradient || flat(problem.other));
-    // Enough rows for a cache line, and for whole vectors of eight.
-    int64_t rows = (kStretch + shape.width - 1) / shape.width;
-    while (rows * shape.width % 8 != 0) ++rows;
-    stretch_rows = joined && shape.width % kStretch != 0 ? smaller(rows, shape.height) : 1;
-    stretch_steps = stretch_rows > 1 ? stretch_rows * shape.width : smaller(kStretch, shape.width);
-    slab_rows = stretch_rows;
-    if (problem.with_gradient) {
-      const int64_t row_bytes = shape.width * shape.channels * lanes * static_cast<int64_t>(sizeof(T));
-      const int64_t rows = smaller(kSlabBytes / (2 * row_bytes), round_up(shape.height, stretch_rows));
-      slab_rows = larger(rows / stretch_rows * stretch_rows, stretch_rows);
-    }
-    ring_rows = slab_rows + round_up(shape.kernel_h - 1, stretch_rows);
+  ImagesPlan(const Shape& shape, bool with_gradient, int64_t lanes) {
+    const int64_t pixel_bytes = shape.channels * lanes * static_cast<int64_t>(sizeof(T)) * (with_gradient ? 2 : 1);
+    const int64_t pixels = larger(kSlabBytes / pixel_bytes, kStretch);
+    rows = larger(smaller(pixels / shape.width, shape.height), 1);
+    stretch = rows > 1 ? shape.width : smaller(pixels / kStretch * kStretch, shape.width);
   }
 };
 
 template <class T>
 struct ImagesScratch {
-  T* ring;    // [ring row][column][channel][lane]
-  T* other;   // [slab row][column][channel][lane]
-  T* packed;  // [step of the stretch][channel][lane]
-  T* rest;    // [channel][lane]
+  T* state;  // [kernel_h - 1 rows above the slab, then its rows][column][channel][lane]
+  T* other;  // [row of the slab][column][channel][lane]
+  T* rest;   // [channel][lane]
   TapPosition* order;
   Tap* taps;  // [column up to kernel_w - 1][tap]
   TapSpans<T>* tap_spans;
-  Span<T>* spans;  // [tap][slab row]
+  Span<T>* spans;  // [tap][row of the slab]
   size_t bytes;
 
-  ImagesScratch(const Shape& shape, const ImagesPlan<T>& plan, bool with_gradient, int64_t lanes, void* memory) {
+  ImagesScratch(const Shape& shape, bool with_gradient, int64_t lanes, void* memory) {
+    const ImagesPlan<T> plan(shape, with_gradient, lanes);
     const int64_t pixel = shape.channels * lanes;
-    const int64_t gradient_rows = with_gradient ? plan.slab_rows : 0;
+    const int64_t gradient_rows = with_gradient ? plan.rows : 0;
     Arena arena{static_cast<char*>(memory)};
-    ring = arena.take<T>(plan.ring_rows * shape.width * pixel);
+    state = arena.take<T>((plan.rows + shape.kernel_h - 1) * shape.width * pixel);
     other = arena.take<T>(gradient_rows * shape.width * pixel);
-    packed = arena.take<T>(plan.stretch_steps * pixel);
     rest = arena.take<T>(pixel);
     order = arena.take<TapPosition>(shape.taps());
     taps = arena.take<Tap>(shape.kernel_w * shape.taps());
@@ -487,8 +473,7 @@ struct ImagesScratch {
 
 template <class IO, class T>
 static size_t images_scratch(const Problem<IO, T>& problem, int64_t lanes) {
-  const ImagesPlan<T> plan(problem, lanes);
-  return ImagesScratch<T>(problem.shape, plan, problem.with_gradient, lanes, nullptr).bytes;
+  return ImagesScratch<T>(problem.shape, problem.with_gradient, lanes, nullptr).bytes;
 }
 
 template <class IO, class T, int kVectors>
@@ -500,21 +485,30 @@ static void sweep_images(const Problem<IO, T>& problem, int64_t first_image, int
   constexpr int64_t lane_count = kVectors * kVectorLanes<T>;
   const ptrdiff_t step_state = channels * lane_count;
   const ptrdiff_t row_state = shape.width * step_state;
-  const ImagesPlan<T> plan(problem, lane_count);
-  const ImagesScratch<T> scratch(shape, plan, problem.with_gradient, lane_count, memory);
+  const ImagesPlan<T> plan(shape, problem.with_gradient, lane_count);
+  const ImagesScratch<T> scratch(shape, problem.with_gradient, lane_count, memory);
+  T* const slab = scratch.state + (shape.kernel_h - 1) * row_state;
   tap_order(shape, scratch.order);
-  const auto ring_row = [&](int64_t row) { return row % plan.ring_rows * row_state; };
 
   Lanes lanes;
   lanes.count = lane_count;
   for (int64_t l = 0; l < lane_count; ++l) {
     lanes.first[l] = 0;
-    lanes.last[l] = l < count ? plan.stretch_rows * shape.width : 0;
+    lanes.last[l] = l < count ? plan.rows * shape.width : 0;
   }
   lanes.find_common();
-  ptrdiff_t in_start[kMaxLanes], out_start[kMaxLanes], other_start[kMaxLanes];
-  const auto starts = [&](const Strides& stride, int64_t row, ptrdiff_t* start) {
-    for (int64_t l = 0; l < lane_count; ++l) start[l] = (first_image + l) * stride.batch + row * stride.row;
+  // Calls f(start of each lane, first step, steps, place in the slab) for columns [begin, end) of rows [first, last):
+  // at once where the rows follow each other in memory, else row by row.
+  const auto for_lines = [&](const auto& image, int64_t first, int64_t last, int64_t begin, int64_t end, auto f) {
+    const bool joined = image.stride.row == shape.width * image.stride.column && end - begin == shape.width;
+    const int64_t rows = joined ? last - first : 1;
+    for (int64_t row = first; row < last; row += rows) {
+      ptrdiff_t start[kMaxLanes];
+      for (int64_t l = 0; l < lane_count; ++l) {
+        start[l] = (first_image + l) * image.stride.batch + row * image.stride.row;
+      }
+      f(start, begin, rows * (end - begin), (row - first) * row_state + begin * step_state);
+    }
   };
 
   // Taps that reach above the image or left of it are left out: one list for each column they can reach from.
@@ -523,64 +517,55 @@ static void sweep_images(const Problem<IO, T>& problem, int64_t first_image, int
       Tap* list = scratch.taps + column * shape.taps();
       for (int64_t t = 0; t < tap_count; ++t) {
         const auto [p, q] = scratch.order[t];
-        if (p > row || q > column) continue;
-        *list++ = {ring_row(row - p) - ring_row(row) - q * step_state, t};
+        if (p <= row && q <= column) *list++ = {-p * row_state - q * step_state, t};
       }
     }
   };
-  // Columns [begin, end) of a row, y - bias being at `right`.
-  const auto solve_row = [&](int64_t row, int64_t begin, int64_t end, const T* right) {
+  const auto solve_row = [&](int64_t row, int64_t begin, int64_t end, T* state) {
     const int64_t tap_rows = smaller(row + 1, shape.kernel_h);
     for (int64_t column = begin; column < end;) {
       const int64_t list = smaller(column, shape.kernel_w - 1);
       const int64_t steps = column < shape.kernel_w - 1 ? 1 : end - column;
-      solve_steps<T, kVectors>(problem.weights, shape, steps, scratch.ring + ring_row(row) + column * step_state,
-                               step_state, lane_count, scratch.taps + list * shape.taps(), tap_rows * (list + 1) - 1,
-                               right + (column - begin) * step_state, scratch.rest);
+      T* at = state + column * step_state;
+      solve_steps<T, kVectors>(problem.weights, shape, steps, at, step_state, lane_count,
+                               scratch.taps + list * shape.taps(), tap_rows * (list + 1) - 1, at, scratch.rest);
       column += steps;
     }
   };
 
-  for (int64_t slab_first = 0; slab_first < shape.height; slab_first += plan.slab_rows) {
-    const int64_t slab_last = smaller(slab_first + plan.slab_rows, shape.height);
-    for (int64_t first_row = slab_first; first_row < slab_last; first_row += plan.stretch_rows) {
-      const int64_t rows = smaller(plan.stretch_rows, slab_last - first_row);
-      const int64_t line_steps = rows * shape.width;
-      T* state = scratch.ring + ring_row(first_row);
-      T* other = scratch.other + (first_row - slab_first) * row_state;
-      starts(problem.input.stride, first_row, in_start);
-      starts(problem.output.stride, first_row, out_start);
-      if (problem.with_gradient) starts(problem.other.stride, first_row, other_start);
-      if (rows == 1) list_taps(first_row);
-      for (int64_t begin = 0; begin < line_steps; begin += plan.stretch_steps) {
-        const int64_t steps = smaller(plan.stretch_steps, line_steps - begin);
-        pack(problem.input, in_start, lanes, channels, begin, steps, problem.weights.bias, scratch.packed);
-        if (rows == 1) {
-          solve_row(first_row, begin, begin + steps, scratch.packed);
-        } else {
-          for (int64_t r = 0; r < rows; ++r) {
-            list_taps(first_row + r);
-            solve_row(first_row + r, 0, shape.width, scratch.packed + r * row_state);
-          }
-        }
-        unpack(problem.output, out_start, lanes, channels, begin, steps, state + begin * step_state, lane_count,
-               step_state);
-        if (problem.with_gradient) {
-          pack<IO, T>(problem.other, other_start, lanes, channels, begin, steps, nullptr, other + begin * step_state);
-        }
+  for (int64_t first = 0; first < shape.height; first += plan.rows) {
+    const int64_t last = smaller(first + plan.rows, shape.height);
+    // The rows above the slab are the last ones of what the buffer held before.
+    if (first > 0)
+      __builtin_memmove(scratch.state, scratch.state + plan.rows * row_state, (slab - scratch.state) * sizeof(T));
+    for (int64_t begin = 0; begin < shape.width; begin += plan.stretch) {
+      const int64_t end = smaller(begin + plan.stretch, shape.width);
+      for_lines(problem.input, first, last, begin, end,
+                [&](const ptrdiff_t* start, int64_t step, int64_t steps, ptrdiff_t at) {
+                  pack(problem.input, start, lanes, channels, step, steps, problem.weights.bias, slab + at);
+                });
+      for (int64_t row = first; row < last; ++row) {
+        if (row < shape.kernel_h) list_taps(row);
+        solve_row(row, begin, end, slab + (row - first) * row_state);
       }
-      if (problem.with_gradient) {
-        subtract_sums(state, channels, lane_count, step_state, line_steps, lane_count, gradients.bias);
-      }
+      for_lines(problem.output, first, last, begin, end,
+                [&](const ptrdiff_t* start, int64_t step, int64_t steps, ptrdiff_t at) {
+                  unpack(problem.output, start, lanes, channels, step, steps, slab + at, lane_count, step_state);
+                });
     }
     if (!problem.with_gradient) continue;
+    for_lines(problem.other, first, last, 0, shape.width,
+              [&](const ptrdiff_t* start, int64_t step, int64_t steps, ptrdiff_t at) {
+                pack<IO, T>(problem.other, start, lanes, channels, step, steps, nullptr, scratch.other + at);
+              });
+    subtract_sums(slab, channels, lane_count, step_state, (last - first) * shape.width, lane_count, gradients.bias);
     for (int64_t t = 0; t <= tap_count; ++t) {
       const auto [p, q] = t < tap_count ? scratch.order[t] : TapPosition{0, 0};
-      Span<T>* spans = scratch.spans + t * plan.slab_rows;
+      Span<T>* spans = scratch.spans + t * plan.rows;
       int64_t span_count = 0;
-      for (int64_t row = larger(slab_first, p); row < slab_last && q < shape.width; ++row) {
-        spans[span_count++] = {scratch.ring + ring_row(row - p),
-                               scratch.other + (row - slab_first) * row_state + q * step_state};
+      for (int64_t row = larger(first, p); row < last && q < shape.width; ++row) {
+        spans[span_count++] = {slab + (row - p - first) * row_state,
+                               scratch.other + (row - first) * row_state + q * step_state};
       }
       scratch.tap_spans[t] = {spans, span_count, shape.width - q};
     }

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch import eager_transforms
+from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
 from . import ops
@@ -201,15 +202,35 @@ def _in_forward_mode() -> bool:
     return True
 
 
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply(*args)``, without what that spends in Python on functorch's transforms where none is active:
+    it would take several times as long as a small solve."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
+
+
+def _records_gradients(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass may come: otherwise the operator can be called as it is, which is cheaper."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def solve(input: Tensor, weight: Tensor, bias: Tensor | None, orders: Orders, corner: int, transposed: bool) -> Tensor:
     """The differentiable solve, in reverse mode and, inside a forward-mode level, in forward mode."""
-    function = SolveForwardMode if _in_forward_mode() else Solve
-    return function.apply(input, weight, bias, orders, corner, transposed)
+    args = (input, weight, bias, orders, corner, transposed)
+    if _in_forward_mode():
+        return _apply(SolveForwardMode, *args)  # type: ignore[no-any-return]
+    return _apply(Solve, *args) if _records_gradients(input, weight, bias) else ops.solve(*args)
 
 
 def solve_backward(
     grad_output: Tensor, output: Tensor, weight: Tensor, orders: Orders, corner: int, transposed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of :func:`solve`, themselves differentiable in both modes."""
-    function = SolveBackwardForwardMode if _in_forward_mode() else SolveBackward
-    return function.apply(grad_output, output, weight, orders, corner, transposed)
+    args = (grad_output, output, weight, orders, corner, transposed)
+    if _in_forward_mode():
+        return _apply(SolveBackwardForwardMode, *args)  # type: ignore[no-any-return]
+    recorded = _records_gradients(grad_output, output, weight)
+    return _apply(SolveBackward, *args) if recorded else ops.solve_backward(*args)
