@@ -6,13 +6,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
 import inverse_flow
 from inverse_flow import cli as entry
 from inverse_flow.commands import cli
+from inverse_flow.data import load
 from inverse_flow.training import checkpoint
+from inverse_flow.training.log import read_log
 
 TINY = ["--levels", "1", "--depth", "1", "--hidden", "2", "--batch-size", "20", "--evaluate-every", "2"]
 
@@ -68,7 +71,7 @@ def test_resume_goes_on_and_keeps_the_settings(tmp_path: Path) -> None:
     refused = call("train", "--out", tmp_path, "--resume", "--hidden", 8, "--data", "MNIST/raw", "--no-logit")
     assert refused.exit_code == 2
     words = " ".join(refused.output.split())
-    assert "keeps the settings of its checkpoint: --hidden is 2, --logit is True, --data is embedded" in words
+    assert "keeps the settings of its checkpoint: --hidden is 2, --data is embedded, --logit is True" in words
 
     fresh = call("train", "--out", tmp_path, "--fresh", "--steps", 1, *TINY)
     assert fresh.exit_code == 0, fresh.output
@@ -116,6 +119,108 @@ def test_sample(trained: Path, tmp_path: Path) -> None:
     assert out.read_bytes() == first
     call("sample", trained, "--count", 5, "--temperature", 0.5, "--seed", 1, "--out", out)
     assert out.read_bytes() != first
+
+
+def test_samples_in_an_npz_file_can_be_trained_on(trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "drawn.npz"
+    result = call("sample", trained, "--count", 300, "--out", out)
+    assert result.exit_code == 0, result.output
+    arrays = np.load(out)
+    assert arrays["x"].shape == (300, 28, 28, 1)
+    assert arrays["log_prob"].shape == (300,)
+    assert "y" not in arrays
+    assert load(out).train.image_shape == (1, 28, 28)
+    unlabelled = call("sample", trained, "--label", 3, "--out", out)
+    assert unlabelled.exit_code == 1
+    assert "knows no classes: it was not trained with labels; got 3" in unlabelled.output
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """Forty small images of two classes, dark and bright."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(40) % 2
+    pixels = rng.integers(0, 100, (40, 8, 8, 1)) + 150 * labels[:, None, None, None]
+    np.savez(tmp_path / "small.npz", x=pixels.astype(np.uint8), y=labels)
+    return tmp_path / "small.npz"
+
+
+SMALL = ["--validation", 5, "--batch-size", 10, "--depth", 1, "--hidden", 4, "--evaluate-every", 3, "--no-flip"]
+
+
+def test_everything_at_once(small: Path, tmp_path: Path) -> None:
+    """A conditional model of another kind, trained by parts with learnt noise, and all that is written on the way."""
+    run = tmp_path / "run"
+    flags = ["--model", "FInCFlow", "--levels", 2, "--orders", "alternating", "--conditional", "--memory-efficient"]
+    flags += ["--dequantization", "variational", "--bits", 5, "--optimizer", "adamax", "--decay-at", 0.5]
+    flags += ["--decay-at", 8, "--patience", 9, "--parts", "across:2", "--schedule", "simultaneous"]
+    result = call(
+        "train", "--data", small, "--out", run, "--steps", 4, "--tensorboard", "--sample-every", 2, *SMALL, *flags
+    )
+    assert result.exit_code == 0, result.output
+    assert "FInCFlow: 2 levels of 1 steps" in result.output
+    assert "conditional on 2 classes" in result.output
+    again = call("train", "--data", small, "--out", run, "--resume", "--steps", 6, *SMALL, *flags)
+    assert again.exit_code == 0, again.output
+    assert sorted(path.name for path in (run / "samples").iterdir()) == ["000002.png", "000004.png"]
+    assert list((run / "tensorboard").iterdir())
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["kind"] == "FInCFlow"
+    assert summary["training"]["parts"]["count"] == 2
+    assert "at n = 5 bits, variational dequantization" in summary["protocol"]
+    assert "log p(x̃ | label)" in summary["protocol"]
+    content = checkpoint.load(run)
+    assert content["step"] == 6
+    refused = call("train", "--out", run, "--resume", "--parts", "across:3", "--no-conditional", "--decay-at", 0.4)
+    words = " ".join(refused.output.split())
+    for setting in ("--parts is across:2", "--conditional is True", "--decay-at is (0.5, 8.0)"):
+        assert setting in words
+    evaluated = call("evaluate", run, "--importance-samples", 3, "--json")
+    assert evaluated.exit_code == 0, evaluated.output
+    figures = json.loads(evaluated.output)
+    assert figures["importance_samples"] == 3
+    assert figures["importance_weighted_test_bits_per_dim"] < figures["test_bits_per_dim"]
+    sampled = call("sample", run, "--count", 4, "--out", tmp_path / "some.npz")
+    assert sampled.exit_code == 0, sampled.output
+    assert np.load(tmp_path / "some.npz")["y"].tolist() == [0, 1, 0, 1]
+    call("sample", run, "--count", 3, "--label", 1, "--out", tmp_path / "some.npz")
+    assert np.load(tmp_path / "some.npz")["y"].tolist() == [1, 1, 1]
+
+
+def test_two_processes_train_one_model(small: Path, tmp_path: Path) -> None:
+    """The same command alone and under torchrun, which speaks once and leaves one set of files."""
+    arguments = ["train", "--data", small, "--steps", 3, "--levels", 1, *SMALL, "--learning-rate", "1e-4", "--out"]
+    alone = call(*arguments, tmp_path / "one")
+    assert alone.exit_code == 0, alone.output
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "inverse_flow"]
+    together = subprocess.run(
+        [sys.executable, *torchrun, *map(str, arguments), str(tmp_path / "two")],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert together.returncode == 0, together.stderr
+    one, two = ([report.loss for report in read_log(tmp_path / name / "log.csv")] for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-4)
+    outputs = (alone.output, together.stdout)
+    assert [output.count("bits/dim, test") for output in outputs] == [1, 1]
+    assert ["2 processes" in output for output in outputs] == [False, True]
+    assert {path.name for path in (tmp_path / "one").iterdir()} == {path.name for path in (tmp_path / "two").iterdir()}
+
+
+def test_parts_are_named_with_their_cut(tmp_path: Path) -> None:
+    result = call("train", "--out", tmp_path, "--parts", "two")
+    assert result.exit_code == 2
+    assert 'parts must be given as "blocks:n" or "across:n"' in " ".join(result.output.split())
+
+
+def test_a_missing_module_of_the_extra_is_told_in_a_line(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    result = call("train", "--data", small, "--out", tmp_path / "run", "--levels", 1, "--tensorboard", *SMALL)
+    assert result.exit_code == 1
+    assert "needs tensorboard for this: pip install 'inverse-flow[train]'" in result.output
 
 
 def test_evaluate_agrees_with_the_training_run(trained: Path) -> None:

@@ -221,7 +221,7 @@ def solve(input: Tensor, weight: Tensor, bias: Tensor | None, orders: Orders, co
     """The differentiable solve, in reverse mode and, inside a forward-mode level, in forward mode."""
     args = (input, weight, bias, orders, corner, transposed)
     if _in_forward_mode():
-        return _apply(SolveForwardMode, *args)  # type: ignore[no-any-return]
+        return _apply(SolveForwardMode, *args)
     return _apply(Solve, *args) if _records_gradients(input, weight, bias) else ops.solve(*args)
 
 
@@ -231,6 +231,6 @@ def solve_backward(
     """The gradients of :func:`solve`, themselves differentiable in both modes."""
     args = (grad_output, output, weight, orders, corner, transposed)
     if _in_forward_mode():
-        return _apply(SolveBackwardForwardMode, *args)  # type: ignore[no-any-return]
+        return _apply(SolveBackwardForwardMode, *args)
     recorded = _records_gradients(grad_output, output, weight)
     return _apply(SolveBackward, *args) if recorded else ops.solve_backward(*args)

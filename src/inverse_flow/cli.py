@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 # What the extra [train] brings. Some other missing module is a fault of its own and is not explained away.
-TRAIN_EXTRA = ("click", "rich", "matplotlib")
+TRAIN_EXTRA = ("click", "rich", "matplotlib", "PIL", "tensorboard")
 
 
 def main() -> None:
@@ -20,8 +20,13 @@ def main() -> None:
         if sys.argv[1:] == ["info"]:
             print(format_info())
             return
-        sys.exit(f"inverse-flow needs {error.name} for this: pip install 'inverse-flow[train]'")
+        sys.exit(missing_extra(error))
     cli(prog_name="inverse-flow")
+
+
+def missing_extra(error: ModuleNotFoundError) -> str:
+    """What to install when a module of the extra is missing."""
+    return f"inverse-flow needs {error.name} for this: pip install 'inverse-flow[train]'"
 
 
 def format_info(info: Mapping[str, Any] | None = None) -> str:

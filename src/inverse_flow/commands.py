@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,19 @@ from rich.console import Console
 from rich.table import Table
 
 import inverse_flow
-from inverse_flow.cli import format_info
-from inverse_flow.data import load
+from inverse_flow.cli import TRAIN_EXTRA, format_info, missing_extra
 from inverse_flow.data.load import SOURCES
-from inverse_flow.flows.logit import DEFAULT_MARGIN
 from inverse_flow.models import InverseFlow
+from inverse_flow.options import model_options, options_of, run_options, train_config
 from inverse_flow.training import Stop, TrainConfig, checkpoint, figures
 from inverse_flow.training import run as runs
+from inverse_flow.training.log import StepReport
+from inverse_flow.training.parts_parallel import fit_parts
 from inverse_flow.training.progress import TrainingProgress
 from inverse_flow.training.report import Summary, summarize
+from inverse_flow.training.sampling import NPZ, SampleGrids, draw, save_npz
+from inverse_flow.training.tensorboard import TensorBoardLog
+from inverse_flow.training.workers import Workers, connect
 
 # Conventional exit status of a program ended by Ctrl-C.
 INTERRUPTED_STATUS = 130
@@ -49,16 +52,18 @@ Examples:
       --learning-rate 1e-3 --minutes 600
   inverse-flow train --data cifar-10-python.tar.gz --out cifar --depth 16 --hidden 256 \\
       --no-logit --learning-rate 1e-3 --minutes 600 --device cuda
+  torchrun --nproc-per-node 2 -m inverse_flow train --data MNIST/raw --out mnist --no-flip
 """,
     "sample": """\b
 Examples:
   inverse-flow sample demo
   inverse-flow sample demo --count 16 --temperature 0.7 --seed 3 --out cool.png
+  inverse-flow sample demo --count 1000 --out samples.npz
 """,
     "evaluate": """\b
 Examples:
   inverse-flow evaluate demo
-  inverse-flow evaluate demo --json > figures.json
+  inverse-flow evaluate demo --importance-samples 100 --json > figures.json
 """,
 }
 
@@ -98,71 +103,32 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @cli.command(epilog=EXAMPLES["train"], short_help="Train a flow, measure it, draw samples.")
-@click.option("--data", "source", default="embedded", show_default=True, help=f"Images to train on: {SOURCES}.")
 @click.option(
     "--out", "folder", type=click.Path(file_okay=False, path_type=Path), default="run", show_default=True,
     help="Folder of the run: checkpoint.pt, log.csv, summary.json, samples.png, curve.png.",
 )  # fmt: skip
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint in --out.")
 @click.option("--fresh", is_flag=True, help="Start again, replacing the checkpoint in --out.")
-@click.option("--minutes", type=click.FloatRange(0), default=3.5, show_default=True, help="End after this long …")
-@click.option("--steps", type=click.IntRange(0), default=100_000, show_default=True, help="… or after this many steps.")
-@click.option("--levels", type=click.IntRange(1), default=2, show_default=True, help="Scales of the flow, L.")
-@click.option("--depth", type=click.IntRange(1), default=4, show_default=True, help="Flow steps in a level, K.")
-@click.option("--hidden", type=click.IntRange(1), default=64, show_default=True, help="Width of the coupling networks.")
-@click.option(
-    "--kernel-size", type=click.IntRange(1), default=3, show_default=True, help="Of the inverse convolutions."
-)
-@click.option(
-    "--orders", type=click.Choice(["four", "alternating"]), default="four", show_default=True,
-    help="four: a group of channels for each order in every layer; alternating: one order a layer.",
-)  # fmt: skip
-@click.option(
-    "--coupling",
-    type=click.Choice(["affine", "additive"]),
-    default="affine",
-    show_default=True,
-    help="Kind of coupling.",
-)
-@click.option(
-    "--logit/--no-logit", default=True, show_default=True, help="Begin with a logit, which spreads out dark and bright."
-)
-@click.option("--batch-size", type=click.IntRange(1), default=50, show_default=True, help="Images in a step.")
-@click.option(
-    "--learning-rate",
-    type=float,
-    default=1e-2,
-    show_default=True,
-    help="Of Adam, after the warm-up; less for more depth.",
-)
-@click.option(
-    "--flip/--no-flip", default=True, show_default=True, help="Mirror training images at random (not for digits)."
-)
-@click.option(
-    "--bits", "bit_depth", type=click.IntRange(1, 8), default=8, show_default=True, help="Bits of a colour value."
-)
-@click.option(
-    "--validation", type=click.IntRange(0), default=100, show_default=True,
-    help="Training images set aside to choose the best weights.",
-)  # fmt: skip
-@click.option(
-    "--evaluate-every", type=click.IntRange(1), default=50, show_default=True, help="Steps between checkpoints."
-)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of weights, data order and noise.")
+@run_options
+@click.option("--tensorboard", is_flag=True, help="Write the log for TensorBoard too.")
+@click.option("--sample-every", type=click.IntRange(1), help="Steps between two pictures of samples, in samples/.")
+@click.option("--part-per-process", is_flag=True, help="Under torchrun: each process trains one of the --parts.")
 @common_options
 def train(
-    source: str,
     folder: Path,
     resume: bool,
     fresh: bool,
+    part_per_process: bool,
+    tensorboard: bool,
+    sample_every: int | None,
     device: str,
     threads: int | None,
     **options: Any,
 ) -> None:
-    """Train an Inverse-Flow, measure it on the held-out images and draw samples.
+    """Train a flow, measure it on the held-out images and draw samples.
 
     Ctrl-C ends the training after the current step and keeps the checkpoint. The defaults are the demo: a small model
-    on 1,000 images of Fashion-MNIST.
+    on 1,000 images of Fashion-MNIST. Under torchrun, all its processes train one model.
     """
     use_threads(threads)
     exists = (folder / checkpoint.FILE).is_file()
@@ -170,21 +136,37 @@ def train(
         raise click.UsageError("--resume goes on and --fresh starts again: give one of them")
     if exists and not (resume or fresh):
         raise click.UsageError(f"{folder / checkpoint.FILE} exists: --resume goes on from it, --fresh replaces it")
-    with plain_errors():
+    with plain_errors(), connect(device) as (processes, own_device), quiet(not processes.first):
+        # Processes that each train a part do not share the batches.
+        workers = Workers() if part_per_process else processes
+        if part_per_process:
+            unlimited_time(options)
         if resume:
             content = checkpoint.load(folder)
-            changes = resume_changes(content, {**options, "source": source})
-            run = runs.resume(content, folder, device, **changes)
+            changes = resume_changes(content, options)
+            run = runs.resume(content, folder, own_device, workers=workers, **changes)
             console.print(f"resumed at step {run.trainer.step}, {run.trainer.seconds:.0f} s into the run")
         else:
-            run = runs.start(source, folder, train_config(options), model_options(options), device)
+            places = {name: options[name] for name in ("kind", "conditional", "size", "crop")}
+            training, model = train_config(options), model_options(options)
+            run = runs.start(options["source"], folder, training, model, own_device, workers=workers, **places)
         describe(run)
-        with TrainingProgress(run.trainer.config, console) as progress:
-            stop = run.trainer.fit(progress)
+        if part_per_process:
+            fit_parts(run.trainer)
+            if not processes.first:
+                return
+        with TrainingProgress(run.trainer.config, console) as progress, ExitStack() as open_logs:
+            watching: list[Callable[[StepReport], None]] = [progress]
+            if workers.first:
+                watching += observers(run, tensorboard, sample_every, open_logs)
+            stop = run.trainer.fit(*watching)
     if stop is Stop.INTERRUPTED:
-        console.print(f"\nInterrupted at step {run.trainer.step}; the checkpoint is kept. To go on:")
-        console.print(f"  inverse-flow train --out {folder} --resume", highlight=False, soft_wrap=True)
+        if workers.first:
+            console.print(f"\nInterrupted at step {run.trainer.step}; the checkpoint is kept. To go on:")
+            console.print(f"  inverse-flow train --out {folder} --resume", highlight=False, soft_wrap=True)
         sys.exit(INTERRUPTED_STATUS)
+    if not workers.first:
+        return
     summary = runs.finish(run, console.print)
     print_table(summary, f"after {run.trainer.step} steps in {run.trainer.seconds:.0f} s")
     names = (runs.SAMPLES_FILE, runs.CURVE_FILE, runs.SUMMARY_FILE, checkpoint.FILE)
@@ -194,38 +176,61 @@ def train(
 @cli.command(epilog=EXAMPLES["sample"], short_help="Draw samples from a trained flow.")
 @click.argument("source", metavar="RUN", type=click.Path(exists=True, path_type=Path))
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default="samples.png", show_default=True,
-              help="Picture to write.")  # fmt: skip
+              help="Picture, or npz file with samples, log-densities and labels, to write.")  # fmt: skip
 @click.option("--count", type=click.IntRange(1), default=64, show_default=True, help="Number of samples.")
 @click.option("--temperature", type=click.FloatRange(0), default=1.0, show_default=True,
               help="Scales the latents: below 1, likelier and less varied samples.")  # fmt: skip
+@click.option("--label", type=click.IntRange(0), help="Class of all the samples.  [default: the classes in turn]")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the latents.")
 @common_options
 def sample(
-    source: Path, out: Path, count: int, temperature: float, seed: int, device: str, threads: int | None
+    source: Path,
+    out: Path,
+    count: int,
+    temperature: float,
+    label: int | None,
+    seed: int,
+    device: str,
+    threads: int | None,
 ) -> None:
     """Draw samples from the model of RUN, a run's folder or its checkpoint."""
     use_threads(threads)
     with plain_errors():
-        model = checkpoint.model_of(checkpoint.load(source)).to(device)
-        samples = model.sample(count, temperature=temperature, generator=runs.sample_generator(model, seed))
-        title = "samples" if temperature == 1 else f"samples, temperature {temperature:g}"
-        figures.save_samples(out, figures.to_uint8(samples), title=title)
+        content = checkpoint.load(source)
+        model, classes = checkpoint.model_of(content).to(device), content["extra"]["classes"]
+        drawn = draw(model, count, seed, classes=classes, label=label, temperature=temperature)
+        if out.suffix == NPZ:
+            save_npz(out, drawn)
+        else:
+            title = "samples" if temperature == 1 else f"samples, temperature {temperature:g}"
+            figures.save_samples(out, figures.to_uint8(drawn.images), title=title)
     console.print(f"{count} samples in {out}", highlight=False, soft_wrap=True)
 
 
 @cli.command(epilog=EXAMPLES["evaluate"], short_help="Measure a trained flow beside the baseline.")
 @click.argument("source", metavar="RUN", type=click.Path(exists=True, path_type=Path))
 @click.option("--data", "data_source", help=f"{SOURCES}.  [default: the data that RUN was trained on]")
+@click.option("--importance-samples", type=click.IntRange(0), default=10, show_default=True,
+              help="Draws of noise for the importance-weighted bound; 0 for none.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @common_options
-def evaluate(source: Path, data_source: str | None, as_json: bool, device: str, threads: int | None) -> None:
+def evaluate(
+    source: Path,
+    data_source: str | None,
+    importance_samples: int,
+    as_json: bool,
+    device: str,
+    threads: int | None,
+) -> None:
     """Measure the model of RUN, a run's folder or its checkpoint: bits per dimension beside the baseline, and times."""
     use_threads(threads)
     with plain_errors():
         content = checkpoint.load(source)
-        model: InverseFlow = checkpoint.model_of(content).to(device)
-        data = load(data_source or content["extra"]["source"])
-        summary = summarize(model, data, content["train_config"]["bit_depth"])
+        model = checkpoint.model_of(content).to(device)
+        data = runs.data_of(content, data_source)
+        config = TrainConfig.from_dict(content["train_config"])
+        classes = content["extra"]["classes"]
+        summary = summarize(model, data, config, classes=classes, importance_samples=importance_samples)
     if as_json:
         click.echo(json.dumps({**summary.to_dict(), "data": data.name}, indent=2))
     else:
@@ -239,29 +244,7 @@ def info(as_json: bool) -> None:
     click.echo(json.dumps(inverse_flow.build_info(), indent=2) if as_json else format_info())
 
 
-def model_options(options: dict[str, Any]) -> dict[str, Any]:
-    """The command line's options that describe the model."""
-    names = ("levels", "hidden", "kernel_size", "orders", "coupling")
-    logit_margin = DEFAULT_MARGIN if options["logit"] else None
-    chosen = {name: options[name] for name in names}
-    return {"steps": options["depth"], "logit_margin": logit_margin, **chosen}
-
-
-def train_config(options: dict[str, Any]) -> TrainConfig:
-    """The command line's options that describe the training."""
-    names = {field.name for field in fields(TrainConfig)}
-    return TrainConfig(**{name: value for name, value in options.items() if name in names})
-
-
-def options_of(content: dict[str, Any]) -> dict[str, Any]:
-    """The command line's options as a checkpoint holds them."""
-    config = content["model_description"]["config"]
-    model = {name: config[name] for name in ("levels", "hidden", "kernel_size", "orders", "coupling")}
-    model |= {"depth": config["steps"], "logit": config["logit_margin"] is not None}
-    return {**content["train_config"], **model, "source": content["extra"]["source"]}
-
-
-def resume_changes(content: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+def resume_changes(content: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """What the command line changes in a resumed run; a change that would make it another run is refused."""
     context = click.get_current_context()
     before = options_of(content)
@@ -275,24 +258,49 @@ def resume_changes(content: dict[str, Any], options: dict[str, Any]) -> dict[str
     return {name: options[name] for name in changed}
 
 
+def unlimited_time(options: dict[str, Any]) -> None:
+    """Takes the limit of time away, which parts in several processes cannot agree on."""
+    if click.get_current_context().get_parameter_source("minutes") is ParameterSource.COMMANDLINE:
+        raise click.UsageError("--part-per-process is limited by --steps, not by --minutes")
+    options["minutes"] = None
+
+
 def describe(run: runs.Run) -> None:
     """Says what is about to be trained, on what."""
     trainer = run.trainer
-    config = trainer.model.config
+    model, config = trainer.model, trainer.model.config
     console.print(
         f"{run.data.name}: {len(trainer.batches.images)} training, {len(trainer.validation_images)} validation and "
         f"{len(run.data.test)} test images of shape {config.image_shape}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
+    name = "Inverse-Flow" if isinstance(model, InverseFlow) else type(model).__name__
+    classes = f", conditional on {run.classes} classes" if run.classes else ""
+    processes = f", {trainer.workers.count} processes" if trainer.workers.count > 1 else ""
     console.print(
-        f"Inverse-Flow: {config.levels} levels of {config.steps} steps, {trainer.model.num_parameters:,} parameters",
+        f"{name}: {config.levels} levels of {config.steps} steps, {model.num_parameters:,} parameters"
+        f"{classes}{processes}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
 
 
+def observers(
+    run: runs.Run, tensorboard: bool, sample_every: int | None, open_logs: ExitStack
+) -> list[Callable[[StepReport], None]]:
+    """What else is written of every step."""
+    found: list[Callable[[StepReport], None]] = []
+    board = None
+    if tensorboard:
+        board = open_logs.enter_context(closing(TensorBoardLog(run.folder, run.trainer.step)))
+        found.append(board)
+    if sample_every:
+        found.append(SampleGrids(run.trainer, run.folder, sample_every, board))
+    return found
+
+
 def print_table(summary: Summary, title: str) -> None:
     """The closing table."""
-    table = Table(title=title, show_header=False, caption=f"on {summary.hardware}")
+    table = Table(title=title, show_header=False, caption=f"bits/dim: {summary.protocol}; on {summary.hardware}")
     table.add_column(no_wrap=True)
     table.add_column(justify="right")
     for name, value in summary.rows():
@@ -307,9 +315,23 @@ def use_threads(threads: int | None) -> None:
 
 
 @contextmanager
+def quiet(silent: bool) -> Iterator[None]:
+    """Nothing is printed within it, if ``silent``: one process of several speaks for all."""
+    before, console.quiet = console.quiet, silent
+    try:
+        yield
+    finally:
+        console.quiet = before
+
+
+@contextmanager
 def plain_errors() -> Iterator[None]:
     """Errors that the user can mend are told in a line, without a traceback."""
     try:
         yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in TRAIN_EXTRA:
+            raise
+        raise click.ClickException(missing_extra(error)) from error
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
         raise click.ClickException(str(error)) from error

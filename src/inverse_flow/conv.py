@@ -7,9 +7,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ._checks import FLOAT_DTYPES, Order, parse_orders
+from ._checks import FLOAT_DTYPES, Order, parse_corner, parse_orders
+from .autograd import solve_backward
 from .causal import corner_index
 from .functional import causal_conv2d, inverse_conv2d
+from .reversible import backpropagate
 
 __all__ = ["InverseConv2d"]
 
@@ -127,6 +129,21 @@ class InverseConv2d(nn.Module):
         weight, corner = self._weight()
         x = causal_conv2d(z, weight, self.bias, order=self.order, groups=self.groups, corner=corner)
         return x, self._log_det(z)
+
+    def backward_from_output(
+        self, z: Tensor, grad_z: Tensor, grad_logdet: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x = A(w) z + b, a plain convolution, and the backward pass of the solve, which asks for nothing but z:
+        ∂x = A(w)⁻ᵀ ∂z. For :mod:`inverse_flow.reversible`."""
+        with torch.enable_grad():
+            weight, corner = self._weight()
+            log_det = -self._log_det(z)
+        x = causal_conv2d(z, weight, self.bias, order=self.order, groups=self.groups, corner=corner)
+        grad_x, grad_weight, grad_bias = solve_backward(
+            grad_z, z, weight, self._orders, parse_corner(corner), transposed=False
+        )
+        backpropagate([weight, self.bias, log_det], [grad_weight, grad_bias, grad_logdet])
+        return x, grad_x
 
     def _weight(self) -> tuple[Tensor, str]:
         """The weight and corner kind to hand to the functional layer."""

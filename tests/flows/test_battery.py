@@ -18,16 +18,24 @@ from torch import Tensor, nn
 
 from inverse_flow import InverseConv2d
 from inverse_flow.flows import (
+    HINT,
     ActNorm,
     AdditiveCoupling,
     AffineCoupling,
+    CheckerboardCoupling,
     Compose,
     Conv1x1,
     Flow,
     FlowLayer,
+    HaarSqueeze,
+    Householder,
+    Hyperbolic,
     Logit,
     Permute,
+    ResNet,
     Reverse,
+    SplineActivation,
+    SplineCoupling,
     Split,
     Squeeze,
 )
@@ -40,7 +48,7 @@ CONTEXT_CHANNELS = 2
 @dataclass(frozen=True)
 class Case:
     make: Callable[[], nn.Module]
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     uses_context: bool = False
     unit_interval: bool = False
 
@@ -61,6 +69,13 @@ class Case:
         if not self.uses_context:
             return None
         return torch.randn(batch, CONTEXT_CHANNELS, generator=torch.Generator().manual_seed(2), dtype=dtype)
+
+
+def volume_flow() -> Flow:
+    """A scale of Glow and a scale of HINT, on volumes."""
+    glow = Compose(ActNorm(8), AffineCoupling(8, 0, dimensions=3))
+    hint = Compose(Householder(4, 1), HINT(4, 0, least_channels=3, dimensions=3))
+    return Flow([HaarSqueeze(), glow, Split(8, dimensions=3), hint], (1, 2, 2, 2))
 
 
 def small_flow() -> Flow:
@@ -88,6 +103,47 @@ CASES = {
     "split_standard": Case(partial(Split, 3, prior="standard"), (3, 3, 2)),
     "split_conditional": Case(partial(Split, 5), (5, 3, 2)),
     "split_hidden_context": Case(partial(Split, 4, hidden=3, **with_context), (4, 2, 2), uses_context=True),
+    "checkerboard_affine": Case(partial(CheckerboardCoupling, 2, 6), (2, 3, 4)),
+    "checkerboard_additive": Case(partial(CheckerboardCoupling, 1, 6, kind="additive", parity=1), (1, 3, 2)),
+    "checkerboard_context": Case(partial(CheckerboardCoupling, 1, 6, **with_context), (1, 3, 2), uses_context=True),
+    "spline": Case(partial(SplineActivation, 2, bound=1.5), (2, 3, 4)),
+    "linear_spline": Case(partial(SplineActivation, 2, kind="linear", bins=3, bound=1.5), (2, 3, 4)),
+    "spline_coupling": Case(partial(SplineCoupling, 4, 6, bins=3, bound=1.5), (4, 3, 2)),
+    "spline_coupling_context": Case(partial(SplineCoupling, 3, 6, **with_context), (3, 2, 3), uses_context=True),
+    "householder": Case(partial(Householder, 5), (5, 3, 1)),
+    "householder_few": Case(partial(Householder, 4, 2), (4, 2, 3)),
+    "householder_one_channel": Case(partial(Householder, 1), (1, 2, 3)),
+    "haar": Case(HaarSqueeze, (3, 4, 2)),
+    "haar_by_channel": Case(partial(HaarSqueeze, "channel"), (3, 2, 4)),
+    "hint": Case(partial(HINT, 5, 0), (5, 2, 3)),
+    "hint_shallow": Case(partial(HINT, 4, 3, least_channels=3), (4, 2, 2)),
+    "hint_additive": Case(partial(HINT, 4, coupling=partial(AdditiveCoupling, hidden=0)), (4, 2, 2)),
+    "hint_context": Case(partial(HINT, 3, 0, **with_context), (3, 2, 2), uses_context=True),
+    "hyperbolic": Case(partial(Hyperbolic, 6), (6, 3, 2)),
+    "hyperbolic_hidden": Case(partial(Hyperbolic, 2, 5, step_size=0.3, kernel_size=5), (2, 3, 2)),
+    "residual_coupling": Case(
+        lambda: AffineCoupling(3, conditioner=ResNet(2, 3, 2, blocks=1, **with_context)), (3, 2, 3), uses_context=True
+    ),
+    "actnorm_volume": Case(partial(ActNorm, 2), (2, 2, 3, 2)),
+    "conv1x1_volume": Case(partial(Conv1x1, 3), (3, 2, 1, 3)),
+    "additive_coupling_volume": Case(partial(AdditiveCoupling, 3, 0, dimensions=3), (3, 2, 3, 1)),
+    "affine_coupling_volume": Case(
+        partial(AffineCoupling, 2, 2, dimensions=3, **with_context), (2, 2, 1, 2), uses_context=True
+    ),
+    "squeeze_volume": Case(Squeeze, (1, 4, 2, 2)),
+    "permute_volume": Case(partial(Permute, (2, 0, 1)), (3, 2, 1, 2)),
+    "split_volume": Case(partial(Split, 3, dimensions=3), (3, 2, 1, 2)),
+    "householder_volume": Case(partial(Householder, 3), (3, 2, 1, 3)),
+    "haar_volume": Case(HaarSqueeze, (2, 2, 4, 2)),
+    "haar_volume_by_channel": Case(partial(HaarSqueeze, "channel"), (2, 2, 2, 2)),
+    "hint_volume": Case(partial(HINT, 4, 0, dimensions=3), (4, 2, 1, 2)),
+    "hyperbolic_volume": Case(partial(Hyperbolic, 2, dimensions=3), (2, 2, 3, 2)),
+    "residual_coupling_volume": Case(
+        lambda: AdditiveCoupling(2, conditioner=ResNet(1, 2, 1, blocks=1, dimensions=3)), (2, 2, 1, 2)
+    ),
+    "volume_flow": Case(volume_flow, (1, 2, 2, 2)),
+    "checkerboard_volume": Case(partial(CheckerboardCoupling, 1, 2, dimensions=3), (1, 2, 1, 3)),
+    "spline_volume": Case(partial(SplineActivation, 2, bins=3), (2, 2, 1, 3)),
     "reverse": Case(lambda: Reverse(Squeeze()), (4, 2, 3)),
     "reverse_affine": Case(lambda: Reverse(AffineCoupling(4, 6)), (4, 2, 3)),
     "compose": Case(lambda: Compose(Squeeze(), ActNorm(4), Conv1x1(4), AffineCoupling(4, 6)), (1, 4, 2)),
@@ -199,6 +255,26 @@ def check_context(case: Case) -> None:
     torch.testing.assert_close(back, x)
 
 
+def check_rebuilding(case: Case) -> None:
+    """The gradients of a flow of this layer are the same whether it stores activations or rebuilds them."""
+    layer, x, context = case.layer(), case.images().requires_grad_(), case.context()
+    context = None if context is None else context.requires_grad_()
+    leaves = [x, *([] if context is None else [context]), *layer.parameters()]
+    found = []
+    for memory_efficient in (True, False):
+        if isinstance(layer, Flow):
+            layer.memory_efficient = memory_efficient
+            result, logdet = layer(x, context)
+        else:
+            result, logdet = Flow([layer], case.shape, memory_efficient=memory_efficient)(x, context)
+        values = flat((*result, logdet[:, None]))
+        weights = torch.linspace(0.5, 1.5, values.numel(), dtype=x.dtype).view(values.shape)
+        found.append(torch.autograd.grad((weights * values).sum(), leaves, allow_unused=True))
+    for rebuilt, stored in zip(*found, strict=True):
+        zeros = x.new_zeros(()) if stored is None else torch.zeros_like(stored)
+        torch.testing.assert_close(zeros if rebuilt is None else rebuilt, zeros if stored is None else stored)
+
+
 def check_copies(case: Case) -> None:
     layer, x, context = case.layer(), case.images(), case.context()
     expected = flat(layer(x, context)[0])
@@ -213,8 +289,9 @@ def check_non_contiguous(case: Case) -> None:
     layer, x, context = case.layer(), case.images(), case.context()
     expected, expected_logdet = layer(x, context)
     padded = torch.full((len(x), *(size + 1 for size in case.shape)), float("nan"), dtype=x.dtype)
-    strided = padded[:, :-1, :-1, :-1].copy_(x)
-    for other in (strided, x.contiguous(memory_format=torch.channels_last)):
+    strided = padded[(slice(None), *(slice(-1) for _ in case.shape))].copy_(x)
+    channels_last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    for other in (strided, x.contiguous(memory_format=channels_last)):
         z, logdet = layer(other, context)
         torch.testing.assert_close(flat(z), flat(expected))
         torch.testing.assert_close(logdet, expected_logdet)
@@ -258,6 +335,11 @@ def test_empty_batch(case: Case) -> None:
 @cases
 def test_context(case: Case) -> None:
     check_context(case)
+
+
+@cases
+def test_rebuilding(case: Case) -> None:
+    check_rebuilding(case)
 
 
 @cases
@@ -331,6 +413,20 @@ class NoEmptyBatch(Scale):
         return (self.log_scale * x[0].numel()).expand(x.shape[0])
 
 
+class WrongClosedForm(Scale):
+    """Forgets the log-determinant in the gradient of its parameter."""
+
+    def backward_from_output(self, z: Tensor, grad_z: Tensor, grad_logdet: Tensor, context: Any) -> tuple[Any, Any]:
+        self.log_scale.grad = (z * grad_z).sum()
+        return self.inverse(z)[0], grad_z * self.log_scale.exp()
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return super().forward(x)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return super().inverse(z)
+
+
 class DropsTheContext(Scale):
     """Sees the context in one direction only."""
 
@@ -366,6 +462,7 @@ class ReadsMemoryInOrder(Scale):
         (ResultInFloat64, partial(check_types, dtype=torch.float32, autocast=True)),
         (NoGradientToItsParameter, check_gradients),
         (NoEmptyBatch, check_empty_batch),
+        (WrongClosedForm, check_rebuilding),
         (DropsTheContext, check_context),
         (StateOutsideItsStateDict, check_copies),
         (ReadsMemoryInOrder, check_non_contiguous),

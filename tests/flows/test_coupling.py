@@ -68,7 +68,7 @@ def test_a_missing_or_misshapen_context_is_named() -> None:
     x = torch.zeros(2, 2, 4, 4)
     with pytest.raises(ValueError, match=r"context \(B, 3\).*none was given"):
         net(x)
-    with pytest.raises(ValueError, match=r"\(B, 3\) or \(B, 3, H, W\), got \(2, 3, 8, 8\)"):
-        net(x, torch.zeros(2, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"\(B, 3\) or \(B, 3, H, W\), .* got \(2, 3, 6, 6\)"):
+        net(x, torch.zeros(2, 3, 6, 6))
     with pytest.raises(ValueError, match=r"\(B, 3\)"):
         net(x, torch.zeros(2, 4))

@@ -37,7 +37,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="damaged or no checkpoint"):
         checkpoint.load(path)
     torch.save({"format": 99}, path)
-    with pytest.raises(ValueError, match="no checkpoint of format 1"):
+    with pytest.raises(ValueError, match="no checkpoint of format 2"):
         checkpoint.load(path)
 
 

@@ -3,10 +3,11 @@ import json
 import pytest
 
 from inverse_flow.training import TrainConfig
+from inverse_flow.training.parts_config import PartsConfig
 
 
 def test_a_config_survives_json() -> None:
-    config = TrainConfig(minutes=1.5, flip=True)
+    config = TrainConfig(minutes=1.5, flip=True, decay_at=(0.5, 3000), validation=9, patience=3, parts=PartsConfig())
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -20,8 +21,22 @@ def test_a_config_survives_json() -> None:
         ("minutes", -1.0, "minutes must be at least 0, got -1"),
         ("average_decay", 1.0, "average_decay must be at least 0 and below 1, got 1"),
         ("bit_depth", 9, "bit_depth must be 1 to 8, got 9"),
+        ("decay_at", (0.5, 1.5), "decay_at must be shares below 1 or whole steps, got 1.5"),
+        ("decay_factor", 0.0, "decay_factor must be a finite number above 0, got 0"),
+        ("optimizer", "sgd", "optimizer must be adam or adamax, got sgd"),
+        ("precision", "fp8", "precision must be float32 or bf16, got fp8"),
+        ("patience", 3, "validation must be above 0 for patience, got 0"),
+        ("max_inverse_error", 0.0, "max_inverse_error must be above 0, got 0"),
     ],
 )
-def test_errors_say_what_was_given(name: str, value: float, message: str) -> None:
+def test_errors_say_what_was_given(name: str, value: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainConfig(**{name: value})
+
+
+def test_the_nearer_limit_is_the_progress() -> None:
+    config = TrainConfig(steps=1000, minutes=1)
+    assert config.progress(100, 30.0) == 0.5
+    assert config.progress(700, 30.0) == 0.7
+    assert config.progress(0, 90.0) == 1.0
+    assert TrainConfig(steps=1000).progress(250, 1e9) == 0.25

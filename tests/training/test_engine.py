@@ -1,15 +1,18 @@
 import signal
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from inverse_flow.flows import FlowLayer, NonFiniteError
+from inverse_flow.flows import Flow, FlowLayer, NonFiniteError
 from inverse_flow.flows.base import zero_logdet
 from inverse_flow.models import InverseFlow
-from inverse_flow.training import Stop, TrainConfig, Trainer, checkpoint
+from inverse_flow.training import InverseError, StepResult, Stop, TrainConfig, Trainer, Workers, checkpoint
+from inverse_flow.training.batches import Batches
 from inverse_flow.training.log import StepReport, read_log
 
 CONFIG = TrainConfig(
@@ -71,6 +74,25 @@ def test_a_run_cut_anywhere_and_resumed_is_the_uncut_run(tmp_path: Path, cut: in
     assert losses(read_log(tmp_path / "log.csv")) == expected
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "adamax", "decay_at": (0.5, 10), "decay_factor": 0.3},
+        {"precision": "bf16"},
+        {"dequantization": "variational"},
+        {"bit_depth": 3, "average_decay": 0.0, "max_inverse_error": None},
+    ],
+    ids=["adamax and decay", "bf16", "variational", "bit depth"],
+)
+def test_a_resumed_run_is_the_uncut_run_whatever_the_settings(tmp_path: Path, changes: dict[str, object]) -> None:
+    config = replace(CONFIG, **changes)
+    expected = run(Trainer(model(), images(), config))
+    first = run(Trainer(model(), images(), config, tmp_path), interrupt_at=7)
+    second = run(Trainer.resume(checkpoint.load(tmp_path), images()))
+    assert losses(first + second) == losses(expected)
+    assert [r.learning_rate for r in first + second] == [r.learning_rate for r in expected]
+
+
 def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
     expected = losses(run(Trainer(model(), images(), CONFIG)))
 
@@ -91,7 +113,7 @@ def test_the_resume_test_can_fail(tmp_path: Path) -> None:
     expected = losses(run(Trainer(model(), images(), CONFIG)))
     run(Trainer(model(), images(), replace(CONFIG, steps=6), tmp_path))
     content = checkpoint.load(tmp_path)
-    content["optimizer"]["state"] = {}
+    content["method"]["optimizer"]["state"] = {}
     assert losses(run(Trainer.resume(content, images(), steps=CONFIG.steps))) != expected[6:]
 
 
@@ -116,6 +138,94 @@ def test_the_learning_rate_warms_up() -> None:
     rates = [report.learning_rate for report in run(Trainer(model(), images(), CONFIG))]
     full = CONFIG.learning_rate
     assert rates == pytest.approx([full * 0.2, full * 0.4, full * 0.6, full * 0.8] + [full] * 8)
+
+
+def test_the_learning_rate_decays() -> None:
+    config = replace(CONFIG, warmup_steps=0, decay_at=(0.5, 9))
+    rates = [report.learning_rate for report in run(Trainer(model(), images(), config))]
+    assert rates == pytest.approx([3e-3] * 6 + [3e-4] * 3 + [3e-5] * 3)
+
+
+def test_a_run_that_gets_no_better_ends(tmp_path: Path) -> None:
+    config = replace(CONFIG, steps=100, patience=2, learning_rate=1e-30)  # weights that do not move
+    trainer = Trainer(model(), images(), config, tmp_path)
+    reports = run(trainer)
+    assert trainer.stop is Stop.PATIENCE
+    assert reports[-1].step == trainer.best["step"] + 2 * config.evaluate_every
+    assert run(Trainer.resume(checkpoint.load(tmp_path), images())) == []
+    learning = Trainer(model(), images(), replace(CONFIG, steps=40, patience=2, learning_rate=1e-2))
+    assert run(learning)[-1].step == 40
+
+
+class Constant:
+    """A method that learns nothing, counts its steps and has a column of its own."""
+
+    def __init__(self, model: Flow, config: TrainConfig, workers: Workers) -> None:
+        self.calls: list[tuple[int, float, float, tuple[int, ...]]] = []
+
+    def step(
+        self, images: Tensor, context: Tensor | None = None, *, step: int, progress: float, rate_factor: float
+    ) -> StepResult:
+        self.calls.append((step, progress, rate_factor, tuple(images.shape)))
+        return StepResult(-2.0, 3.0, 4.0, {"calls": float(len(self.calls))})
+
+    def state(self) -> dict[str, object]:
+        return {"calls": len(self.calls)}
+
+    def load_state(self, content: Mapping[str, Any]) -> None:
+        self.calls = [(-1, 0.0, 0.0, ())] * content["calls"]
+
+
+def test_a_method_of_ones_own(tmp_path: Path) -> None:
+    trainer = Trainer(model(), images(), CONFIG, tmp_path, method=Constant)
+    reports = run(trainer, interrupt_at=3)
+    assert trainer.method.calls == [
+        (0, 0.0, pytest.approx(0.2), (4, 1, 4, 4)),
+        (1, pytest.approx(1 / 12), pytest.approx(0.4), (4, 1, 4, 4)),
+        (2, pytest.approx(2 / 12), pytest.approx(0.6), (4, 1, 4, 4)),
+    ]
+    assert [(r.loss, r.bits_per_dim, r.grad_norm, r.columns) for r in reports] == [
+        (2.0, 3.0, 4.0, {"calls": float(count)}) for count in (1, 2, 3)
+    ]
+    resumed = Trainer.resume(checkpoint.load(tmp_path), images(), tmp_path, method=Constant, steps=5)
+    assert [r.columns["calls"] for r in run(resumed)] == [4.0, 5.0]
+    assert [r.columns["calls"] for r in read_log(tmp_path / "log.csv")] == [1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+def test_every_image_keeps_its_context() -> None:
+    """The context of an image is its mean: a method that sees both finds them together, in every batch."""
+    seen = []
+
+    class Compare(Constant):
+        def step(self, images: Tensor, context: Tensor | None = None, **options: Any) -> StepResult:
+            seen.append((images.mean(dim=(1, 2, 3)) - context[:, 0]).abs().max().item())
+            return super().step(images, context, **options)
+
+    means = images().float().mean(dim=(1, 2, 3))[:, None] / 256
+    conditional = InverseFlow((1, 4, 4), levels=1, steps=1, hidden=4, context_channels=1)
+    reports = run(Trainer(conditional, images(), CONFIG, context=means, method=Compare))
+    assert len(seen) == 12
+    assert max(seen) < 1 / 256
+    assert sum(report.validation is not None for report in reports) == 3
+    with pytest.raises(ValueError, match="one row an image: 16, got 3"):
+        Batches(images()[:16], CONFIG, means[:3])
+
+
+def test_a_conditional_model_learns_from_its_context(tmp_path: Path) -> None:
+    """Exactly resumed too: the context is part of the batch."""
+    labels = torch.eye(3)[torch.arange(21) % 3]
+    torch.manual_seed(1)
+    conditional = InverseFlow((1, 4, 4), levels=1, steps=1, hidden=4, context_channels=3)
+    trainer = Trainer(conditional, images(), CONFIG, tmp_path, context=labels)
+    first = run(trainer, interrupt_at=5)
+    second = run(Trainer.resume(checkpoint.load(tmp_path), images(), context=labels))
+    torch.manual_seed(1)
+    conditional = InverseFlow((1, 4, 4), levels=1, steps=1, hidden=4, context_channels=3)
+    expected = losses(run(Trainer(conditional, images(), CONFIG, context=labels)))
+    assert losses(first + second) == expected
+    torch.manual_seed(1)
+    conditional = InverseFlow((1, 4, 4), levels=1, steps=1, hidden=4, context_channels=3)
+    assert losses(run(Trainer(conditional, images(), CONFIG, context=labels.roll(1, 0)))) != expected
 
 
 def test_the_best_validated_weights_are_the_result() -> None:
@@ -210,6 +320,31 @@ def test_a_loss_that_is_not_finite_names_its_layer() -> None:
     message = r"layers.1.layers.2: 64 of 64 values of the result of Fault.forward .*the loss of step 1 is nan"
     with pytest.raises(NonFiniteError, match=message):
         Trainer(broken, images(), CONFIG).fit()
+
+
+class Drift(FlowLayer):
+    """A shift whose inverse forgets it once the weight has moved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return x + 100 * self.weight, zero_logdet(x)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return z, zero_logdet(z)
+
+
+def test_a_layer_that_stops_inverting_itself_stops_the_run(tmp_path: Path) -> None:
+    broken = model()
+    broken.layers[1].layers[2] = Drift()
+    with pytest.raises(InverseError, match=r"layers.1.layers.2: Drift misses its own input by"):
+        Trainer(broken, images(), CONFIG, tmp_path).fit()
+    assert len(read_log(tmp_path / "log.csv")) == CONFIG.evaluate_every - 1
+    broken = model()
+    broken.layers[1].layers[2] = Drift()
+    assert Trainer(broken, images(), replace(CONFIG, max_inverse_error=None)).fit() is Stop.STEPS
 
 
 def test_a_gradient_that_is_not_finite_names_its_parameter() -> None:

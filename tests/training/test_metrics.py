@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from inverse_flow.flows import ActNorm, Flow, Squeeze
 from inverse_flow.training import bits_per_dim, dequantize, evaluate
+from inverse_flow.training.metrics import importance_weighted, log_probs, standard_error
 
 
 class UniformBase(nn.Module):
@@ -93,3 +94,34 @@ def test_evaluation_repeats_and_leaves_the_mode_alone() -> None:
 def test_nothing_to_evaluate_is_an_error() -> None:
     with pytest.raises(ValueError, match="no images"):
         evaluate(scaled_flow(LogisticBase(), 1.0, 0.0), torch.zeros(0, 1, 2, 2, dtype=torch.uint8))
+
+
+def test_many_draws_come_to_the_bits_of_the_distribution_function() -> None:
+    """For a logistic that is narrow against a cell one draw is far above them; k draws fall towards them."""
+    scale, shift, value, bit_depth = 20.0, 0.45, 1, 2
+    flow = scaled_flow(LogisticBase(), scale, shift)
+    images = torch.full((300, 1, 2, 2), value * 64, dtype=torch.uint8)
+    lower, upper = (1 / (1 + math.exp(-(edge / 4 - shift) * scale)) for edge in (value, value + 1))
+    exact = -math.log2(upper - lower)
+
+    def bits(samples: int) -> float:
+        found = importance_weighted(flow, images, bit_depth, samples=samples)
+        return bits_per_dim(found, (1, 2, 2), bit_depth).mean().item()
+
+    assert bits(1) == pytest.approx(evaluate(flow, images, bit_depth))
+    assert bits(1) > bits(5) > bits(200) > exact - 5e-3
+    assert bits(1) - exact > 0.2
+    assert bits(200) == pytest.approx(exact, abs=0.01)
+    with pytest.raises(ValueError, match="at least 1 sample, got 0"):
+        bits(0)
+
+
+def test_every_draw_has_its_own_noise_and_repeats() -> None:
+    flow, images = scaled_flow(LogisticBase(), 3.0, 0.5), torch.zeros(3, 1, 2, 2, dtype=torch.uint8)
+    assert torch.equal(log_probs(flow, images, draw=1), log_probs(flow, images, draw=1))
+    assert not torch.equal(log_probs(flow, images, draw=1), log_probs(flow, images, draw=2))
+
+
+def test_the_standard_error_by_hand() -> None:
+    assert standard_error(torch.tensor([1.0, 3.0, 5.0, 7.0])) == pytest.approx(math.sqrt(20 / 3) / 2)
+    assert math.isnan(standard_error(torch.tensor([1.0])))

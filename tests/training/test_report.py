@@ -3,7 +3,8 @@ import torch
 
 from inverse_flow.data import ImageData, ImageSet
 from inverse_flow.models import InverseFlow
-from inverse_flow.training import IndependentPixels, evaluate
+from inverse_flow.training import IndependentPixels, TrainConfig, bits_per_dim, evaluate
+from inverse_flow.training.metrics import log_probs
 from inverse_flow.training.report import summarize
 
 
@@ -17,7 +18,7 @@ def data(side: int = 4) -> ImageData:
 def test_the_figures_are_those_of_their_definitions() -> None:
     torch.manual_seed(0)
     model, images = InverseFlow((1, 4, 4), levels=1, steps=1, hidden=4).eval(), data()
-    summary = summarize(model, images, bit_depth=6)
+    summary = summarize(model, images, TrainConfig(bit_depth=6), importance_samples=3)
     assert summary.train_bits_per_dim == evaluate(model, images.train.images, 6)
     assert summary.test_bits_per_dim == evaluate(model, images.test.images, 6)
     baseline = IndependentPixels.fit(images.train.images, 6)
@@ -26,7 +27,16 @@ def test_the_figures_are_those_of_their_definitions() -> None:
     assert 0 < summary.seconds_per_100_samples < 5
     assert 0 < summary.seconds_per_100_densities < 5
     assert summary.parameters == model.num_parameters
-    assert len(summary.rows()) == 8
+    assert len(summary.rows()) == 10
+    bits = bits_per_dim(log_probs(model, images.test.images, 6), (1, 4, 4), 6)
+    assert summary.test_standard_error == pytest.approx(float(bits.std() / 10**0.5))
+    assert summary.importance_weighted_test_bits_per_dim < summary.test_bits_per_dim
+    assert 2**20 < summary.peak_memory_bytes < 2**40
+    assert summary.protocol == (
+        "n − log p(x̃) / (D ln 2) at n = 6 bits, uniform dequantization, one draw of noise an image, 10 test images, "
+        "averaged weights"
+    )
+    assert summarize(model, images, TrainConfig()).importance_weighted_test_bits_per_dim is None
 
 
 def test_the_reconstruction_error_sees_a_wrong_inverse() -> None:
@@ -38,10 +48,31 @@ def test_the_reconstruction_error_sees_a_wrong_inverse() -> None:
         return x + 0.25, logdet
 
     model.inverse = shifted
-    assert summarize(model, data(), 8).reconstruction_error == pytest.approx(0.25, abs=1e-3)
+    assert summarize(model, data(), TrainConfig()).reconstruction_error == pytest.approx(0.25, abs=1e-3)
 
 
 def test_images_of_another_shape_are_refused() -> None:
     model = InverseFlow((1, 4, 4), levels=1, steps=1, hidden=4)
     with pytest.raises(ValueError, match=r"takes images of shape \(1, 4, 4\), noise has \(1, 8, 8\)"):
-        summarize(model, data(8), 8)
+        summarize(model, data(8), TrainConfig())
+
+
+def test_a_conditional_model_is_measured_with_its_labels() -> None:
+    torch.manual_seed(0)
+    model = InverseFlow((1, 4, 4), levels=1, steps=1, hidden=4, context_channels=2).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.1 * torch.randn(weight.shape))
+    plain = data()
+    labelled = ImageData(
+        "labelled",
+        *(ImageSet(part.images, torch.arange(len(part)) % 2, part.indices) for part in (plain.train, plain.test)),
+    )
+    summary = summarize(model, labelled, TrainConfig(), classes=2)
+    context = torch.eye(2)[torch.arange(10) % 2]
+    assert summary.test_bits_per_dim == evaluate(model, plain.test.images, context=context)
+    assert summary.test_bits_per_dim != evaluate(model, plain.test.images, context=context.flip(1))
+    assert "log p(x̃ | label)" in summary.protocol
+    strange = ImageData("strange", labelled.train, ImageSet(plain.test.images, torch.arange(10), plain.test.indices))
+    with pytest.raises(ValueError, match=r"knows the labels 0 … 1, the images have 0 … 9"):
+        summarize(model, strange, TrainConfig(), classes=2)

@@ -2,8 +2,19 @@
 
 from inverse_flow.data.cifar10 import load_cifar10
 from inverse_flow.data.embedded import load_embedded
+from inverse_flow.data.folder import load_image_folder
 from inverse_flow.data.idx import load_idx_folder
 from inverse_flow.data.images import ImageData, ImageSet
 from inverse_flow.data.load import load
+from inverse_flow.data.slice import load_slice
 
-__all__ = ["ImageData", "ImageSet", "load", "load_cifar10", "load_embedded", "load_idx_folder"]
+__all__ = [
+    "ImageData",
+    "ImageSet",
+    "load",
+    "load_cifar10",
+    "load_embedded",
+    "load_idx_folder",
+    "load_image_folder",
+    "load_slice",
+]

@@ -14,7 +14,7 @@ class ImageSet:
 
     Attributes:
         images: (N, C, H, W), uint8.
-        labels: (N,), int64.
+        labels: (N,), int64, from 0 on; −1 for an image without a label.
         indices: (N,), int64: the positions in the complete official set.
     """
 
@@ -50,3 +50,9 @@ class ImageData:
     name: str
     train: ImageSet
     test: ImageSet
+
+    @property
+    def classes(self) -> int:
+        """The number of labels; 0 if there are images without one."""
+        labels = torch.cat((self.train.labels, self.test.labels))
+        return 0 if not len(labels) or int(labels.min()) < 0 else int(labels.max()) + 1

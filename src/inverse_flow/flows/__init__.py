@@ -2,33 +2,55 @@
 
 from inverse_flow.flows.actnorm import ActNorm
 from inverse_flow.flows.base import FlowLayer, Shape
-from inverse_flow.flows.compose import Compose, Flow, Reverse
-from inverse_flow.flows.conditioner import ConvNet
+from inverse_flow.flows.checkerboard import CheckerboardCoupling
+from inverse_flow.flows.compose import Compose, Flow, Reverse, reverse
+from inverse_flow.flows.conditioner import ConvNet, ResNet
 from inverse_flow.flows.conv1x1 import Conv1x1
 from inverse_flow.flows.coupling import AdditiveCoupling, AffineCoupling
 from inverse_flow.flows.finite import NonFiniteError, detect_nonfinite
+from inverse_flow.flows.haar import HaarSqueeze
+from inverse_flow.flows.hint import HINT
+from inverse_flow.flows.householder import Householder
+from inverse_flow.flows.hyperbolic import Hyperbolic
+from inverse_flow.flows.jacobian import jvp, vjp
 from inverse_flow.flows.logit import Logit
 from inverse_flow.flows.permute import Permute
 from inverse_flow.flows.prior import StandardNormal
+from inverse_flow.flows.sampling import interpolate, prepare_sampling, reconstruction_error
+from inverse_flow.flows.spline import SplineActivation, SplineCoupling
 from inverse_flow.flows.split import Split
 from inverse_flow.flows.squeeze import Squeeze
 
 __all__ = [
+    "HINT",
     "ActNorm",
     "AdditiveCoupling",
     "AffineCoupling",
+    "CheckerboardCoupling",
     "Compose",
     "Conv1x1",
     "ConvNet",
     "Flow",
     "FlowLayer",
+    "HaarSqueeze",
+    "Householder",
+    "Hyperbolic",
     "Logit",
     "NonFiniteError",
     "Permute",
+    "ResNet",
     "Reverse",
     "Shape",
+    "SplineActivation",
+    "SplineCoupling",
     "Split",
     "Squeeze",
     "StandardNormal",
     "detect_nonfinite",
+    "interpolate",
+    "jvp",
+    "prepare_sampling",
+    "reconstruction_error",
+    "reverse",
+    "vjp",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 Shape: TypeAlias = tuple[int, ...]
-"""The shape of one example, (C, H, W), without the batch."""
+"""The shape of one example, (C, H, W) or (C, D, H, W), without the batch."""
 
 
 class FlowLayer(nn.Module, ABC):
@@ -19,6 +19,13 @@ class FlowLayer(nn.Module, ABC):
     The log-determinant has shape (B,) even when it is zero, the dtype of the input but at least float32 (under
     autocast too), the input's device, and the sign of the direction that was called. Results have the dtype of the
     input. ``context`` is whatever the model is conditioned on; a layer that has no use for it ignores it.
+
+    A layer may also have ``backward_from_output(z, grad_z, grad_logdet, context=None) -> (x, grad_x)``, the closed form
+    of its backward pass: from z = f(x) and the gradients of both results of ``forward`` to x and its gradient. With it
+    :mod:`inverse_flow.reversible` does not run ``forward`` again. It is called without a graph. The layer's parameters,
+    and a context whose gradient is wanted, are leaves meanwhile, and their gradients are added to their ``.grad``:
+    :func:`~inverse_flow.reversible.backpropagate` does so. A subclass that replaces ``forward`` or ``inverse`` does
+    not inherit the closed form.
 
     Deriving from this class is a convenience: any module with these two methods can stand in a flow, as
     ``inverse_flow.InverseConv2d`` does.
@@ -71,6 +78,16 @@ def sum_example(values: Tensor) -> Tensor:
     return values.flatten(1).sum(1)
 
 
+def sum_channels(values: Tensor) -> Tensor:
+    """(B, C, ...) to (C,): the sum over everything but the channels."""
+    return values.sum((0, *range(2, values.dim())))
+
+
+def per_example(values: Tensor, x: Tensor) -> Tensor:
+    """(B,) in a shape that broadcasts against ``x`` of shape (B, ...)."""
+    return values.view(-1, *(1,) * (x.dim() - 1))
+
+
 def check_floating(layer: nn.Module, x: Tensor) -> None:
     """Refuses what is not a tensor of floating-point numbers."""
     name = type(layer).__name__
@@ -81,13 +98,28 @@ def check_floating(layer: nn.Module, x: Tensor) -> None:
 
 
 def check_images(layer: nn.Module, x: Tensor, channels: int | None = None) -> None:
-    """Refuses what is not a batch of floating images (B, C, H, W) with the expected number of channels."""
+    """Refuses what is not a batch of floating images (B, C, H, W), or volumes (B, C, D, H, W), with the expected
+    number of channels.
+
+    A layer without spatial weights takes both. One with a network leaves the choice to the network, whose
+    convolutions have a number of dimensions.
+    """
     check_floating(layer, x)
     name = type(layer).__name__
-    if x.dim() != 4:
-        raise ValueError(f"{name} expects images (B, C, H, W), got shape {tuple(x.shape)}")
+    if x.dim() not in (4, 5):
+        raise ValueError(f"{name} expects images (B, C, H, W) or volumes (B, C, D, H, W), got shape {tuple(x.shape)}")
     if channels is not None and x.shape[1] != channels:
         raise ValueError(f"{name} was built for {channels} channels, got images of shape {tuple(x.shape)}")
+
+
+def count_pixels(x: Tensor) -> int:
+    """H·W of a batch of images, D·H·W of volumes."""
+    return x.shape[2:].numel()
+
+
+def per_channel(values: Tensor, x: Tensor) -> Tensor:
+    """(C,) in a shape that broadcasts against the images or volumes ``x``."""
+    return values.view(-1, *(1,) * (x.dim() - 2))
 
 
 def first_half(channels: int) -> int:

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inverse_flow._rebuild import elementary_steps, run
 from inverse_flow.flows.base import FlowLayer, Shape, check_floating, input_shape, output_shape, zero_logdet
 from inverse_flow.flows.finite import call_layer
 from inverse_flow.flows.prior import StandardNormal
 from inverse_flow.flows.split import Split
+from inverse_flow.reversible import check_options
 
 
 class Compose(FlowLayer):
@@ -38,6 +40,10 @@ class Compose(FlowLayer):
             logdet = logdet + change
         return z, logdet
 
+    def elementary_layers(self, inverse: bool) -> list[tuple[str, nn.Module, bool]]:
+        """(path, layer, direction) of each layer, in the order in which they run."""
+        return _in_order(self.layers, inverse)
+
     def output_shape(self, shape: Shape) -> Shape:
         for layer in self.layers:
             shape = output_shape(layer, shape)
@@ -62,11 +68,24 @@ class Reverse(FlowLayer):
     def inverse(self, z: Any, context: Tensor | None = None) -> tuple[Any, Tensor]:
         return call_layer("layer", self.layer, z, context, inverse=False)
 
+    def elementary_layers(self, inverse: bool) -> list[tuple[str, nn.Module, bool]]:
+        """(path, layer, direction) of the layer within."""
+        return [("layer", self.layer, not inverse)]
+
     def output_shape(self, shape: Shape) -> Shape:
         return input_shape(self.layer, shape)
 
     def input_shape(self, shape: Shape) -> Shape:
         return output_shape(self.layer, shape)
+
+
+def reverse(layer: nn.Module) -> nn.Module:
+    """``layer`` with its two directions exchanged; that of a :class:`Reverse` is the layer within it.
+
+    Of a :class:`Flow`, ``forward`` takes the tuple of latents and gives data, and ``inverse`` the other way round.
+    The parameters are shared with ``layer``.
+    """
+    return layer.layer if isinstance(layer, Reverse) else Reverse(layer)
 
 
 class Flow(nn.Module):
@@ -80,6 +99,11 @@ class Flow(nn.Module):
         layers: flow layers: modules with ``forward(x, context)`` and ``inverse(z, context)``.
         event_shape: shape of one example, such as (C, H, W).
         base: density of the latents, with the methods of :class:`StandardNormal`, the default.
+        memory_efficient: do not store activations for the backward pass, in either direction, but rebuild them from
+            the latents (or from the data, when it is ``inverse`` that is differentiated). Gradients are the same up
+            to rounding, and training takes the memory of one layer whatever the depth. The attribute of this name
+            may be changed at any time. See :class:`~inverse_flow.reversible.ReversibleSequential`.
+        anchors, tolerance: for ``memory_efficient``, as in :class:`~inverse_flow.reversible.ReversibleSequential`.
 
     Raises:
         TypeError: a layer has no ``inverse``; images that are no floating-point tensor.
@@ -87,12 +111,23 @@ class Flow(nn.Module):
     """
 
     def __init__(
-        self, layers: Iterable[nn.Module], event_shape: Sequence[int], *, base: nn.Module | None = None
+        self,
+        layers: Iterable[nn.Module],
+        event_shape: Sequence[int],
+        *,
+        base: nn.Module | None = None,
+        memory_efficient: bool = False,
+        anchors: int | None = None,
+        tolerance: float | None = None,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(_checked(layers))
         self.event_shape: Shape = tuple(event_shape)
         self.base = StandardNormal() if base is None else base
+        check_options(anchors, tolerance)
+        self.memory_efficient = memory_efficient
+        self.anchors = anchors
+        self.tolerance = tolerance
         self.latent_shapes = self._latent_shapes()
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -101,6 +136,8 @@ class Flow(nn.Module):
         if tuple(x.shape[1:]) != self.event_shape:
             raise ValueError(f"this flow takes (B, {_join(self.event_shape)}), got {tuple(x.shape)}")
         _check_context(x.shape[0], context)
+        if self.memory_efficient:
+            return self._rebuilding((x,), context, inverse=False)
         latents: list[Tensor] = []
         logdet = zero_logdet(x)
         for i, layer in enumerate(self.layers):
@@ -118,12 +155,19 @@ class Flow(nn.Module):
         self._check_latents(latents)
         *split_off, x = latents
         _check_context(x.shape[0], context)
+        if self.memory_efficient:
+            (x,), logdet = self._rebuilding(tuple(latents), context, inverse=True)
+            return x, logdet
         logdet = zero_logdet(x)
         for i, layer in reversed(list(enumerate(self.layers))):
             z: Any = (x, split_off.pop()) if isinstance(layer, Split) else x
             x, change = call_layer(f"layers.{i}", layer, z, context, inverse=True)
             logdet = logdet + change
         return x, logdet
+
+    def elementary_layers(self, inverse: bool) -> list[tuple[str, nn.Module, bool]]:
+        """(path, layer, direction) of each layer, in the order in which they run."""
+        return _in_order(self.layers, inverse)
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """(B,) log-densities in nats, at least float32."""
@@ -171,6 +215,12 @@ class Flow(nn.Module):
         _check_context(n, context)
         return self.base.sample(n, self.latent_shapes, context, temperature, generator)  # type: ignore[operator]
 
+    def _rebuilding(
+        self, inputs: tuple[Tensor, ...], context: Tensor | None, *, inverse: bool
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        steps = elementary_steps(self, inverse=inverse)
+        return run(steps, inputs, context, anchors=self.anchors, tolerance=self.tolerance, call=call_layer)
+
     def _latent_shapes(self) -> tuple[Shape, ...]:
         shape = self.event_shape
         shapes: list[Shape] = []
@@ -199,6 +249,11 @@ def _checked(layers: Iterable[nn.Module]) -> list[nn.Module]:
 def _check_context(batch: int, context: Tensor | None) -> None:
     if context is not None and context.shape[0] != batch:
         raise ValueError(f"the context must have one row an example: {batch}, got {context.shape[0]}")
+
+
+def _in_order(layers: nn.ModuleList, inverse: bool) -> list[tuple[str, nn.Module, bool]]:
+    found = [(f"layers.{i}", layer, inverse) for i, layer in enumerate(layers)]
+    return found[::-1] if inverse else found
 
 
 def _join(shape: Shape) -> str:

@@ -2,11 +2,84 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+CONVOLUTIONS: dict[int, Any] = {2: nn.Conv2d, 3: nn.Conv3d}
+"""The convolution over each number of spatial dimensions."""
 
-class ConvNet(nn.Module):
+AVERAGE_POOLS: dict[int, Any] = {2: F.avg_pool2d, 3: F.avg_pool3d}
+
+
+def check_dimensions(dimensions: int) -> int:
+    """Returns ``dimensions``, refusing a number for which there is no convolution."""
+    if dimensions not in CONVOLUTIONS:
+        raise ValueError(f"dimensions must be 2 (images) or 3 (volumes), got {dimensions!r}")
+    return dimensions
+
+
+def zero_convolution(in_channels: int, out_channels: int, dimensions: int) -> nn.Module:
+    """A 3×3 convolution whose weight and bias are 0, so that what is built on it starts as the identity."""
+    convolution: nn.Module = CONVOLUTIONS[dimensions](in_channels, out_channels, 3, padding=1)
+    for parameter in convolution.parameters():
+        nn.init.zeros_(parameter)
+    return convolution
+
+
+class _Conditioner(nn.Module, ABC):
+    """Joins the context to the images and checks both; a subclass has the network."""
+
+    def __init__(self, context_channels: int, dimensions: int) -> None:
+        super().__init__()
+        self.context_channels = context_channels
+        self.dimensions = check_dimensions(dimensions)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        if x.dim() != self.dimensions + 2:
+            raise ValueError(
+                f"this network was built with dimensions={self.dimensions}, for (B, C, {self._sizes()}), "
+                f"and got shape {tuple(x.shape)}"
+            )
+        if self.context_channels:
+            x = torch.cat((x, self._context_map(x, context)), dim=1)
+        return self._network(x)
+
+    @abstractmethod
+    def _network(self, x: Tensor) -> Tensor:
+        """The network, on the images and the context stacked along the channels."""
+
+    def _context_map(self, x: Tensor, context: Tensor | None) -> Tensor:
+        expected = f"(B, {self.context_channels}) or (B, {self.context_channels}, {self._sizes()})"
+        if context is None:
+            raise ValueError(f"this network was built for a context {expected}, and none was given")
+        if context.dim() == 2:
+            context = context[(...,) + (None,) * self.dimensions].expand(-1, -1, *x.shape[2:])
+        elif context.dim() == x.dim() and context.shape[2:] != x.shape[2:]:
+            context = self._average_down(context, x)
+        if context.shape != (x.shape[0], self.context_channels, *x.shape[2:]):
+            raise ValueError(
+                f"the context must be {expected}, at the resolution of the images or an integer multiple of it, "
+                f"got {tuple(context.shape)} for {tuple(x.shape)}"
+            )
+        return context.to(x.dtype)
+
+    def _average_down(self, context: Tensor, x: Tensor) -> Tensor:
+        """The context at the resolution of ``x``, or as it is where that is no multiple of the images'."""
+        pairs = list(zip(context.shape[2:], x.shape[2:], strict=True))
+        if any(given < size or given % size for given, size in pairs):
+            return context
+        averaged: Tensor = AVERAGE_POOLS[self.dimensions](context, [given // size for given, size in pairs])
+        return averaged
+
+    def _sizes(self) -> str:
+        return {2: "H, W", 3: "D, H, W"}[self.dimensions]
+
+
+class ConvNet(_Conditioner):
     """3×3 convolution → ReLU → 1×1 convolution → ReLU → 3×3 convolution, the last one starting at zero.
 
     This is the conditioner of Glow. Because the last convolution starts at zero, a coupling or split built on it
@@ -14,34 +87,81 @@ class ConvNet(nn.Module):
 
     Args:
         in_channels, hidden, out_channels: channels before, within and after the network.
-        context_channels: K of the context. The context is (B, K), the same at every pixel, or (B, K, H, W) at the
-            resolution of the images. With K = 0 a context is ignored.
+        context_channels: K of the context. The context is (B, K), the same at every pixel, or a map (B, K, H', W').
+            H' is H or an integer multiple of it, and so is W': a map of a higher resolution than the images is
+            averaged down to it, so that one map serves every level of a multi-scale flow. With K = 0 a context is
+            ignored.
+        dimensions: 2 for images (B, C, H, W), 3 for volumes (B, C, D, H, W), whose convolutions are 3×3×3 and whose
+            context maps are (B, K, D', H', W').
+
+    Raises:
+        ValueError: images or a context of another shape; no context where one is needed.
     """
 
-    def __init__(self, in_channels: int, hidden: int, out_channels: int, *, context_channels: int = 0) -> None:
-        super().__init__()
-        self.context_channels = context_channels
+    def __init__(
+        self, in_channels: int, hidden: int, out_channels: int, *, context_channels: int = 0, dimensions: int = 2
+    ) -> None:
+        super().__init__(context_channels, dimensions)
+        convolution = CONVOLUTIONS[dimensions]
         total = in_channels + context_channels
-        last = nn.Conv2d(hidden or total, out_channels, 3, padding=1)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)  # type: ignore[arg-type]
+        last = zero_convolution(hidden or total, out_channels, dimensions)
         body: list[nn.Module] = []
         if hidden:
-            body = [nn.Conv2d(total, hidden, 3, padding=1), nn.ReLU(), nn.Conv2d(hidden, hidden, 1), nn.ReLU()]
+            body = [convolution(total, hidden, 3, padding=1), nn.ReLU(), convolution(hidden, hidden, 1), nn.ReLU()]
         self.layers = nn.Sequential(*body, last)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        if self.context_channels:
-            x = torch.cat((x, self._context_map(x, context)), dim=1)
+    def _network(self, x: Tensor) -> Tensor:
         result: Tensor = self.layers(x)
         return result
 
-    def _context_map(self, x: Tensor, context: Tensor | None) -> Tensor:
-        expected = f"(B, {self.context_channels}) or (B, {self.context_channels}, H, W)"
-        if context is None:
-            raise ValueError(f"this network was built for a context {expected}, and none was given")
-        if context.dim() == 2:
-            context = context[:, :, None, None].expand(-1, -1, *x.shape[2:])
-        if context.shape != (x.shape[0], self.context_channels, *x.shape[2:]):
-            raise ValueError(f"the context must be {expected}, got {tuple(context.shape)} for {tuple(x.shape)}")
-        return context.to(x.dtype)
+
+class ResNet(_Conditioner):
+    """3×3 convolution → n × (h + conv(ReLU(conv(ReLU(h))))) → ReLU → 3×3 convolution, the last one starting at zero.
+
+    Pre-activation residual blocks (He et al., "Identity Mappings in Deep Residual Networks", 2016, figure 1b) without
+    normalisation: their statistics would tie the examples of a batch together. Real NVP couples with residual
+    networks. To put one into a coupling::
+
+        AffineCoupling(8, conditioner=ResNet(4, 32, 2 * 4))
+
+    Args:
+        in_channels, hidden, out_channels: channels before, within and after the network.
+        blocks: n, the number of residual blocks, each of two 3×3 convolutions.
+        context_channels, dimensions: as in :class:`ConvNet`.
+
+    Raises:
+        ValueError: as :class:`ConvNet`; ``hidden`` or ``blocks`` below 1.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden: int,
+        out_channels: int,
+        *,
+        blocks: int = 2,
+        context_channels: int = 0,
+        dimensions: int = 2,
+    ) -> None:
+        super().__init__(context_channels, dimensions)
+        if hidden < 1 or blocks < 1:
+            raise ValueError(f"a residual network needs hidden and blocks of at least 1, got {hidden} and {blocks}")
+        convolution = CONVOLUTIONS[dimensions]
+        self.first = convolution(in_channels + context_channels, hidden, 3, padding=1)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.ReLU(),
+                convolution(hidden, hidden, 3, padding=1),
+                nn.ReLU(),
+                convolution(hidden, hidden, 3, padding=1),
+            )
+            for _ in range(blocks)
+        )
+        self.last = nn.Sequential(nn.ReLU(), zero_convolution(hidden, out_channels, dimensions))
+
+    def _network(self, x: Tensor) -> Tensor:
+        h: Tensor = self.first(x)
+        for block in self.blocks:
+            h = h + block(h)
+        result: Tensor = self.last(h)
+        return result

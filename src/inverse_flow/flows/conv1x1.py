@@ -6,7 +6,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inverse_flow.flows.base import FlowLayer, check_images, expand_logdet, logdet_dtype
+from inverse_flow.flows.base import FlowLayer, check_images, count_pixels, expand_logdet, logdet_dtype
+from inverse_flow.reversible import backpropagate
+
+
+def mix_channels(x: Tensor, weight: Tensor) -> Tensor:
+    """weight · x_p at every pixel p; the (C, C) ``weight`` is rounded once, to at least float32, under autocast too."""
+    compute = logdet_dtype(x.dtype)
+    convolve = F.conv2d if x.dim() == 4 else F.conv3d
+    with torch.autocast(x.device.type, enabled=False):
+        return convolve(x.to(compute), weight.to(compute).view(*weight.shape, *(1,) * (x.dim() - 2))).to(x.dtype)
+
+
+def mixing_gradient(x: Tensor, grad_z: Tensor) -> Tensor:
+    """The gradient of a float64 ``weight`` of :func:`mix_channels`, Σ_p ∂z_p x_pᵀ over the pixels of every image."""
+    compute = logdet_dtype(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return (grad_z.to(compute).flatten(2) @ x.to(compute).flatten(2).mT).sum(0).double()
 
 
 class Conv1x1(FlowLayer):
@@ -18,7 +34,7 @@ class Conv1x1(FlowLayer):
     the flow has to be inverted through it.
 
     Args:
-        channels: C of the images (B, C, H, W).
+        channels: C of the images (B, C, H, W), or volumes (B, C, D, H, W).
     """
 
     permutation: Tensor
@@ -42,14 +58,24 @@ class Conv1x1(FlowLayer):
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_images(self, x, self.channels)
         lower, upper = self._factors()
-        return self._convolve(x, self.permutation.double() @ lower @ upper), expand_logdet(self._logdet(x), x)
+        return mix_channels(x, self.permutation.double() @ lower @ upper), expand_logdet(self._logdet(x), x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_images(self, z, self.channels)
-        lower, upper = self._factors()
-        weight = torch.linalg.solve_triangular(lower, self.permutation.double().T, upper=False, unitriangular=True)
-        weight = torch.linalg.solve_triangular(upper, weight, upper=True)
-        return self._convolve(z, weight), expand_logdet(-self._logdet(z), z)
+        weight = self._inverse_weight(*self._factors())
+        return mix_channels(z, weight), expand_logdet(-self._logdet(z), z)
+
+    def backward_from_output(
+        self, z: Tensor, grad_z: Tensor, grad_logdet: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x_p = W⁻¹ z_p, ∂x_p = Wᵀ ∂z_p and ∂W = Σ_p ∂z_p x_pᵀ, which goes on to the factors of W."""
+        with torch.enable_grad():
+            lower, upper = self._factors()
+            weight = self.permutation.double() @ lower @ upper
+            logdet = self._logdet(z)
+        x = mix_channels(z, self._inverse_weight(lower, upper))
+        backpropagate([weight, logdet], [mixing_gradient(x, grad_z), grad_logdet.sum()])
+        return x, mix_channels(grad_z, weight.T)
 
     def extra_repr(self) -> str:
         return f"{self.channels}"
@@ -59,11 +85,9 @@ class Conv1x1(FlowLayer):
         scale = self.sign.double() * self.log_scale.double().exp()
         return self.lower.double().tril(-1) + identity, self.upper.double().triu(1) + torch.diag(scale)
 
-    def _logdet(self, x: Tensor) -> Tensor:
-        return self.log_scale.to(logdet_dtype(x.dtype)).sum() * (x.shape[2] * x.shape[3])
+    def _inverse_weight(self, lower: Tensor, upper: Tensor) -> Tensor:
+        weight = torch.linalg.solve_triangular(lower, self.permutation.double().T, upper=False, unitriangular=True)
+        return torch.linalg.solve_triangular(upper, weight, upper=True)
 
-    @staticmethod
-    def _convolve(x: Tensor, weight: Tensor) -> Tensor:
-        compute = logdet_dtype(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.conv2d(x.to(compute), weight.to(compute)[:, :, None, None]).to(x.dtype)
+    def _logdet(self, x: Tensor) -> Tensor:
+        return self.log_scale.to(logdet_dtype(x.dtype)).sum() * count_pixels(x)

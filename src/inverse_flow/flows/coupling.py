@@ -5,8 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from inverse_flow.flows.base import FlowLayer, check_images, first_half, logdet_dtype, sum_example, zero_logdet
+from inverse_flow.flows.base import (
+    FlowLayer,
+    check_images,
+    first_half,
+    logdet_dtype,
+    per_example,
+    sum_example,
+    zero_logdet,
+)
 from inverse_flow.flows.conditioner import ConvNet
+from inverse_flow.reversible import backpropagate
 
 # The largest |log scale| of an affine coupling and of a split's prior: a scale lies in [e⁻², e²] ≈ [0.14, 7.4], so that
 # one layer can stretch or shrink by no more than that, whatever its network puts out.
@@ -16,6 +25,10 @@ MAX_LOG_SCALE = 2.0
 def bound_log_scale(raw: Tensor, limit: float = MAX_LOG_SCALE) -> Tensor:
     """limit · tanh(raw / limit): slope 1 at zero, never beyond ±limit."""
     return limit * torch.tanh(raw / limit)
+
+
+def _sum(grad: Tensor, more: Tensor | None) -> Tensor:
+    return grad if more is None else grad + more
 
 
 class _Coupling(FlowLayer):
@@ -29,6 +42,7 @@ class _Coupling(FlowLayer):
         hidden: int = 64,
         *,
         context_channels: int = 0,
+        dimensions: int = 2,
         conditioner: nn.Module | None = None,
     ) -> None:
         super().__init__()
@@ -38,7 +52,9 @@ class _Coupling(FlowLayer):
         self.kept = first_half(channels)
         self.changed = channels - self.kept
         out_channels = self.parameters_per_value * self.changed
-        self.conditioner = conditioner or ConvNet(self.kept, hidden, out_channels, context_channels=context_channels)
+        self.conditioner = conditioner or ConvNet(
+            self.kept, hidden, out_channels, context_channels=context_channels, dimensions=dimensions
+        )
 
     def extra_repr(self) -> str:
         return f"{self.channels}"
@@ -64,6 +80,7 @@ class AdditiveCoupling(_Coupling):
         channels: C ≥ 2 of the images; the first ⌈C/2⌉ are x₁.
         hidden: width of the default conditioner, a :class:`ConvNet`.
         context_channels: channels of the context that the default conditioner takes.
+        dimensions: of the default conditioner: 2 for images (B, C, H, W), 3 for volumes (B, C, D, H, W).
         conditioner: a module of your own instead: ``conditioner(x1, context) -> t`` of shape (B, ⌊C/2⌋, H, W).
     """
 
@@ -79,6 +96,18 @@ class AdditiveCoupling(_Coupling):
         x2 = z2 - self._condition(z1, context)
         return torch.cat((z1, x2.to(z.dtype)), dim=1), zero_logdet(z)
 
+    def backward_from_output(
+        self, z: Tensor, grad_z: Tensor, grad_logdet: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x₂ = z₂ − t and ∂t = ∂z₂, with one run of the conditioner."""
+        (z1, z2), (grad_z1, grad_z2) = self._halves(z), self._halves(grad_z)
+        z1 = z1.detach().requires_grad_()
+        with torch.enable_grad():
+            shift = self._condition(z1, context)
+        backpropagate([shift], [grad_z2.to(shift.dtype)])
+        x2 = (z2 - shift).to(z.dtype)
+        return torch.cat((z1, x2), dim=1), torch.cat((_sum(grad_z1, z1.grad), grad_z2), dim=1)
+
 
 class AffineCoupling(_Coupling):
     """z₁ = x₁, z₂ = x₂ · exp(s(x₁)) + t(x₁); log-determinant Σ s (Dinh, Sohl-Dickstein & Bengio, "Real NVP", 2016).
@@ -90,6 +119,7 @@ class AffineCoupling(_Coupling):
         channels: C ≥ 2 of the images; the first ⌈C/2⌉ are x₁.
         hidden: width of the default conditioner, a :class:`ConvNet`.
         context_channels: channels of the context that the default conditioner takes.
+        dimensions: of the default conditioner: 2 for images (B, C, H, W), 3 for volumes (B, C, D, H, W).
         conditioner: a module of your own instead: ``conditioner(x1, context)`` gives t and r, stacked along the
             channels: (B, 2·⌊C/2⌋, H, W).
     """
@@ -107,6 +137,22 @@ class AffineCoupling(_Coupling):
         shift, log_scale = self._shift_and_log_scale(z1, context)
         x2 = (z2 - shift) * (-log_scale).exp()
         return torch.cat((z1, x2.to(z.dtype)), dim=1), -sum_example(log_scale)
+
+    def backward_from_output(
+        self, z: Tensor, grad_z: Tensor, grad_logdet: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x₂ = (z₂ − t) · e⁻ˢ, ∂x₂ = ∂z₂ · eˢ, ∂t = ∂z₂ and ∂s = (z₂ − t) · ∂z₂ + ∂logdet, with one run of the
+        conditioner."""
+        (z1, z2), (grad_z1, grad_z2) = self._halves(z), self._halves(grad_z)
+        z1 = z1.detach().requires_grad_()
+        with torch.enable_grad():
+            shift, log_scale = self._shift_and_log_scale(z1, context)
+        centred = z2 - shift
+        grad_log_scale = torch.addcmul(per_example(grad_logdet, z), centred, grad_z2)
+        backpropagate([shift, log_scale], [grad_z2.to(shift.dtype), grad_log_scale])
+        scale = log_scale.exp()
+        x2, grad_x2 = (centred / scale).to(z.dtype), (grad_z2 * scale).to(z.dtype)
+        return torch.cat((z1, x2), dim=1), torch.cat((_sum(grad_z1, z1.grad), grad_x2), dim=1)
 
     def _shift_and_log_scale(self, x1: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         shift, raw = self._condition(x1, context).chunk(2, dim=1)

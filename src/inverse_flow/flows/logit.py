@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inverse_flow.flows.base import FlowLayer, check_floating, logdet_dtype, sum_example
+from inverse_flow.flows.base import FlowLayer, check_floating, logdet_dtype, per_example, sum_example
 
 # Fraction of the unit interval that is left free at each end, so that 0 and 1 have a finite logit. A dark pixel is
 # spread out by about 1 / margin.
@@ -43,6 +43,15 @@ class Logit(FlowLayer):
         values = z.to(logdet_dtype(z.dtype))
         x = (torch.sigmoid(values) - self.margin) / (1 - 2 * self.margin)
         return x.to(z.dtype), self._log_slope(values)
+
+    def backward_from_output(
+        self, z: Tensor, grad_z: Tensor, grad_logdet: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """p = σ(z) and ∂x = (∂z + (2p − 1) · ∂logdet) · (1 − 2a) / (p · (1 − p))."""
+        values = z.to(logdet_dtype(z.dtype))
+        p, rest = torch.sigmoid(values), torch.sigmoid(-values)  # 1 − p would lose the digits of a bright pixel
+        grad_x = (grad_z + (p - rest) * per_example(grad_logdet, z)) * (1 - 2 * self.margin) / (p * rest)
+        return ((p - self.margin) / (1 - 2 * self.margin)).to(z.dtype), grad_x.to(z.dtype)
 
     def extra_repr(self) -> str:
         return f"margin={self.margin}"

@@ -35,3 +35,9 @@ class Permute(FlowLayer):
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_images(self, z, len(self.permutation))
         return z[:, self.inverse_permutation], zero_logdet(z)
+
+    def backward_from_output(
+        self, z: Tensor, grad_z: Tensor, grad_logdet: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Both go back to where they came from."""
+        return self.inverse(z)[0], self.inverse(grad_z)[0]

@@ -13,11 +13,13 @@ from inverse_flow.flows.base import (
     check_images,
     first_half,
     logdet_dtype,
+    per_example,
     sum_example,
     zero_logdet,
 )
 from inverse_flow.flows.conditioner import ConvNet
 from inverse_flow.flows.coupling import bound_log_scale
+from inverse_flow.reversible import backpropagate
 
 SplitPrior: TypeAlias = Literal["conditional", "standard"]
 
@@ -38,6 +40,7 @@ class Split(FlowLayer):
         prior: ``"conditional"`` or ``"standard"``.
         hidden: width of the prior's network; 0 makes it one 3×3 convolution, starting at zero.
         context_channels: channels of the context that the prior's network takes.
+        dimensions: of the prior's network: 2 for images (B, C, H, W), 3 for volumes (B, C, D, H, W).
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Split(FlowLayer):
         prior: SplitPrior = "conditional",
         hidden: int = 0,
         context_channels: int = 0,
+        dimensions: int = 2,
     ) -> None:
         super().__init__()
         if channels < 2:
@@ -58,7 +62,9 @@ class Split(FlowLayer):
         self.prior_net: nn.Module | None = None
         if prior == "conditional":
             out_channels = 2 * (channels - self.kept)
-            self.prior_net = ConvNet(self.kept, hidden, out_channels, context_channels=context_channels)
+            self.prior_net = ConvNet(
+                self.kept, hidden, out_channels, context_channels=context_channels, dimensions=dimensions
+            )
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[tuple[Tensor, Tensor], Tensor]:
         check_images(self, x, self.channels)
@@ -78,6 +84,29 @@ class Split(FlowLayer):
         mean, log_std = self._mean_and_log_std(kept, context)
         factored = epsilon * log_std.exp() + mean
         return torch.cat((kept, factored.to(kept.dtype)), dim=1), sum_example(log_std)
+
+    def backward_from_output(
+        self,
+        z: tuple[Tensor, Tensor],
+        grad_z: tuple[Tensor, Tensor],
+        grad_logdet: Tensor,
+        context: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """x₂ = ε · σ + μ, ∂x₂ = ∂ε / σ, ∂μ = −∂x₂ and ∂log σ = −ε · ∂ε − ∂logdet, with one run of the network."""
+        (kept, epsilon), (grad_kept, grad_epsilon) = z, grad_z
+        if self.prior_net is None:
+            return torch.cat(z, dim=1), torch.cat(grad_z, dim=1)
+        kept = kept.detach().requires_grad_()
+        with torch.enable_grad():
+            mean, log_std = self._mean_and_log_std(kept, context)
+        std = log_std.exp()
+        grad_factored = grad_epsilon / std
+        backpropagate([mean, log_std], [-grad_factored, -(epsilon * grad_epsilon) - per_example(grad_logdet, epsilon)])
+        factored = epsilon * std + mean
+        if kept.grad is not None:
+            grad_kept = grad_kept + kept.grad
+        x = torch.cat((kept, factored.to(kept.dtype)), dim=1)
+        return x, torch.cat((grad_kept, grad_factored.to(kept.dtype)), dim=1)
 
     def output_shape(self, shape: Shape) -> Shape:
         """Shape of what goes on."""

@@ -10,10 +10,11 @@ from inverse_flow.flows.base import FlowLayer, Shape, check_images, zero_logdet
 class Squeeze(FlowLayer):
     """(B, C, H, W) → (B, C·f², H/f, W/f) in the order of ``F.pixel_unshuffle``; log-determinant 0.
 
-    Written out, since ``F.pixel_unshuffle`` returns an empty batch with its shape unchanged.
+    Volumes (B, C, D, H, W) become (B, C·f³, D/f, H/f, W/f) in the same order: channel, then offset along D, H and W.
+    Written out, since ``F.pixel_unshuffle`` knows no volumes and returns an empty batch with its shape unchanged.
 
     Args:
-        factor: f; H and W must be multiples of it.
+        factor: f; D, H and W must be multiples of it.
     """
 
     def __init__(self, factor: int = 2) -> None:
@@ -25,28 +26,44 @@ class Squeeze(FlowLayer):
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_images(self, x)
         shape = self.output_shape(tuple(x.shape[1:]))
-        blocks = x.unflatten(3, (-1, self.factor)).unflatten(2, (-1, self.factor))
-        return blocks.permute(0, 1, 3, 5, 2, 4).reshape(x.shape[0], *shape), zero_logdet(x)
+        blocks = x
+        for axis in range(x.dim() - 1, 1, -1):
+            blocks = blocks.unflatten(axis, (-1, self.factor))
+        # (B, C, D/f, f, H/f, f, W/f, f): the offsets go to the channels.
+        order = (0, 1, *range(3, blocks.dim(), 2), *range(2, blocks.dim(), 2))
+        return blocks.permute(order).reshape(x.shape[0], *shape), zero_logdet(x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_images(self, z)
         shape = self.input_shape(tuple(z.shape[1:]))
-        blocks = z.unflatten(1, (-1, self.factor, self.factor))
-        return blocks.permute(0, 1, 4, 2, 5, 3).reshape(z.shape[0], *shape), zero_logdet(z)
+        dimensions = z.dim() - 2
+        blocks = z.unflatten(1, (-1, *(self.factor,) * dimensions))
+        # (B, C, f, f, f, D, H, W): every offset goes behind its size.
+        pairs = ((axis + dimensions, axis) for axis in range(2, 2 + dimensions))
+        order = (0, 1, *(axis for pair in pairs for axis in pair))
+        return blocks.permute(order).reshape(z.shape[0], *shape), zero_logdet(z)
+
+    def backward_from_output(
+        self, z: Tensor, grad_z: Tensor, grad_logdet: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Both go back to where they came from."""
+        return self.inverse(z)[0], self.inverse(grad_z)[0]
 
     def output_shape(self, shape: Shape) -> Shape:
-        channels, height, width = shape
+        channels, *sizes = shape
         f = self.factor
-        if height % f or width % f:
-            raise ValueError(f"a squeeze by {f} needs height and width divisible by {f}, got {height} × {width}")
-        return channels * f * f, height // f, width // f
+        if any(size % f for size in sizes):
+            given = " × ".join(map(str, sizes))
+            raise ValueError(f"a squeeze by {f} needs sizes divisible by {f}, got {given}")
+        return (channels * f ** len(sizes), *(size // f for size in sizes))
 
     def input_shape(self, shape: Shape) -> Shape:
-        channels, height, width = shape
+        channels, *sizes = shape
         f = self.factor
-        if channels % (f * f):
-            raise ValueError(f"undoing a squeeze by {f} needs channels divisible by {f * f}, got {channels}")
-        return channels // (f * f), height * f, width * f
+        gathered = f ** len(sizes)
+        if channels % gathered:
+            raise ValueError(f"undoing a squeeze by {f} needs channels divisible by {gathered}, got {channels}")
+        return (channels // gathered, *(size * f for size in sizes))
 
     def extra_repr(self) -> str:
         return f"{self.factor}"

@@ -15,12 +15,20 @@ class Batches:
 
     The batch of a step depends on the seed and the step alone, so that a resumed run sees the batches that an uncut
     one would have seen. Every epoch has its own order; images that do not fill a last batch are left out of it.
+
+    Args:
+        images: (N, C, H, W), uint8.
+        config: batch size, bit depth, flips and seed.
+        context: one row an image, for a conditional model.
     """
 
-    def __init__(self, images: Tensor, config: TrainConfig) -> None:
+    def __init__(self, images: Tensor, config: TrainConfig, context: Tensor | None = None) -> None:
         if not len(images):
             raise ValueError("there are no images to train on")
+        if context is not None and len(context) != len(images):
+            raise ValueError(f"the context must have one row an image: {len(images)}, got {len(context)}")
         self.images = images
+        self.all_context = context
         self.config = config
         self.batch_size = min(config.batch_size, len(images))
         self.per_epoch = len(images) // self.batch_size
@@ -28,11 +36,20 @@ class Batches:
     def epoch(self, step: int) -> int:
         return step // self.per_epoch
 
-    def __call__(self, step: int) -> Tensor:
-        seed = self.config.seed
+    def rows(self, step: int) -> Tensor:
+        """Which of the images are the batch of a step."""
         epoch, position = divmod(step, self.per_epoch)
-        order = torch.randperm(len(self.images), generator=seeding.generator(seed, seeding.ORDER, epoch))
-        batch = self.images[order[position * self.batch_size : (position + 1) * self.batch_size]]
+        order = torch.randperm(len(self.images), generator=seeding.generator(self.config.seed, seeding.ORDER, epoch))
+        return order[position * self.batch_size : (position + 1) * self.batch_size]
+
+    def context(self, step: int) -> Tensor | None:
+        """The context of a step's images; None if there is none."""
+        return None if self.all_context is None else self.all_context[self.rows(step)]
+
+    def __call__(self, step: int) -> Tensor:
+        """The dequantized images of a step, in float32."""
+        seed = self.config.seed
+        batch = self.images[self.rows(step)]
         if self.config.flip:
             mirrored = torch.rand(len(batch), generator=seeding.generator(seed, seeding.FLIP, step)) < 0.5
             batch = torch.where(mirrored.view(-1, 1, 1, 1), batch.flip(3), batch)

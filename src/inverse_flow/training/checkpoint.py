@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 from inverse_flow import models
-from inverse_flow.models import InverseFlow
+from inverse_flow.models import ImageFlow
+from inverse_flow.training import dequantizer
+from inverse_flow.training.config import TrainConfig
 
 FILE = "checkpoint.pt"
-FORMAT = 1
+FORMAT = 2
 
 
 def save(path: Path, content: Mapping[str, Any]) -> None:
@@ -50,9 +52,22 @@ def load(path: Path) -> dict[str, Any]:
     return content
 
 
-def model_of(content: Mapping[str, Any]) -> InverseFlow:
-    """The model of a checkpoint with its best weights, in evaluation mode."""
+def build(content: Mapping[str, Any]) -> ImageFlow:
+    """The model of a checkpoint as it was before its training, with the layer of variational dequantization.
+
+    Raises:
+        ValueError: it is none that the trainer could have made.
+    """
     model = models.build(content["model_description"])
+    if not isinstance(model, ImageFlow):
+        raise ValueError(f"the trainer trains flows on images, not {type(model).__name__}")
+    dequantizer.attach(model, TrainConfig.from_dict(content["train_config"]))
+    return model
+
+
+def model_of(content: Mapping[str, Any]) -> ImageFlow:
+    """The model of a checkpoint with its best weights, in evaluation mode."""
+    model = build(content)
     best = content["best"]
     model.load_state_dict(content["averaged"] if best is None else best["weights"])
     return model.eval()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 FILE = "log.csv"
@@ -24,6 +24,7 @@ class StepReport:
         learning_rate: of this step.
         images_per_second: of this step.
         validation: bits per dimension of the averaged weights on the validation images, at the steps that evaluate.
+        columns: further figures of the training method, with the same names at every step.
     """
 
     step: int
@@ -35,6 +36,10 @@ class StepReport:
     learning_rate: float
     images_per_second: float
     validation: float | None = None
+    columns: dict[str, float] = field(default_factory=dict)
+
+
+COLUMNS = tuple(entry.name for entry in fields(StepReport) if entry.name != "columns")
 
 
 def read_log(path: Path) -> list[StepReport]:
@@ -56,29 +61,38 @@ class CsvLog:
         kept = [r for r in read_log(path) if r.step <= steps_done] if steps_done and path.is_file() else []
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("w", newline="")
-        self._writer = csv.DictWriter(self._file, [field.name for field in fields(StepReport)])
-        self._writer.writeheader()
+        self._writer: csv.DictWriter[str] | None = None
         self.extend(kept)
 
+    def append(self, report: StepReport) -> None:
+        self.extend([report])
+
     def extend(self, reports: Iterable[StepReport]) -> None:
-        self._writer.writerows(asdict(report) for report in reports)
+        for report in reports:
+            if self._writer is None:  # the first report tells the columns
+                self._writer = csv.DictWriter(self._file, [*COLUMNS, *report.columns])
+                self._writer.writeheader()
+            row = asdict(report)
+            self._writer.writerow(row | row.pop("columns"))
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
 
 
-def _report(row: dict[str, str]) -> StepReport:
-    if row["validation"] is None:
+def _report(row: dict[str, str | None]) -> StepReport:
+    values = {name: value for name, value in row.items() if value is not None}
+    if len(values) < len(row):
         raise ValueError("the line ends early")
     return StepReport(
-        step=int(row["step"]),
-        epoch=int(row["epoch"]),
-        seconds=float(row["seconds"]),
-        loss=float(row["loss"]),
-        bits_per_dim=float(row["bits_per_dim"]),
-        grad_norm=float(row["grad_norm"]),
-        learning_rate=float(row["learning_rate"]),
-        images_per_second=float(row["images_per_second"]),
-        validation=float(row["validation"]) if row["validation"] else None,
+        step=int(values["step"]),
+        epoch=int(values["epoch"]),
+        seconds=float(values["seconds"]),
+        loss=float(values["loss"]),
+        bits_per_dim=float(values["bits_per_dim"]),
+        grad_norm=float(values["grad_norm"]),
+        learning_rate=float(values["learning_rate"]),
+        images_per_second=float(values["images_per_second"]),
+        validation=float(values["validation"]) if values["validation"] else None,
+        columns={name: float(value) for name, value in values.items() if name not in COLUMNS},
     )

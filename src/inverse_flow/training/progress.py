@@ -51,15 +51,10 @@ class TrainingProgress:
             self._validation = f" · validation {report.validation:.3f}"
         figures = f"loss {self._loss:.0f} · {self._bits:.3f} bits/dim{self._validation} · {self._rate:.0f} images/s"
         left = self.time_left(report)
-        self._bar.update(self._task, completed=self.fraction(report), step=report.step, figures=figures, left=left)
+        completed = self.config.progress(report.step, report.seconds)
+        self._bar.update(self._task, completed=completed, step=report.step, figures=figures, left=left)
         if not self.console.is_terminal and report.step % self.config.evaluate_every == 0:
             self.console.print(f"step {report.step} · {figures} · {left} left", soft_wrap=True, highlight=False)
-
-    def fraction(self, report: StepReport) -> float:
-        """How much of the run is done: the larger of the shares of its steps and of its time."""
-        by_steps = report.step / self.config.steps
-        by_time = report.seconds / (60 * self.config.minutes) if self.config.minutes else 0.0
-        return min(1.0, max(by_steps, by_time))
 
     def time_left(self, report: StepReport) -> str:
         """Minutes and seconds to the end, at the pace since the display began."""

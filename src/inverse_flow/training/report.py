@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,10 +15,20 @@ from typing import Any
 import torch
 
 from inverse_flow.data import ImageData
-from inverse_flow.models import InverseFlow
+from inverse_flow.flows.sampling import reconstruction_error
+from inverse_flow.models import ImageFlow
 from inverse_flow.training import seeding
 from inverse_flow.training.baseline import IndependentPixels
-from inverse_flow.training.metrics import dequantize, evaluate
+from inverse_flow.training.conditioning import context_of
+from inverse_flow.training.config import TrainConfig
+from inverse_flow.training.metrics import (
+    bits_per_dim,
+    dequantize,
+    evaluate,
+    importance_weighted,
+    log_probs,
+    standard_error,
+)
 
 TIMED_IMAGES = 100
 TIMED_REPEATS = 5
@@ -27,24 +39,35 @@ class Summary:
     """The closing figures of a run.
 
     Attributes:
-        train_bits_per_dim, test_bits_per_dim: of the model, on the unmirrored images.
+        train_bits_per_dim, test_bits_per_dim: of the model, on the unmirrored images, with one draw of noise each.
+        test_standard_error: of ``test_bits_per_dim``, from the spread over the images.
+        importance_samples: k, the draws of noise an image in the importance-weighted bound; 0 if it was not asked for.
+        importance_weighted_test_bits_per_dim: that bound; None without it.
         baseline_train_bits_per_dim, baseline_test_bits_per_dim: of independent pixels, fitted to the training images.
         seconds_per_100_samples, seconds_per_100_densities: median of several calls.
         reconstruction_error: max |x − inverse(forward(x))| over 100 test images x in [0, 1).
         parameters: learnable numbers of the model.
+        peak_memory_bytes: the most memory that computing 100 densities and 100 samples took: allocated by PyTorch on a
+            GPU; of the whole process, from its beginning, on a CPU.
         bit_depth: bits of a colour value.
+        protocol: what the bits per dimension are, in a few words.
         hardware: what the times were measured on.
     """
 
     train_bits_per_dim: float
     test_bits_per_dim: float
+    test_standard_error: float
+    importance_samples: int
+    importance_weighted_test_bits_per_dim: float | None
     baseline_train_bits_per_dim: float
     baseline_test_bits_per_dim: float
     seconds_per_100_samples: float
     seconds_per_100_densities: float
     reconstruction_error: float
     parameters: int
+    peak_memory_bytes: int
     bit_depth: int
+    protocol: str
     hardware: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -52,47 +75,83 @@ class Summary:
 
     def rows(self) -> list[tuple[str, str]]:
         """Names and values for a table."""
+        bound = self.importance_weighted_test_bits_per_dim
+        weighted = [] if bound is None else [(f"bits/dim, test, {self.importance_samples} draws", f"{bound:.3f}")]
         return [
             ("bits/dim, train", f"{self.train_bits_per_dim:.3f}"),
-            ("bits/dim, test", f"{self.test_bits_per_dim:.3f}"),
+            ("bits/dim, test", f"{self.test_bits_per_dim:.3f} ± {self.test_standard_error:.3f}"),
+            *weighted,
             ("bits/dim of independent pixels, train", f"{self.baseline_train_bits_per_dim:.3f}"),
             ("bits/dim of independent pixels, test", f"{self.baseline_test_bits_per_dim:.3f}"),
             ("time for 100 samples", f"{1000 * self.seconds_per_100_samples:.1f} ms"),
             ("time for 100 densities", f"{1000 * self.seconds_per_100_densities:.1f} ms"),
             ("max|x − inverse(forward(x))|", f"{self.reconstruction_error:.1e}"),
             ("parameters", f"{self.parameters:,}"),
+            ("peak memory", f"{self.peak_memory_bytes / 2**20:.0f} MiB"),
         ]
 
 
 @torch.no_grad()
-def summarize(model: InverseFlow, data: ImageData, bit_depth: int) -> Summary:
+def summarize(
+    model: ImageFlow, data: ImageData, config: TrainConfig, *, classes: int = 0, importance_samples: int = 0
+) -> Summary:
     """Measures a model in evaluation mode on all the training and test images of ``data``.
 
+    Args:
+        model: to measure.
+        data: of the kind that it was trained on.
+        config: of its training; says the bit depth and the dequantization.
+        classes: of a conditional model; 0 for another.
+        importance_samples: draws of noise for the importance-weighted bound on the test images; 0 for none.
+
     Raises:
-        ValueError: the model's images have another shape.
+        ValueError: the model's images have another shape, or its classes are others.
     """
     if data.test.image_shape != model.config.image_shape:
         given, expected = data.test.image_shape, model.config.image_shape
         raise ValueError(f"the model takes images of shape {expected}, {data.name} has {given}")
+    bit_depth = config.bit_depth
     device = next(model.parameters()).device
+    train_context, test_context = context_of(data.train, classes), context_of(data.test, classes)
     baseline = IndependentPixels.fit(data.train.images, bit_depth)
-    noise = seeding.generator(0, seeding.EVALUATION)
-    repeats = -(-TIMED_IMAGES // len(data.test))
-    hundred = data.test.images.repeat(repeats, 1, 1, 1)[:TIMED_IMAGES]
-    images = dequantize(hundred, bit_depth, noise).to(device)
-    latents, _ = model(images)
-    back, _ = model.inverse(latents)
+    found = log_probs(model, data.test.images, bit_depth, context=test_context)
+    bits = bits_per_dim(found, model.event_shape, bit_depth)
+    weighted: float | None = None
+    if importance_samples:
+        bound = importance_weighted(
+            model, data.test.images, bit_depth, samples=importance_samples, context=test_context
+        )
+        weighted = float(bits_per_dim(bound.mean(), model.event_shape, bit_depth))
+    rows = torch.arange(TIMED_IMAGES) % len(data.test)
+    images = dequantize(data.test.images[rows], bit_depth, seeding.generator(0, seeding.EVALUATION)).to(device)
+    context = None if test_context is None else test_context[rows].to(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     return Summary(
-        train_bits_per_dim=evaluate(model, data.train.images, bit_depth),
-        test_bits_per_dim=evaluate(model, data.test.images, bit_depth),
+        train_bits_per_dim=evaluate(model, data.train.images, bit_depth, context=train_context),
+        test_bits_per_dim=float(bits_per_dim(found.mean(), model.event_shape, bit_depth)),
+        test_standard_error=standard_error(bits),
+        importance_samples=importance_samples,
+        importance_weighted_test_bits_per_dim=weighted,
         baseline_train_bits_per_dim=baseline.bits_per_dim(data.train.images),
         baseline_test_bits_per_dim=baseline.bits_per_dim(data.test.images),
-        seconds_per_100_samples=_median_time(lambda: model.sample(TIMED_IMAGES), device),
-        seconds_per_100_densities=_median_time(lambda: model.log_prob(images), device),
-        reconstruction_error=float((back - images).abs().max()),
+        seconds_per_100_samples=_median_time(lambda: model.sample(TIMED_IMAGES, context), device),
+        seconds_per_100_densities=_median_time(lambda: model.log_prob(images, context), device),
+        reconstruction_error=float(reconstruction_error(model, images, context).max()),
         parameters=model.num_parameters,
+        peak_memory_bytes=_peak_memory(device),
         bit_depth=bit_depth,
+        protocol=protocol(config, len(data.test), conditional=classes > 0),
         hardware=hardware(device),
+    )
+
+
+def protocol(config: TrainConfig, images: int, *, conditional: bool = False) -> str:
+    """What bits per dimension are here, in a few words."""
+    given = "log p(x̃ | label)" if conditional else "log p(x̃)"
+    return (
+        f"n − {given} / (D ln 2) at n = {config.bit_depth} bits, {config.dequantization} dequantization, "
+        f"one draw of noise an image, {images} test images, averaged weights"
     )
 
 
@@ -110,6 +169,13 @@ def _cpu_name() -> str:
     except OSError:
         names = []
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kibibytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _median_time(call: Callable[[], object], device: torch.device) -> float:

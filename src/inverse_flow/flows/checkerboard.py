@@ -1,0 +1,96 @@
+"""Coupling with a checkerboard mask."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from inverse_flow.flows.base import FlowLayer, check_images, logdet_dtype, sum_example
+from inverse_flow.flows.conditioner import ConvNet
+from inverse_flow.flows.coupling import bound_log_scale
+
+CheckerboardKind: TypeAlias = Literal["affine", "additive"]
+
+
+class CheckerboardCoupling(FlowLayer):
+    """z = m ⊙ x + (1 − m) ⊙ (x · exp(s(m ⊙ x)) + t(m ⊙ x)); log-determinant Σ (1 − m) ⊙ s.
+
+    The mask m is 1 at the pixels whose coordinates add up to ``parity`` modulo 2: they condition and stay, in every
+    channel, and the others change. Two layers of different parity change every pixel. It needs no second channel, so
+    it works on images as they are. Dinh, Sohl-Dickstein & Bengio, "Real NVP", 2016, section 3.4, equation 9; s is
+    bounded as that of :class:`AffineCoupling`.
+
+    Args:
+        channels: C of the images.
+        hidden: width of the default conditioner, a :class:`ConvNet`.
+        kind: ``"affine"``, or ``"additive"`` with s = 0.
+        parity: 0 or 1.
+        context_channels: channels of the context that the default conditioner takes.
+        dimensions: of the default conditioner: 2 for images (B, C, H, W), 3 for volumes (B, C, D, H, W).
+        conditioner: a module of your own instead: ``conditioner(m ⊙ x, context)`` gives t, and for the affine kind the
+            raw scales behind it, stacked along the channels: (B, 2C, H, W). What it gives where m is 1 is not used.
+
+    Raises:
+        ValueError: a kind or parity that does not exist.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        hidden: int = 64,
+        *,
+        kind: CheckerboardKind = "affine",
+        parity: int = 0,
+        context_channels: int = 0,
+        dimensions: int = 2,
+        conditioner: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        if kind not in ("affine", "additive"):
+            raise ValueError(f'the kind of a checkerboard coupling must be "affine" or "additive", got {kind!r}')
+        if parity not in (0, 1):
+            raise ValueError(f"the parity of a checkerboard must be 0 or 1, got {parity}")
+        self.channels, self.kind, self.parity = channels, kind, parity
+        out_channels = self.parameters_per_value(kind) * channels
+        self.conditioner = conditioner or ConvNet(
+            channels, hidden, out_channels, context_channels=context_channels, dimensions=dimensions
+        )
+
+    @staticmethod
+    def parameters_per_value(kind: CheckerboardKind) -> int:
+        """Numbers that the conditioner gives for every value of an image."""
+        return 2 if kind == "affine" else 1
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        shift, log_scale, stays = self._shift_and_log_scale(x, context)
+        z = torch.where(stays, x, (x * log_scale.exp() + shift).to(x.dtype))
+        return z, sum_example(log_scale)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        shift, log_scale, stays = self._shift_and_log_scale(z, context)
+        x = torch.where(stays, z, ((z - shift) * (-log_scale).exp()).to(z.dtype))
+        return x, -sum_example(log_scale)
+
+    def extra_repr(self) -> str:
+        return f'{self.channels}, kind="{self.kind}", parity={self.parity}'
+
+    def _shift_and_log_scale(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """t; s, zero where the mask is 1; and the mask as booleans, broadcasting against ``x``."""
+        check_images(self, x, self.channels)
+        stays = self._mask(x)
+        parameters = self.conditioner(torch.where(stays, x, torch.zeros_like(x)), context)
+        expected = (x.shape[0], self.parameters_per_value(self.kind) * self.channels, *x.shape[2:])
+        if parameters.shape != expected:
+            raise ValueError(f"the conditioner must give {expected}, got {tuple(parameters.shape)}")
+        parameters = parameters.to(logdet_dtype(x.dtype))
+        if self.kind == "additive":
+            return parameters, torch.zeros_like(parameters), stays
+        shift, raw = parameters.chunk(2, dim=1)
+        return shift, torch.where(stays, torch.zeros_like(raw), bound_log_scale(raw)), stays
+
+    def _mask(self, x: Tensor) -> Tensor:
+        axes = [torch.arange(size, device=x.device) for size in x.shape[2:]]
+        coordinates = torch.meshgrid(*axes, indexing="ij")
+        return (torch.stack(coordinates).sum(0) % 2 == self.parity)[None, None]

@@ -1,0 +1,181 @@
+"""What is done with a trained flow: sampling with weights prepared once, interpolation, a check of its inverse."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from inverse_flow._checks import parse_corner
+from inverse_flow.causal import effective_weight
+from inverse_flow.conv import InverseConv2d
+from inverse_flow.flows.actnorm import ActNorm
+from inverse_flow.flows.base import FlowLayer, check_images, count_pixels, expand_logdet, logdet_dtype
+from inverse_flow.flows.compose import Compose, Flow, Reverse
+from inverse_flow.flows.conv1x1 import Conv1x1
+from inverse_flow.flows.householder import Householder
+from inverse_flow.flows.permute import Permute
+from inverse_flow.functional import causal_conv2d
+
+# Layers that are z_p = W x_p + b at every pixel p: a run of them is one such layer. Joining them pays where one of them
+# mixes the channels.
+MIXING = (Conv1x1, Householder)
+PIXEL_LINEAR = (ActNorm, Permute, *MIXING)
+
+
+def prepare_sampling(flow: Flow) -> Flow:
+    """A frozen copy of a trained flow in which all that depends on the weights alone is computed already.
+
+    Runs of layers that are linear at every pixel (ActNorm, 1×1 convolutions, permutations) become one 1×1 convolution
+    each, formed in float64 and rounded once. The inverse convolutions keep their complete weight. So sampling is
+    the conditioner networks and plain convolutions, with neither factorisations nor masks. Density and latents come out
+    as before, up to rounding, and so does the direction from data to latent.
+
+    The copy shares nothing with ``flow``: training on leaves it as it is, and after that another one is needed. It is
+    in evaluation mode, and no gradient reaches its weights.
+
+    Args:
+        flow: any flow. Layers that are not known here are copied.
+
+    Returns:
+        A :class:`Flow` with the same latents, base and event shape.
+    """
+    layers = _prepare_layers(copy.deepcopy(flow).eval().layers)
+    return Flow(layers, flow.event_shape, base=copy.deepcopy(flow.base)).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def interpolate(flow: nn.Module, a: Tensor, b: Tensor, steps: int = 8, context: Tensor | None = None) -> Tensor:
+    """Images on the way from ``a`` to ``b``: x_t = f⁻¹((1 − t)·f(a) + t·f(b), context), t = 0 … 1.
+
+    Kingma & Dhariwal, "Glow", 2018, section 6. The ends are ``a`` and ``b`` up to rounding.
+
+    Args:
+        flow: a flow.
+        a: (B, C, H, W), where the rows begin.
+        b: where they end, of the same shape.
+        steps: the number of images in a row, the ends included, at least 2.
+        context: one row for each pair.
+
+    Returns:
+        (steps, B, C, H, W), without gradient.
+
+    Raises:
+        ValueError: fewer than 2 steps, or ``a`` and ``b`` of different shapes.
+    """
+    if steps < 2:
+        raise ValueError(f"an interpolation needs at least its two ends, got {steps} steps")
+    if a.shape != b.shape:
+        raise ValueError(f"the ends of an interpolation must have one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
+    weights = torch.linspace(0, 1, steps, device=a.device, dtype=a.dtype)
+    first, second = flow(a, context)[0], flow(b, context)[0]
+
+    def between(z: Tensor, other: Tensor) -> Tensor:
+        t = weights.to(z.dtype).view(-1, *(1,) * z.dim())
+        return ((1 - t) * z + t * other).flatten(0, 1)
+
+    latents = tuple(between(z, other) for z, other in zip(first, second, strict=True))
+    repeated = None if context is None else context.repeat(steps, *(1,) * (context.dim() - 1))
+    x: Tensor = flow.inverse(latents, repeated)[0]  # type: ignore[operator]
+    return x.unflatten(0, (steps, a.shape[0]))
+
+
+@torch.no_grad()
+def reconstruction_error(flow: nn.Module, x: Tensor, context: Tensor | None = None) -> Tensor:
+    """(B,) errors max |x − f⁻¹(f(x))|, of every example by itself: how well the inverse undoes the flow.
+
+    A few units in the last place of ``x`` for a healthy flow. More means that a layer is ill-conditioned;
+    :func:`inverse_flow.reversible.reconstruction_errors` goes through the layers.
+    """
+    latents, _ = flow(x, context)
+    again: Tensor = flow.inverse(latents, context)[0]  # type: ignore[operator]
+    return (again - x).abs().flatten(1).amax(1)
+
+
+class _PixelLinear(FlowLayer):
+    """z_p = W x_p + b at every pixel p, and its inverse x_p = W⁻¹ z_p + b′, all four fixed."""
+
+    weight: Tensor
+    bias: Tensor
+    inverse_weight: Tensor
+    inverse_bias: Tensor
+    logdet: Tensor
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        chain = Compose(*layers)
+        like = next(chain.parameters())
+        channels = next(layer.channels for layer in layers if isinstance(layer, MIXING))
+        exact = copy.deepcopy(chain).double()
+        # What a layer does to one pixel says what it does to all: b is the image of 0, column i of W that of eᵢ less b.
+        pixels = torch.eye(channels + 1, channels, dtype=torch.float64, device=like.device).roll(1, 0)[..., None, None]
+        with torch.no_grad():
+            (forward, logdet), (inverse, _) = exact(pixels), exact.inverse(pixels)
+            for name, images in {"": forward[..., 0, 0], "inverse_": inverse[..., 0, 0]}.items():
+                self.register_buffer(f"{name}weight", (images[1:] - images[0]).T.to(like.dtype).contiguous())
+                self.register_buffer(f"{name}bias", images[0].to(like.dtype))
+            self.register_buffer("logdet", logdet[0].to(logdet_dtype(like.dtype)))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        check_images(self, x, len(self.bias))
+        return self._mix(x, self.weight, self.bias), expand_logdet(self.logdet * count_pixels(x), x)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        check_images(self, z, len(self.bias))
+        return self._mix(z, self.inverse_weight, self.inverse_bias), expand_logdet(-self.logdet * count_pixels(z), z)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.bias)}"
+
+    @staticmethod
+    def _mix(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        compute = logdet_dtype(x.dtype)
+        kernel = weight.to(compute)[(...,) + (None,) * (x.dim() - 2)]
+        convolve = F.conv2d if x.dim() == 4 else F.conv3d
+        with torch.autocast(x.device.type, enabled=False):
+            return convolve(x.to(compute), kernel, bias.to(compute)).to(x.dtype)
+
+
+class _FixedInverseConv(FlowLayer):
+    """An :class:`InverseConv2d` whose inverse, the plain convolution, has its complete weight at hand."""
+
+    weight: Tensor
+
+    def __init__(self, layer: InverseConv2d) -> None:
+        super().__init__()
+        self.layer = layer
+        with torch.no_grad():
+            weight, corner = layer._weight()
+            complete = effective_weight(weight, layer._orders, parse_corner(corner))
+        self.register_buffer("weight", complete.contiguous())
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = self.layer(x)
+        return result
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        layer = self.layer
+        x = causal_conv2d(z, self.weight, layer.bias, order=layer.order, groups=layer.groups)
+        return x, layer._log_det(z)
+
+
+def _prepare_layers(layers: Iterable[nn.Module]) -> list[nn.Module]:
+    prepared: list[nn.Module] = []
+    for _, group in groupby(layers, lambda layer: isinstance(layer, PIXEL_LINEAR)):
+        run = list(group)
+        mixes = any(isinstance(layer, MIXING) for layer in run)
+        prepared += [_PixelLinear(run)] if mixes else [_prepare(layer) for layer in run]
+    return prepared
+
+
+def _prepare(layer: nn.Module) -> nn.Module:
+    if isinstance(layer, Compose):
+        return Compose(*_prepare_layers(layer.layers))
+    if isinstance(layer, Reverse):
+        (inner,) = _prepare_layers([layer.layer])
+        return Reverse(inner)
+    return _FixedInverseConv(layer) if isinstance(layer, InverseConv2d) else layer

@@ -1,0 +1,239 @@
+"""What defines a flow: one frozen dataclass, and a subclass for each published model with that model's defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
+
+from inverse_flow.flows.split import SplitPrior
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # in typing from Python 3.11 on
+
+InverseConvDirection: TypeAlias = Literal["training", "sampling", "none"]
+Orders: TypeAlias = Literal["four", "alternating"]
+Activation: TypeAlias = Literal["none", "spline"]
+Mixing: TypeAlias = Literal["plu", "householder", "permutation"]
+CouplingKind: TypeAlias = Literal["affine", "additive", "spline", "hint"]
+Masks: TypeAlias = Literal["channel", "checkerboard"]
+Conditioner: TypeAlias = Literal["conv", "resnet"]
+SqueezeKind: TypeAlias = Literal["pixel", "haar"]
+
+SQUEEZE_FACTOR = 2
+# The spatial axes from the last backwards, for messages.
+AXES = ("depth", "height", "width")
+CHOICES: dict[str, Any] = {
+    "orders": Orders,
+    "coupling": CouplingKind,
+    "split_prior": SplitPrior,
+    "inverse_conv": InverseConvDirection,
+    "activation": Activation,
+    "conv1x1": Mixing,
+    "squeeze": SqueezeKind,
+    "masks": Masks,
+    "conditioner": Conditioner,
+}
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """Everything that defines a flow; the subclasses differ in their defaults alone.
+
+    Attributes:
+        image_shape: (C, H, W) of one image, or (C, D, H, W) of one volume; every axis divisible by 2 to the number of
+            squeezes, one in each level (with checkerboard masks in each but the last).
+        levels: scales L; each begins with a squeeze, and each but the last ends with a split.
+        steps: steps K in a level.
+        hidden: width of the coupling networks.
+        kernel_size: of the inverse convolutions, an int or a pair.
+        corner: corner kind of the inverse convolutions.
+        orders: ``"four"``: four groups of channels, one for each order, in every inverse convolution. That is the
+            layer of the paper's experiments, and the number of channels after a squeeze is always divisible by 4.
+            ``"alternating"``: one group that mixes all the channels, its order changing from step to step.
+        coupling: ``"affine"``, ``"additive"``, ``"spline"`` (rational-quadratic), or ``"hint"`` (recursive, affine).
+        split_prior: ``"conditional"`` or ``"standard"``, see :class:`~inverse_flow.flows.Split`.
+        logit_margin: begin with a :class:`~inverse_flow.flows.Logit` of this margin, for images in [0, 1]; None for no
+            such layer.
+        context_channels: channels of the context given to the coupling and prior networks; 0 for none.
+        inverse_conv: the direction in which the solve runs, the other one being a plain convolution:
+            ``"training"`` (from data to latent, Inverse-Flow), ``"sampling"`` (from latent to data, FInC Flow), or
+            ``"none"`` for a step without the layer.
+        activation: ``"spline"`` puts a monotone :class:`~inverse_flow.flows.SplineActivation` behind the inverse
+            convolution (or at the head of a step without one).
+        conv1x1: what mixes the channels between two couplings: a 1×1 convolution as ``"plu"`` or as ``"householder"``
+            reflections, or the ``"permutation"`` that reverses them.
+        squeeze: ``"pixel"``, in the order of ``F.pixel_unshuffle``, or ``"haar"``, the wavelet transform.
+        masks: ``"channel"``: the couplings split the channels. ``"checkerboard"``: Real NVP's arrangement, in which a
+            level is K couplings with checkerboard masks, the squeeze, and K with channel masks; the last level is
+            K + 1 with checkerboard masks.
+        conditioner: the coupling networks: ``"conv"`` (:class:`~inverse_flow.flows.ConvNet`) or ``"resnet"``
+            (:class:`~inverse_flow.flows.ResNet`).
+        blocks: residual blocks of a ``"resnet"`` conditioner.
+        memory_efficient: the backward pass rebuilds activations instead of storing them, see
+            :class:`~inverse_flow.flows.Flow`. It changes neither the function nor its parameters.
+
+    Raises:
+        ValueError: options that do not exist or do not fit together, naming them.
+    """
+
+    image_shape: tuple[int, ...]
+    levels: int = 2
+    steps: int = 4
+    hidden: int = 64
+    kernel_size: int | tuple[int, int] = 3
+    corner: str = "unit_triangular"
+    orders: Orders = "four"
+    coupling: CouplingKind = "affine"
+    split_prior: SplitPrior = "conditional"
+    logit_margin: float | None = None
+    context_channels: int = 0
+    inverse_conv: InverseConvDirection = "none"
+    activation: Activation = "none"
+    conv1x1: Mixing = "plu"
+    squeeze: SqueezeKind = "pixel"
+    masks: Masks = "channel"
+    conditioner: Conditioner = "conv"
+    blocks: int = 2
+    memory_efficient: bool = False
+
+    PAPER: ClassVar[dict[str, Any]] = {}
+    """The sizes of the model's publication, see :meth:`paper`."""
+
+    def __post_init__(self) -> None:
+        # A config read back from JSON has lists; equal models must have equal configs.
+        object.__setattr__(self, "image_shape", tuple(self.image_shape))
+        if not isinstance(self.kernel_size, int):
+            object.__setattr__(self, "kernel_size", tuple(self.kernel_size))
+        for name, least in {"levels": 1, "steps": 1, "hidden": 1, "context_channels": 0, "blocks": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name, literal in CHOICES.items():
+            if getattr(self, name) not in get_args(literal):
+                choices = [f'"{choice}"' for choice in get_args(literal)]
+                raise ValueError(f"{name} must be {_either(choices)}, got {getattr(self, name)!r}")
+        self._check_shape()
+        self._check_checkerboard()
+
+    @classmethod
+    def paper(cls, image_shape: tuple[int, ...], **changes: Any) -> Self:
+        """The config at the sizes of the model's publication, with ``changes``.
+
+        Raises:
+            ValueError: a kind of model for which no sizes were published.
+        """
+        if not cls.PAPER:
+            raise ValueError(f"{cls.__name__} has no published sizes; give levels, steps and hidden yourself")
+        return cls(image_shape=image_shape, **{**cls.PAPER, **changes})
+
+    @property
+    def dimensions(self) -> int:
+        """Spatial axes: 2 for images, 3 for volumes."""
+        return len(self.image_shape) - 1
+
+    @property
+    def squeezes(self) -> int:
+        """How often space is squeezed into channels."""
+        return self.levels if self.masks == "channel" else self.levels - 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, for JSON and checkpoints."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The config of :meth:`to_dict`; a field that is missing, since the config is older, has its default.
+
+        Raises:
+            ValueError: a field that does not exist, as in the config of a newer version.
+        """
+        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        if unknown:
+            raise ValueError(f"{cls.__name__} has no {_either(unknown)}: was it written by a newer version?")
+        return cls(**values)
+
+    def _check_shape(self) -> None:
+        with_conv = self.inverse_conv != "none"
+        if with_conv and len(self.image_shape) == 4:
+            raise ValueError(
+                f"the inverse convolution is two-dimensional: a volume (C, D, H, W) = {self.image_shape} needs "
+                f'inverse_conv="none"'
+            )
+        if len(self.image_shape) not in ((3,) if with_conv else (3, 4)):
+            expected = "(C, H, W)" if with_conv else "(C, H, W) or (C, D, H, W)"
+            raise ValueError(f"image_shape must be {expected}, got {self.image_shape}")
+        if any(size < 1 for size in self.image_shape):
+            raise ValueError(f"every axis of image_shape must be at least 1, got {self.image_shape}")
+        sizes = self.image_shape[1:]
+        divisor = SQUEEZE_FACTOR**self.squeezes
+        if any(size % divisor for size in sizes):
+            axes = AXES[-len(sizes) :]
+            raise ValueError(
+                f"{self.levels} levels need {', '.join(axes[:-1])} and {axes[-1]} divisible by {divisor}, "
+                f"got {' × '.join(map(str, sizes))}"
+            )
+
+    def _check_checkerboard(self) -> None:
+        if self.masks != "checkerboard":
+            return
+        if self.coupling not in ("affine", "additive"):
+            raise ValueError(f'checkerboard masks need an "affine" or "additive" coupling, got {self.coupling!r}')
+        if self.inverse_conv != "none" and self.orders == "four" and self.image_shape[0] % 4:
+            raise ValueError(
+                f'with checkerboard masks an inverse convolution meets unsqueezed images: orders="four" needs their '
+                f'channels divisible by 4, got {self.image_shape[0]}; use orders="alternating"'
+            )
+
+
+@dataclass(frozen=True)
+class InverseFlowConfig(FlowConfig):
+    """Defaults of :class:`~inverse_flow.models.InverseFlow`: a step with the solve in the training direction."""
+
+    inverse_conv: InverseConvDirection = "training"
+
+    # Nagar & Varma, AISTATS 2025 (arXiv 2410.14634), section 4: L = 2, K = 16, a spline behind the inverse convolution.
+    PAPER: ClassVar[dict[str, Any]] = {"levels": 2, "steps": 16, "activation": "spline"}
+
+
+@dataclass(frozen=True)
+class GlowConfig(FlowConfig):
+    """Defaults of :class:`~inverse_flow.models.Glow`."""
+
+    # Kingma & Dhariwal, 2018, appendix: CIFAR-10, L = 3, K = 32, 512 channels in the coupling networks.
+    PAPER: ClassVar[dict[str, Any]] = {"levels": 3, "steps": 32, "hidden": 512}
+
+
+@dataclass(frozen=True)
+class RealNVPConfig(FlowConfig):
+    """Defaults of :class:`~inverse_flow.models.RealNVP`: masks instead of 1×1 convolutions, residual networks."""
+
+    orders: Orders = "alternating"
+    conv1x1: Mixing = "permutation"
+    masks: Masks = "checkerboard"
+    conditioner: Conditioner = "resnet"
+
+    # Dinh, Sohl-Dickstein & Bengio, 2016, section 4.1: CIFAR-10, one downscaling, 8 residual blocks, 64 feature maps.
+    PAPER: ClassVar[dict[str, Any]] = {"levels": 2, "steps": 3, "hidden": 64, "blocks": 8}
+
+
+@dataclass(frozen=True)
+class FInCFlowConfig(FlowConfig):
+    """Defaults of :class:`~inverse_flow.models.FInCFlow`: a step with the convolution in the training direction."""
+
+    inverse_conv: InverseConvDirection = "sampling"
+
+    # The sizes at which Nagar & Varma, 2025, section 4, set it beside Inverse-Flow.
+    PAPER: ClassVar[dict[str, Any]] = {"levels": 2, "steps": 16}
+
+
+@dataclass(frozen=True)
+class HintConfig(FlowConfig):
+    """Defaults of :class:`~inverse_flow.models.Hint`: recursive couplings, Householder reflections, Haar wavelets."""
+
+    coupling: CouplingKind = "hint"
+    conv1x1: Mixing = "householder"
+    squeeze: SqueezeKind = "haar"
+
+
+def _either(names: list[str]) -> str:
+    return ", ".join(names[:-1]) + (" or " if len(names) > 1 else "") + names[-1]

@@ -1,0 +1,133 @@
+"""The one builder: from a config to the layers of a flow."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal, TypeAlias
+
+from torch import nn
+
+from inverse_flow.conv import InverseConv2d
+from inverse_flow.flows import (
+    HINT,
+    ActNorm,
+    AdditiveCoupling,
+    AffineCoupling,
+    CheckerboardCoupling,
+    Compose,
+    Conv1x1,
+    ConvNet,
+    HaarSqueeze,
+    Householder,
+    Logit,
+    Permute,
+    ResNet,
+    Reverse,
+    SplineActivation,
+    SplineCoupling,
+    Split,
+    Squeeze,
+)
+from inverse_flow.flows.base import first_half
+from inverse_flow.models.config import SQUEEZE_FACTOR, FlowConfig
+
+Coupling: TypeAlias = AdditiveCoupling | AffineCoupling | SplineCoupling
+
+COUPLINGS: dict[str, type[Coupling]] = {
+    "affine": AffineCoupling,
+    "additive": AdditiveCoupling,
+    "spline": SplineCoupling,
+}
+ALL_ORDERS = ("top_left", "bottom_right", "top_right", "bottom_left")
+
+
+def build_layers(config: FlowConfig) -> list[nn.Module]:
+    """The layers of a flow with this config, untrained."""
+    layers: list[nn.Module] = [] if config.logit_margin is None else [Logit(config.logit_margin)]
+    channels = config.image_shape[0]
+    for level in range(config.levels):
+        last = level == config.levels - 1
+        if config.masks == "checkerboard":
+            layers += [_step(config, channels, index, "checkerboard") for index in range(config.steps + last)]
+            if last:
+                break
+        layers.append(_squeeze(config))
+        channels *= SQUEEZE_FACTOR**config.dimensions
+        layers += [_step(config, channels, index, "channel") for index in range(config.steps)]
+        if not last:
+            layers.append(_split(config, channels))
+            channels = first_half(channels)
+    return layers
+
+
+def _step(config: FlowConfig, channels: int, index: int, mask: Literal["channel", "checkerboard"]) -> Compose:
+    layers: list[nn.Module] = []
+    if config.inverse_conv != "none":
+        conv = _inverse_conv(config, channels, index)
+        layers.append(conv if config.inverse_conv == "training" else Reverse(conv))
+    if config.activation == "spline":
+        layers.append(SplineActivation(channels))
+    layers.append(ActNorm(channels))
+    if mask == "checkerboard":
+        layers.append(_checkerboard_coupling(config, channels, parity=index % 2))
+    else:
+        layers += [_mixing(config, channels), _channel_coupling(config, channels)]
+    return Compose(*layers)
+
+
+def _inverse_conv(config: FlowConfig, channels: int, index: int) -> InverseConv2d:
+    four = config.orders == "four"
+    # No bias: the ActNorm that follows has one.
+    return InverseConv2d(
+        channels,
+        config.kernel_size,
+        groups=len(ALL_ORDERS) if four else 1,
+        order=ALL_ORDERS if four else ALL_ORDERS[index % len(ALL_ORDERS)],
+        corner=config.corner,
+        bias=False,
+    )
+
+
+def _squeeze(config: FlowConfig) -> nn.Module:
+    return HaarSqueeze() if config.squeeze == "haar" else Squeeze(SQUEEZE_FACTOR)
+
+
+def _split(config: FlowConfig, channels: int) -> Split:
+    return Split(
+        channels,
+        prior=config.split_prior,
+        context_channels=config.context_channels,
+        dimensions=config.dimensions,
+    )
+
+
+def _mixing(config: FlowConfig, channels: int) -> nn.Module:
+    if config.conv1x1 == "permutation":
+        # Reversed, so that every coupling but the first changes what the one before it kept.
+        return Permute(range(channels - 1, -1, -1))
+    return Householder(channels) if config.conv1x1 == "householder" else Conv1x1(channels)
+
+
+def _channel_coupling(config: FlowConfig, channels: int) -> nn.Module:
+    if config.coupling == "hint":
+        return HINT(channels, coupling=partial(_coupling, config, AffineCoupling))
+    return _coupling(config, COUPLINGS[config.coupling], channels)
+
+
+def _coupling(config: FlowConfig, kind: type[Coupling], channels: int) -> nn.Module:
+    kept = first_half(channels)
+    return kind(channels, conditioner=_conditioner(config, kept, kind.parameters_per_value * (channels - kept)))
+
+
+def _checkerboard_coupling(config: FlowConfig, channels: int, parity: int) -> nn.Module:
+    assert config.coupling in ("affine", "additive")
+    numbers = CheckerboardCoupling.parameters_per_value(config.coupling)
+    conditioner = _conditioner(config, channels, numbers * channels)
+    return CheckerboardCoupling(channels, kind=config.coupling, parity=parity, conditioner=conditioner)
+
+
+def _conditioner(config: FlowConfig, in_channels: int, out_channels: int) -> nn.Module:
+    context = {"context_channels": config.context_channels, "dimensions": config.dimensions}
+    if config.conditioner == "resnet":
+        return ResNet(in_channels, config.hidden, out_channels, blocks=config.blocks, **context)
+    return ConvNet(in_channels, config.hidden, out_channels, **context)

@@ -1,0 +1,100 @@
+"""The settings of training by parts, and whose turn it is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+Cut: TypeAlias = Literal["blocks", "across"]
+CUTS: tuple[Cut, ...] = ("blocks", "across")
+
+Schedule: TypeAlias = Literal["sequential", "alternate", "simultaneous"]
+SCHEDULES: tuple[Schedule, ...] = ("sequential", "alternate", "simultaneous")
+
+Turn: TypeAlias = Literal["batch", "epoch"]
+TURNS: tuple[Turn, ...] = ("batch", "epoch")
+
+# 12 of 18 steps are two thirds of a run, though 12 / 18 is less than 1 − 1 / 3 in floating point.
+ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class PartsConfig:
+    """How a flow is cut into parts and how these are trained. See docs/parts.md.
+
+    Attributes:
+        cut: ``"blocks"``: at the ends of blocks; ``"across"``: after any step.
+        count: parts n.
+        schedule: whose turn it is before the finish. ``"sequential"``: the parts one after the other, each for an equal
+            share of the budget; ``"alternate"``: in turn; ``"simultaneous"``: all parts on every batch, each with its
+            own gradient.
+        turn: what a part is trained on in its turn of ``"alternate"``: a ``"batch"`` or an ``"epoch"``.
+        finish: share of the budget, at the end, in which all layers are trained end to end. A third in the original: 30
+            of 90 epochs.
+        learning_rates: one for each part; empty for that of :class:`TrainConfig` everywhere. The finish has them too.
+        cache_epochs: in ``"sequential"``: the outputs of the parts that are done are computed for all images at once
+            and used for so many epochs; then they are computed again, with other noise and flips. 0 computes them anew
+            for every batch.
+    """
+
+    cut: Cut = "across"
+    count: int = 2
+    schedule: Schedule = "alternate"
+    turn: Turn = "batch"
+    finish: float = 1 / 3
+    learning_rates: tuple[float, ...] = ()
+    cache_epochs: int = 0
+
+    def __post_init__(self) -> None:
+        # A config read back from JSON has lists; equal runs must have equal configs.
+        object.__setattr__(self, "learning_rates", tuple(self.learning_rates))
+        for name, known in {"cut": CUTS, "schedule": SCHEDULES, "turn": TURNS}.items():
+            given = getattr(self, name)
+            if given not in known:
+                raise ValueError(f"{name} must be {', '.join(known[:-1])} or {known[-1]}, got {given!r}")
+        if self.count < 1:
+            raise ValueError(f"count must be at least 1, got {self.count}")
+        if not 0 <= self.finish <= 1:
+            raise ValueError(f"finish must be a share, 0 to 1, got {self.finish}")
+        if self.learning_rates and len(self.learning_rates) != self.count:
+            raise ValueError(f"{self.count} parts need as many learning rates, got {len(self.learning_rates)}")
+        if not all(rate > 0 and math.isfinite(rate) for rate in self.learning_rates):
+            raise ValueError(f"learning rates must be finite numbers above 0, got {list(self.learning_rates)}")
+        if self.cache_epochs < 0:
+            raise ValueError(f"cache_epochs must be at least 0, got {self.cache_epochs}")
+        if self.cache_epochs and self.schedule != "sequential":
+            raise ValueError(f"cache_epochs keeps the outputs of parts that are done: sequential, not {self.schedule}")
+
+    def turn_of(self, step: int, epoch: int, progress: float) -> range | None:
+        """The parts, counted from 0, that a step trains; None when it trains all layers end to end.
+
+        Args:
+            step: of the run, counted from 0.
+            epoch: that it belongs to, counted from 0.
+            progress: how much of the run is done, 0 to 1.
+        """
+        share = 1 - self.finish
+        done = progress + ROUNDING
+        if done >= share:
+            return None
+        if self.schedule == "simultaneous":
+            return range(self.count)
+        if self.schedule == "sequential":
+            part = min(self.count - 1, int(done / share * self.count))
+        else:
+            part = (step if self.turn == "batch" else epoch) % self.count
+        return range(part, part + 1)
+
+
+def parse_parts(text: str) -> tuple[Cut, int]:
+    """The cut and the number of parts in a text such as "across:2".
+
+    Raises:
+        ValueError: the text is no such thing.
+    """
+    cut, _, count = text.partition(":")
+    for known in CUTS:
+        if cut == known and count.isdecimal() and int(count) >= 1:
+            return known, int(count)
+    raise ValueError(f'parts must be given as "blocks:n" or "across:n" with n at least 1, got {text!r}')

@@ -1,0 +1,111 @@
+"""The processes that train one model together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed, nn
+
+# What torchrun tells every process that it starts.
+LAUNCHED, LOCAL_RANK = "TORCHELASTIC_RUN_ID", "LOCAL_RANK"
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Processes with equal models, each of which computes the gradient of its share of every batch.
+
+    With one process, the default, every method returns what it was given. The others are collective: all processes
+    must call them in the same order. Plain ``torch.distributed`` and no wrapper around the model: a flow is trained
+    through ``log_prob``, not ``forward``, and its layers may have a backward pass of their own.
+
+    Attributes:
+        rank: of this process, 0 … count − 1. Only the first writes files.
+        count: of processes.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.rank == 0
+
+    def share(self, batch: Tensor) -> Tensor:
+        """This process's rows of a batch: as many as the others have, so that a mean of means is the mean.
+
+        Raises:
+            ValueError: the number of rows is not divisible by the number of processes.
+        """
+        if len(batch) % self.count:
+            raise ValueError(f"a batch of {len(batch)} cannot be shared evenly by {self.count} processes")
+        rows = len(batch) // self.count
+        return batch[self.rank * rows : (self.rank + 1) * rows]
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replaces every gradient by its mean over the processes, one message for each dtype."""
+        if self.count == 1:
+            return
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
+            together = [gradient for gradient in gradients if gradient.dtype == dtype]
+            flat = torch.cat([gradient.flatten() for gradient in together])
+            distributed.all_reduce(flat)
+            flat /= self.count
+            for gradient, mean in zip(together, flat.split([g.numel() for g in together]), strict=True):
+                gradient.copy_(mean.view_as(gradient))
+
+    def average(self, value: Tensor) -> Tensor:
+        """The mean of a tensor over the processes."""
+        return self._reduced(value, distributed.ReduceOp.SUM) / self.count if self.count > 1 else value
+
+    def largest(self, value: Tensor) -> Tensor:
+        """The elementwise maximum of a tensor over the processes."""
+        return self._reduced(value, distributed.ReduceOp.MAX) if self.count > 1 else value
+
+    def copy_from_first(self, module: nn.Module) -> None:
+        """Gives every process the parameters and buffers of the first."""
+        if self.count > 1:
+            for tensor in [*module.parameters(), *module.buffers()]:
+                distributed.broadcast(tensor.detach(), src=0)
+
+    def wait(self) -> None:
+        """Until all processes have come here."""
+        if self.count > 1:
+            distributed.barrier()
+
+    @staticmethod
+    def _reduced(value: Tensor, operation: distributed.ReduceOp.RedOpType) -> Tensor:
+        result = value.detach().clone()
+        distributed.all_reduce(result, operation)
+        return result
+
+
+def launched() -> bool:
+    """Whether ``torchrun`` started this process."""
+    return LAUNCHED in os.environ
+
+
+@contextmanager
+def connect(device: str) -> Iterator[tuple[Workers, str]]:
+    """Within it, the processes that ``torchrun`` started are one group; yields it with this process's device.
+
+    On "cuda" every process of a host takes the GPU of its local rank, and they talk through NCCL; on the CPU through
+    gloo. A process that was not started by ``torchrun`` is alone.
+    """
+    if not launched():
+        yield Workers(), device
+        return
+    cuda = torch.device(device).type == "cuda"
+    if cuda:
+        device = f"cuda:{os.environ[LOCAL_RANK]}"
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield Workers(distributed.get_rank(), distributed.get_world_size()), device
+    finally:
+        distributed.destroy_process_group()

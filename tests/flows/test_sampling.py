@@ -1,0 +1,161 @@
+import pytest
+import torch
+from torch import Tensor, nn
+
+from inverse_flow import InverseConv2d
+from inverse_flow.flows import (
+    ActNorm,
+    AffineCoupling,
+    Compose,
+    Conv1x1,
+    Flow,
+    FlowLayer,
+    Householder,
+    Permute,
+    Reverse,
+    Split,
+    Squeeze,
+    interpolate,
+    prepare_sampling,
+    reconstruction_error,
+)
+from inverse_flow.flows.sampling import _PixelLinear
+
+ORDERS = ("top_left", "top_right", "bottom_left", "bottom_right")
+
+
+def trained(flow: Flow) -> Flow:
+    """``flow`` with nothing left at its initial value."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return flow.eval()
+
+
+def two_scales(context_channels: int = 0) -> Flow:
+    return trained(
+        Flow(
+            [
+                Squeeze(),
+                Compose(
+                    InverseConv2d(4, groups=4, order=ORDERS),
+                    ActNorm(4),
+                    Conv1x1(4),
+                    AffineCoupling(4, 6, context_channels=context_channels),
+                ),
+                Reverse(InverseConv2d(4, corner="plu")),
+                Split(4, context_channels=context_channels),
+                Squeeze(),
+                Permute(range(7, -1, -1)),
+                ActNorm(8),
+                Householder(8),
+                Conv1x1(8),
+                InverseConv2d(8, 2, corner="identity"),
+            ],
+            (1, 4, 4),
+        )
+    )
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float64, 1e-12)])
+def test_a_prepared_flow_is_the_same_flow(dtype: torch.dtype, tolerance: float) -> None:
+    flow = two_scales(context_channels=2).to(dtype)
+    prepared = prepare_sampling(flow)
+    x, context = torch.randn(3, 1, 4, 4, dtype=dtype), torch.randn(3, 2, dtype=dtype)
+    close = {"rtol": tolerance, "atol": tolerance}
+    (latents, logdet), (expected_latents, expected_logdet) = prepared(x, context), flow(x, context)
+    for latent, expected in zip(latents, expected_latents, strict=True):
+        torch.testing.assert_close(latent, expected, **close)
+    torch.testing.assert_close(logdet, expected_logdet, rtol=tolerance, atol=20 * tolerance)
+    for value, expected in zip(prepared.inverse(latents, context), flow.inverse(latents, context), strict=True):
+        torch.testing.assert_close(value, expected, rtol=tolerance, atol=20 * tolerance)
+    generator = torch.Generator().manual_seed(0)
+    samples = prepared.sample(3, context, 0.7, generator=generator)
+    expected = flow.sample(3, context, 0.7, generator=generator.manual_seed(0))
+    torch.testing.assert_close(samples, expected, **close)
+
+
+def test_runs_of_pixel_linear_layers_become_one() -> None:
+    prepared = prepare_sampling(two_scales())
+    kinds = [type(layer).__name__ for layer in prepared.layers]
+    assert kinds == ["Squeeze", "Compose", "Reverse", "Split", "Squeeze", "_PixelLinear", "_FixedInverseConv"]
+    kinds = [type(layer).__name__ for layer in prepared.layers[1].layers]
+    assert kinds == ["_FixedInverseConv", "_PixelLinear", "AffineCoupling"]
+    # A run without a layer that mixes channels stays as it is: a 1×1 convolution would be more work.
+    kept = prepare_sampling(Flow([ActNorm(2), Permute((1, 0))], (2, 2, 2)))
+    assert [type(layer) for layer in kept.layers] == [ActNorm, Permute]
+
+
+def test_a_prepared_flow_shares_nothing_and_has_no_gradient() -> None:
+    flow = two_scales()
+    prepared = prepare_sampling(flow)
+    x = torch.randn(2, 1, 4, 4)
+    before = prepared.log_prob(x)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(1.0)
+    assert torch.equal(prepared.log_prob(x), before)
+    assert not before.requires_grad
+    assert not prepared.training
+
+
+def test_sampling_factorises_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = two_scales()
+    prepared = prepare_sampling(flow)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a factorisation while sampling")
+
+    monkeypatch.setattr(torch.linalg, "solve_triangular", refuse)
+    assert prepared.sample(2).isfinite().all()
+    with pytest.raises(AssertionError, match="factorisation"):
+        flow.sample(2)
+
+
+def test_pixel_linear_layers_of_volumes() -> None:
+    layers = [ActNorm(3), Conv1x1(3)]
+    with torch.no_grad():
+        layers[0].log_scale.copy_(torch.tensor([0.3, -0.2, 0.1]))
+        layers[0].bias.copy_(torch.tensor([1.0, 2.0, -1.0]))
+    joined, chain = _PixelLinear([layer.eval() for layer in layers]), Compose(*layers).eval()
+    x = torch.randn(2, 3, 2, 3, 4)
+    for direction in ("forward", "inverse"):
+        for value, expected in zip(getattr(joined, direction)(x), getattr(chain, direction)(x), strict=True):
+            torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_interpolation_begins_and_ends_with_the_images() -> None:
+    flow = two_scales(context_channels=2).double()
+    a, b, context = (torch.randn(shape, dtype=torch.float64) for shape in ((3, 1, 4, 4), (3, 1, 4, 4), (3, 2)))
+    way = interpolate(flow, a, b, 5, context)
+    assert way.shape == (5, 3, 1, 4, 4)
+    torch.testing.assert_close(way[0], a)
+    torch.testing.assert_close(way[-1], b)
+    middle = flow(way[2], context)[0]
+    for z, first, second in zip(middle, flow(a, context)[0], flow(b, context)[0], strict=True):
+        torch.testing.assert_close(z, (first + second) / 2)
+    assert not torch.allclose(way[2], (a + b) / 2)
+    with pytest.raises(ValueError, match="two ends, got 1 steps"):
+        interpolate(flow, a, b, 1, context)
+    with pytest.raises(ValueError, match="one shape"):
+        interpolate(flow, a, b[:2], 3, context)
+
+
+class Off(FlowLayer):
+    """Its inverse is off by 1e-2 in the second example."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return x, x.new_zeros(len(x))
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return z + 1e-2 * torch.eye(len(z))[1].view(-1, 1, 1, 1), z.new_zeros(len(z))
+
+
+def test_the_reconstruction_error_tells_the_example() -> None:
+    x = torch.rand(3, 1, 4, 4)
+    healthy: nn.Module = two_scales()
+    assert reconstruction_error(healthy, x).shape == (3,)
+    assert (reconstruction_error(healthy, x) < 1e-5).all()
+    error = reconstruction_error(Flow([Off()], (1, 4, 4)), x)
+    assert error.tolist() == pytest.approx([0, 1e-2, 0], abs=1e-6)
