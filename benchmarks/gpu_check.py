@@ -1,6 +1,6 @@
 """Is the CUDA side correct and how fast is it? Everything that needs a GPU, in one command.
 
-    python benchmarks/gpu_check.py                       tests, compute-sanitizer, benchmarks; results in results/
+    python benchmarks/gpu_check.py                       tests, compute-sanitizer, gpu_table.py; results in results/
     python benchmarks/gpu_check.py --skip benchmarks     leave a part out
 
 Each part runs in a process of its own, so that a part that fails, or takes too long, does not take the others with it.
@@ -106,9 +106,9 @@ def sanitizer_parts() -> list[Outcome]:
 
 def benchmark_parts(results: Path) -> list[Outcome]:
     name = torch.cuda.get_device_name().lower().replace(" ", "-")
-    output = results / f"layer-{name}.json"
-    command = [sys.executable, HERE / "layer.py", "--device", "cuda", "--quick", "--json", output]
-    return [run("layer", command, BENCHMARK_SECONDS)]
+    output = results / f"gpu-table-{name}.json"
+    command = [sys.executable, HERE / "gpu_table.py", "--json", output]
+    return [run("table", command, BENCHMARK_SECONDS)]
 
 
 def main() -> int:
@@ -141,7 +141,7 @@ def main() -> int:
         outcomes += sanitizer_parts()
     if "benchmarks" not in arguments.skip:
         if any(outcome.status == "failed" for outcome in outcomes):
-            outcomes.append(Outcome("layer", "not run", "the checks before it failed", 0.0))
+            outcomes.append(Outcome("table", "not run", "the checks before it failed", 0.0))
         else:
             outcomes += benchmark_parts(arguments.results)
 

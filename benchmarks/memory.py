@@ -52,8 +52,9 @@ TARGETS = {
     "time over the stored path": 1.35,
     "time over the checkpoint of steps": 1.0,
 }
-# Largest relative difference allowed between a gradient and that of the stored path, in float32.
-GRADIENT_TOLERANCE = 1e-4
+# Largest relative difference allowed between a gradient and that of the stored path, in float32. A ReLU whose input is
+# zero up to rounding may take either slope: one such pixel moves the gradient of a network by 1e-4.
+GRADIENT_TOLERANCE = 1e-3
 GIB = 2**30
 
 
@@ -70,7 +71,7 @@ class Setting:
 
 
 REFERENCE = Setting(8, 256, 256)
-SMALL = Setting(1, 64, 256)
+SMALL = Setting(8, 64, 256)
 
 
 class Checkpointed(nn.Module):
@@ -267,7 +268,7 @@ def ratios(samples: dict[str, list[float]]) -> list[dict[str, Any]]:
 
 def plot(rows: Sequence[dict[str, Any]], setting: Setting, path: Path) -> None:
     """Bytes saved over depth, as ``path``.png and ``path``.svg."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
     for name in dict.fromkeys(row["method"] for row in rows):
         points = [(row["steps"], row["bytes"] / GIB) for row in rows if row["method"] == name]
@@ -279,7 +280,7 @@ def plot(rows: Sequence[dict[str, Any]], setting: Setting, path: Path) -> None:
     axes.set_ylabel("GiB kept for the backward pass")
     axes.set_title(f"Glow, {setting}")
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right center")
     path.parent.mkdir(parents=True, exist_ok=True)
     for suffix in (".png", ".svg"):
         figure.savefig(path.with_suffix(suffix), dpi=150, metadata={"Date": None} if suffix == ".svg" else None)

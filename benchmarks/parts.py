@@ -398,7 +398,7 @@ def main() -> None:
         settings.out,
         "parts",
         device,
-        {name: str(value) if isinstance(value, Path) else value for name, value in vars(settings).items()},
+        {name: value for name, value in vars(settings).items() if name not in ("out", "report")},
         {
             "data": data.name,
             "train_images": len(data.train),

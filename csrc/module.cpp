@@ -1,11 +1,12 @@
 // The Python module inverse_flow._C. Importing it registers the operators of ops.cpp and the CPU kernels; what it
-// carries itself is only the description of the build.
+// carries itself is only the description of the build, and of what a solve would do (explain.cpp).
 #include <pybind11/pybind11.h>
 #include <torch/headeronly/version.h>
 
 #include <string>
 
 #include "cpu/isa.h"
+#include "explain.h"
 
 namespace py = pybind11;
 
@@ -42,4 +43,5 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled operators of inverse_flow";
   m.def("build_info", &build_info);
+  inverse_flow::define_plans(m);
 }

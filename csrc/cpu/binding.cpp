@@ -1,4 +1,4 @@
-// The CPU operators: chooses a regime, shares the work among torch's threads, and allocates.
+// The CPU operators: share the work among torch's threads as plan.h says, and allocate.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -14,9 +14,8 @@
 #include <vector>
 
 #include "../checks.h"
-#include "isa.h"
+#include "plan.h"
 #include "prepare.h"
-#include "sweep.h"
 
 namespace inverse_flow::cpu {
 
@@ -36,20 +35,6 @@ class Scratch {
  private:
   void* memory_;
 };
-
-template <class IO, class T>
-Kernels<IO, T> kernels_in_use() {
-  switch (isa_in_use()) {
-#if INVERSE_FLOW_X86
-    case Isa::kAvx512:
-      return avx512::kernels<IO, T>();
-    case Isa::kAvx2:
-      return avx2::kernels<IO, T>();
-#endif
-    default:
-      return portable::kernels<IO, T>();
-  }
-}
 
 // One group of an image tensor in the coordinates in which its solve starts at the top left.
 template <class IO>
@@ -71,40 +56,12 @@ Image<IO> mirrored_group(const Shape& shape, IO* data, Strides stride, int64_t g
   return image;
 }
 
-// How the work is cut up. Lanes are images where that fills the vectors and the threads, else the rows of a band.
-struct Plan {
-  bool rows;
-  int64_t lanes;
-  int64_t units;  // pieces of a group that run independently (images) or in a pipeline (bands of an image)
-};
-
-Plan make_plan(const Shape& shape, int64_t min_lanes, int64_t max_lanes, int64_t threads) {
-  const auto pieces = [](int64_t total, int64_t piece) { return (total + piece - 1) / piece; };
-  const int64_t band = shape.height > min_lanes ? max_lanes : min_lanes;
-  const int64_t bands = pieces(shape.height, band);
-  // Steps of min_lanes-wide vectors each thread would run.
-  const int64_t by_images = pieces(pieces(shape.batch, min_lanes) * shape.groups, threads) * shape.height * shape.width;
-  // Bands of one image overlap but for a start-up of one band's width each, so one image fills at most this many.
-  const int64_t per_image = std::max<int64_t>(1, std::min(bands, band_steps(shape, band) / (band + kStretch)));
-  const int64_t busy = std::min(threads, shape.batch * shape.groups * per_image);
-  const int64_t by_rows =
-      pieces(shape.batch * shape.groups * bands, busy) * band_steps(shape, band) * (band / min_lanes);
-  if (by_rows < by_images) return {true, band, bands};
-  // Enough pieces for the threads to share evenly, each as wide as a line can be.
-  const int64_t vectors = pieces(shape.batch, min_lanes);
-  const int64_t widest = max_lanes / min_lanes;
-  int64_t units = pieces(vectors, widest);
-  if (shape.groups % threads != 0) units = std::min(vectors, pieces(units, threads) * threads);
-  return {false, shape.batch <= min_lanes || units == vectors ? min_lanes : max_lanes, units};
-}
-
 // Solves all groups; with `gradient` also adds up the weight and bias gradients (contiguous, zeroed).
 template <class IO, class T>
 void run(const Shape& shape, const std::vector<int64_t>& orders, const Prepared<T>& prepared, const Tensor& input,
          const Tensor& output, const Tensor* other, T* weight_gradient, T* bias_gradient) {
   const Kernels<IO, T> kernels = kernels_in_use<IO, T>();
-  const int64_t threads = torch::stable::get_num_threads();
-  const Plan plan = make_plan(shape, kernels.min_lanes, kernels.max_lanes, threads);
+  const Plan plan = make_plan(shape, kernels.min_lanes, kernels.max_lanes, torch::stable::get_num_threads());
   const bool with_gradient = other != nullptr;
 
   std::vector<Problem<IO, T>> problems;
@@ -122,30 +79,27 @@ void run(const Shape& shape, const std::vector<int64_t>& orders, const Prepared<
 
   // Every unit of work sums its gradients apart, and they are added up in a fixed order: the result does not depend
   // on which thread was faster.
-  const int64_t rows_units = shape.batch * plan.units;
-  const int64_t units_per_group = plan.rows ? rows_units : plan.units;
-  const int64_t weight_sums = with_gradient ? shape.taps() * shape.channels * shape.channels : 0;
-  const int64_t bias_sums = with_gradient ? shape.channels : 0;
-  // In the images regime a thread works through neighbouring units with one set of sums.
-  const int64_t jobs = plan.rows ? shape.groups * units_per_group : std::min(threads, shape.groups * plan.units);
-  const int64_t sets = plan.rows ? jobs : jobs + shape.groups;  // a job's range may straddle groups
-  std::vector<T> sums(sets * (weight_sums + bias_sums));
+  const SumSizes sizes = sum_sizes(shape, with_gradient);
+  std::vector<T> sums(plan.sets * sizes.total());
   const auto gradients = [&](int64_t set) {
-    T* at = sums.data() + set * (weight_sums + bias_sums);
-    return Gradients<T>{at, at + weight_sums};
+    T* at = sums.data() + set * sizes.total();
+    return Gradients<T>{at, at + sizes.weight};
   };
-  std::vector<int64_t> group_of_set(sets, -1);
+  std::vector<int64_t> group_of_set(plan.sets, -1);
+  size_t bytes = 0;
+  for (const auto& problem : problems) bytes = std::max(bytes, thread_scratch(kernels, plan, problem));
+  const int64_t jobs = plan.jobs;
 
   if (plan.rows) {
-    const size_t bytes = kernels.rows_scratch(problems[0], plan.lanes);
-    const int64_t halo = plan.units > 1 ? halo_size(shape, plan.lanes) : 0;
+    const int64_t units_per_group = shape.batch * plan.units;
+    const int64_t halo = band_halo(shape, plan);
     std::vector<T> halos(jobs * halo);
     std::unique_ptr<std::atomic<int64_t>[]> steps_done(new std::atomic<int64_t>[jobs]);
     for (int64_t i = 0; i < jobs; ++i) steps_done[i].store(0, std::memory_order_relaxed);
     // Bands are claimed in order, so the band a claimed one waits for is always being worked on, whatever the
     // number of threads that really run.
     std::atomic<int64_t> next{0};
-    torch::stable::parallel_for(0, std::min(threads, jobs), 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, plan.workers, 1, [&](int64_t begin, int64_t end) {
       const Scratch scratch(bytes);
       for (int64_t worker = begin; worker < end; ++worker) {
         for (int64_t job = next.fetch_add(1); job < jobs; job = next.fetch_add(1)) {
@@ -161,13 +115,6 @@ void run(const Shape& shape, const std::vector<int64_t>& orders, const Prepared<
       }
     });
   } else {
-    // Mirrored groups are cut up in their own way, and narrow pieces may keep more rows than wide ones.
-    size_t bytes = 0;
-    for (const Problem<IO, T>& problem : problems) {
-      for (const int64_t lanes : {kernels.min_lanes, plan.lanes}) {
-        bytes = std::max(bytes, kernels.images_scratch(problem, lanes));
-      }
-    }
     const int64_t units = shape.groups * plan.units;
     const int64_t vectors = (shape.batch + kernels.min_lanes - 1) / kernels.min_lanes;
     const auto first_image = [&](int64_t unit) {
@@ -190,11 +137,11 @@ void run(const Shape& shape, const std::vector<int64_t>& orders, const Prepared<
   }
 
   if (!with_gradient) return;
-  for (int64_t set = 0; set < sets; ++set) {
+  for (int64_t set = 0; set < plan.sets; ++set) {
     const int64_t group = group_of_set[set];
     if (group < 0) continue;
     const Gradients<T> part = gradients(set);
-    add_weight_gradient(shape, orders[group], part.weight, weight_gradient + group * weight_sums);
+    add_weight_gradient(shape, orders[group], part.weight, weight_gradient + group * sizes.weight);
     for (int64_t c = 0; c < shape.channels; ++c) bias_gradient[group * shape.channels + c] += part.bias[c];
   }
 }

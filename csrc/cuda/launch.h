@@ -5,6 +5,7 @@
 
 #include "../params.h"
 #include "element_type.h"
+#include "orders.h"
 #include "plan.h"
 
 namespace inverse_flow {
@@ -70,6 +71,46 @@ inline int64_t gradient_workspace_elements(const Shape& shape, const GradientPla
   const int64_t channels = shape.groups * shape.channels;
   return plan.splits * channels * (shape.channels * shape.kernel_h * shape.kernel_w + 1);
 }
+
+// ---- What is launched ----
+
+// The limit of gridDim.x.
+constexpr int64_t kMaxGridX = 2147483647;
+
+// Calls body(first group, groups, their orders), chunk by chunk, until an error.
+template <typename Body>
+const char* for_each_group_chunk(const Shape& shape, const int64_t* orders, Body body) {
+  const char* error = nullptr;
+  int64_t groups = 0;
+  for (int64_t first = 0; first < shape.groups && error == nullptr; first += groups) {
+    const GroupOrders chunk = group_orders(orders, first, shape.groups, groups);
+    error = body(first, groups, chunk);
+  }
+  return error;
+}
+
+// Launches of one chunk's fold before the solve: the folded taps, and before them corners too large for shared memory.
+inline int64_t fold_launches(const Shape& shape, const SolvePlan& plan) {
+  if (plan.fold_in_block) return 0;
+  return shape.corner != kIdentity && plan.fold_shared_bytes == 0 ? 2 : 1;
+}
+
+inline int64_t chunks(const Shape& shape, const int64_t* orders) {
+  int64_t count = 0;
+  for_each_group_chunk(shape, orders, [&](int64_t, int64_t, const GroupOrders&) -> const char* {
+    ++count;
+    return nullptr;
+  });
+  return count;
+}
+
+// Launches of a solve, and of the gradient behind one.
+inline int64_t solve_launches(const Shape& shape, const SolvePlan& plan, const int64_t* orders) {
+  const int64_t diagonals = plan.tiles_h + plan.tiles_w - 1;
+  const int64_t batches = divide_up(shape.batch, kMaxGridX * plan.images);
+  return chunks(shape, orders) * (fold_launches(shape, plan) + diagonals * batches);
+}
+inline int64_t gradient_launches(const Shape& shape, const int64_t* orders) { return 1 + 2 * chunks(shape, orders); }
 
 const char* launch_solve(const SolveProblem& problem, const SolvePlan& plan, void* stream);
 const char* launch_gradient(const GradientProblem& problem, const GradientPlan& plan, void* stream);

@@ -11,23 +11,10 @@
 
 namespace inverse_flow {
 
-// The limits of gridDim.x and gridDim.z.
-constexpr int64_t kMaxGridX = 2147483647;
+// The limit of gridDim.z.
 constexpr int64_t kMaxGridZ = 65535;
 // Blocks of x of the launch that adds up the gradients: enough to fill a GPU from one group.
 constexpr int64_t kCombineBlocks = 512;
-
-// Calls body(first group, groups, their orders), chunk by chunk, until an error.
-template <typename Body>
-const char* for_each_group_chunk(const Shape& shape, const int64_t* orders, Body body) {
-  const char* error = nullptr;
-  int64_t groups = 0;
-  for (int64_t first = 0; first < shape.groups && error == nullptr; first += groups) {
-    const GroupOrders chunk = group_orders(orders, first, shape.groups, groups);
-    error = body(first, groups, chunk);
-  }
-  return error;
-}
 
 inline Strides contiguous_strides(const Shape& shape) {
   return {shape.groups * shape.channels * shape.height * shape.width, shape.height * shape.width, shape.width, 1};

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import islice
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
@@ -392,6 +392,11 @@ def _may_capture(tensor: Tensor) -> bool:
     return tensor.is_cuda
 
 
+def has_closed_form(layer: nn.Module) -> bool:
+    """Whether the backward pass of ``layer`` may be left to its ``backward_from_output``."""
+    return _speaks_for(layer, "backward_from_output")
+
+
 def _speaks_for(layer: nn.Module, method: str) -> bool:
     """Whether ``method`` tells what the two directions of ``layer`` do: not where a subclass, or the object itself, has
     replaced one of them since, and not where hooks are to see the layer run.
@@ -405,7 +410,6 @@ def _speaks_for(layer: nn.Module, method: str) -> bool:
     )
 
 
-@cache
 def _defined_with_directions(kind: type, method: str) -> bool:
     def depth(name: str) -> int:
         return next(i for i, base in enumerate(kind.__mro__) if name in vars(base))

@@ -10,6 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+
+from inverse_flow import explain
+from inverse_flow._checks import CORNERS, ORDERS
+from inverse_flow.plans import CudaPlan, GpuProperties
 
 from .emulator import (
     BOTTOM_LEFT,
@@ -339,6 +344,55 @@ def test_one_launch_for_the_shapes_of_the_paper(driver: Path, tmp_path: Path, sh
         assert facts["fold_in_block"] == [int(channels <= 16)]
         assert facts["threads"][0] % 32 == 0
         assert facts["gradient_shared_bytes"][0] <= 48 * 1024
+
+
+# One of each path of the launches: whole images with and without a fold of their own, several images in a block, tiles,
+# weights in global memory, a corner inverted there, orders of no period.
+EXPLAINED = [
+    Case(3, (TOP_LEFT,), 5, 6, 7, 3, 3, multiprocessors=2),
+    Case(9, (TOP_LEFT, BOTTOM_RIGHT), 2, 4, 5, 2, 3, corner=GENERAL, multiprocessors=2),
+    Case(2, (TOP_LEFT,), 18, 3, 4, 2, 3),
+    Case(2, (BOTTOM_RIGHT, TOP_RIGHT), 3, 11, 9, 3, 4, shared_bytes=1500),
+    Case(2, (TOP_LEFT, BOTTOM_LEFT), 18, 3, 4, 2, 3, corner=GENERAL, shared_bytes=2048),
+    Case(2, (TOP_LEFT,), 4, 6, 5, 3, 3, image_type="half", shared_bytes=400),
+    Case(1, tuple(int(o) for o in np.random.default_rng(5).integers(0, 4, 300)), 1, 2, 2, 2, 2),
+]
+
+
+@pytest.mark.parametrize("case", EXPLAINED, ids=range(len(EXPLAINED)))
+@pytest.mark.parametrize("operation", ["solve", "backward"])
+def test_explain_tells_what_is_launched(driver: Path, tmp_path: Path, case: Case, operation: str) -> None:
+    backward = operation == "backward"
+    facts = (check_backward if backward else check_solve)(driver, tmp_path, case.but(seeds=(1,))).facts
+    plan = explain(
+        case.image_shape,
+        case.weight_shape,
+        groups=len(case.orders),
+        order=[list(ORDERS)[order] for order in case.orders],
+        corner=list(CORNERS)[case.corner],
+        dtype={"float": torch.float32, "half": torch.float16}[case.image_type],
+        device="cuda",
+        gpu=GpuProperties("the emulator", case.multiprocessors, case.shared_bytes, case.threads_per_block),
+        backward=backward,
+    )
+    assert isinstance(plan, CudaPlan)
+    assert facts["tile"] == list(plan.tile)
+    assert facts["tiles"] == list(plan.tiles)
+    for name in ("images", "threads", "channel_threads", "diagonal_threads", "pack", "shared_bytes"):
+        assert facts[name] == [getattr(plan, name)], name
+    assert facts["weights_in_shared"] == [plan.weights_in_shared]
+    assert facts["fold_in_block"] == [plan.fold_launches == 0]
+    assert facts["launches"] == [plan.launches]
+    if not backward:
+        return
+    gradient = plan.gradient
+    assert gradient is not None
+    assert facts["solve_launches"] == [plan.launches - gradient.launches]
+    assert facts["gradient_block"] == list(gradient.channels)
+    assert facts["gradient_window"] == list(gradient.window)
+    assert facts["gradient_tile"] == list(gradient.tile)
+    for name in ("threads", "splits", "shared_bytes"):
+        assert facts[f"gradient_{name}"] == [getattr(gradient, name)], name
 
 
 def test_plans_stay_within_the_device(driver: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
+from inverse_flow.models.classifier import InverseConvClassifier
 from inverse_flow.models.conditional import (
     ConditionalConfig,
     ConditionalFlow,
@@ -35,6 +36,7 @@ __all__ = [
     "Hint",
     "HintConfig",
     "ImageFlow",
+    "InverseConvClassifier",
     "InverseFlow",
     "InverseFlowConfig",
     "LabelConfig",

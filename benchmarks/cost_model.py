@@ -1,0 +1,320 @@
+"""How long should the CUDA kernels take on an H200-class GPU? A prediction to confirm or refute; nothing is measured.
+
+    python benchmarks/cost_model.py                          the table
+    python benchmarks/cost_model.py --write docs/cost-model.md   put it between the marks of that page
+
+The plan of each launch comes from ``inverse_flow.explain``, the constants below from data sheets and published
+microbenchmarks. A launch costs
+
+    launch + fold + prepare + sweep + store
+
+each the larger of its latency (what follows what in one thread) and its throughput (what all blocks of a
+multiprocessor need of one of its units), times the waves of blocks. docs/cost-model.md has the formulas in words.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from common import geometric_mean
+
+from inverse_flow import explain
+from inverse_flow.plans import H200, CudaPlan, GpuProperties, GradientPlan
+
+MARKS = ("<!-- predicted: begin -->\n", "<!-- predicted: end -->\n")
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What an H200-class GPU costs. Cycles unless the name says otherwise."""
+
+    # NVIDIA H200 data sheet: largest clock of the multiprocessors, bandwidth of the memory, float32 throughput.
+    clock_ghz: float = 1.98
+    memory_bytes_per_us: float = 4.8e6
+    # CUDA C++ Programming Guide, compute capability 9.0: of a multiprocessor.
+    shared_bytes: int = 228 * 1024
+    reserved_shared_bytes: int = 1024  # of a block
+    threads: int = 2048
+    blocks: int = 32
+    registers: int = 65536
+    multiply_adds: float = 128.0  # float32, a cycle
+    double_multiply_adds: float = 64.0
+    shared_bandwidth: float = 128.0  # bytes a cycle
+    # Luo et al., Benchmarking and Dissecting the Nvidia Hopper GPU Architecture, arXiv 2402.13499: latencies.
+    shared_latency: float = 29.0
+    l1_latency: float = 41.0
+    l2_latency: float = 263.0
+    global_latency: float = 479.0
+    # The same: a dependent float32 multiply-add.
+    multiply_add_latency: float = 4.0
+    # docs/kernels-cuda.md counts the barriers; 23 to 40 cycles each were published, for one block to eight warps.
+    barrier: float = 32.0
+    # A launch in a stream, a node of a graph, and a launch behind which the host waits for the GPU.
+    launch_us: float = 2.0
+    graph_node_us: float = 1.3
+    synchronised_launch_us: float = 7.0  # assumed: the launch and a round trip to the host
+    # Assumed: bytes a cycle that a multiprocessor gets from the L2 cache.
+    l2_bandwidth: float = 64.0
+    # Assumed: loads that a thread has under way at a time where the code does not wait for each.
+    loads_in_flight: float = 4.0
+
+
+# Registers a thread, sm_90: the table of docs/kernels-cuda.md.
+SOLVE_REGISTERS = {(True, False): 90, (True, True): 68, (False, False): 86}  # (weights in shared memory, one channel)
+GRADIENT_REGISTERS = 72
+STATE_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """Images (batch, channels, size, size) and a kernel × kernel window."""
+
+    batch: int
+    channels: int
+    size: int
+    kernel: int = 3
+
+    def __str__(self) -> str:
+        return f"{self.batch} × {self.channels} × {self.size}², k={self.kernel}"
+
+
+# The shapes that the kernels are judged by.
+CASES = (
+    Case(100, 3, 32), Case(100, 3, 64), Case(100, 4, 14), Case(100, 12, 16), Case(100, 12, 16, 5), Case(100, 12, 32),
+    Case(100, 16, 7), Case(100, 24, 16), Case(100, 48, 8), Case(100, 96, 4), Case(100, 48, 32), Case(100, 96, 32),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Time:
+    """Microseconds of one pass by what they are spent on; ``launches`` in a graph."""
+
+    launches: float
+    fold: float
+    prepare: float
+    sweep: float
+    store: float
+    gradient: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(asdict(self).values())
+
+    def __add__(self, other: Time) -> Time:
+        mine, theirs = asdict(self), asdict(other)
+        return Time(**{name: mine[name] + theirs[name] for name in mine})
+
+
+def resident_blocks(threads: int, shared_bytes: int, registers: int, constants: Constants) -> int:
+    """Blocks that a multiprocessor holds at a time."""
+    of_a_warp = math.ceil(registers * 32 / 256) * 256
+    limits = (
+        constants.blocks,
+        constants.threads // threads,
+        constants.shared_bytes // (shared_bytes + constants.reserved_shared_bytes),
+        constants.registers // (of_a_warp * math.ceil(threads / 32)),
+    )
+    return max(min(limits), 1)
+
+
+def _waves(blocks: int, resident: int, gpu: GpuProperties) -> tuple[int, float]:
+    """Waves of blocks, and the blocks that a multiprocessor works on at a time."""
+    waves = math.ceil(blocks / (gpu.multiprocessors * resident))
+    return waves, min(resident, math.ceil(blocks / gpu.multiprocessors))
+
+
+def fold_cycles(plan: CudaPlan, threads: int, blocks: int, constants: Constants) -> float:
+    """Inverting the corner and folding the taps, in one block of ``blocks`` that share the entries of a group."""
+    channels = plan.problem.channels // plan.problem.groups
+    if plan.problem.corner == "identity":
+        inversion, terms = 0.0, 1.0
+    else:
+        barriers = 3 if plan.problem.corner == "general" else 2
+        rounds = math.ceil(channels**2 / threads)
+        inversion = channels * (barriers * constants.barrier + (1 + rounds) * 2 * constants.shared_latency)
+        terms = channels if plan.problem.corner == "general" else channels / 2
+    entries = plan.folded_bytes // plan.problem.groups / STATE_BYTES
+    rounds = math.ceil(entries / (threads * blocks))
+    # The entry's terms: a load of the weight, from the L1 cache, each.
+    latency = rounds * (constants.global_latency + terms * constants.l1_latency / constants.loads_in_flight)
+    throughput = rounds * threads * terms / constants.double_multiply_adds
+    return inversion + max(latency, throughput)
+
+
+def solve_time(plan: CudaPlan, constants: Constants) -> Time:
+    """The solve of a plan, or the transposed solve of a backward pass."""
+    problem, us = plan.problem, 1e-3 / constants.clock_ghz
+    channels = problem.channels // problem.groups
+    taps = min(problem.kernel_size[0], problem.height) * min(problem.kernel_size[1], problem.width)
+    packs = math.ceil(channels / plan.pack)
+    registers = SOLVE_REGISTERS[plan.weights_in_shared, plan.pack == 1 and plan.weights_in_shared]
+    resident = resident_blocks(plan.threads, plan.shared_bytes, registers, constants)
+    diagonals = plan.tiles[0] + plan.tiles[1] - 1
+    # Tiles of all diagonals together, in as many launches; blocks of one of them on average.
+    blocks = math.ceil(plan.blocks / min(plan.tiles) * plan.tiles[0] * plan.tiles[1] / diagonals)
+    waves, busy = _waves(blocks, resident, plan.gpu)
+    rows, columns = plan.tile
+
+    fold = fold_cycles(plan, plan.threads, 1, constants) * waves * diagonals
+    if plan.fold_launches:
+        fold = fold_cycles(plan, 640, plan.fold_blocks // problem.groups, constants)
+        fold += (
+            waves
+            * diagonals
+            * (plan.folded_bytes / problem.groups / constants.l2_bandwidth * busy if plan.weights_in_shared else 0.0)
+        )
+
+    # Prepare and store: packs of channels of a pixel, each with all its inputs.
+    items = math.ceil(plan.images * packs * rows * columns / plan.threads)
+    first = math.ceil(items / packs)  # those whose inputs no one has loaded before
+    passes = packs if problem.corner != "identity" else 1
+    loads = plan.pack / constants.loads_in_flight if passes > 1 or packs == 1 else 1.0
+    latency = loads * passes * (first * constants.global_latency + (items - first) * constants.l1_latency)
+    multiply_adds = plan.images * rows * columns * packs * plan.pack * (channels if problem.corner != "identity" else 1)
+    weight_bytes = multiply_adds * STATE_BYTES / plan.pack  # a load of a pack serves `pack` multiply-adds of one pixel
+    if diagonals > 1:
+        # Taps that reach out of the tile, on average over its pixels.
+        outside = (rows + columns) / (rows * columns) * taps / 2
+        latency += loads * passes * items * min(outside, taps) * constants.l2_latency / constants.loads_in_flight
+    bandwidth = constants.shared_bandwidth if plan.weights_in_shared else constants.l2_bandwidth
+    image_bytes = problem.batch * problem.channels * problem.height * problem.width * problem.dtype.itemsize
+    moved = image_bytes / constants.memory_bytes_per_us
+    prepare = max(diagonals * waves * max(latency, busy * weight_bytes * plan.pack / bandwidth) * us, moved)
+
+    # Sweep: per diagonal, one barrier and rounds of taps × packs multiply-adds that wait for each other.
+    longest = min(plan.tile)
+    rounds = math.ceil(longest / plan.diagonal_threads) * math.ceil(channels / plan.channel_threads)
+    chain = (taps - 1) * packs
+    load = constants.shared_latency if plan.weights_in_shared else constants.l1_latency
+    one_round = math.ceil(chain / 4) * load + chain * constants.multiply_add_latency + load
+    steps = plan.steps * (constants.barrier + rounds * one_round)
+    pixels = rows * columns * plan.images
+    # A pack of weights a thread, and a pack of x for all channels of a pixel.
+    shared = pixels * chain * plan.pack * STATE_BYTES
+    weights = pixels * channels * chain * plan.pack * STATE_BYTES
+    units = shared / constants.shared_bandwidth + weights / bandwidth
+    arithmetic = pixels * channels * chain * plan.pack / constants.multiply_adds
+    sweep = diagonals * waves * max(steps, busy * units, busy * arithmetic) * us
+
+    launches = plan.launches - (plan.gradient.launches if plan.gradient else 0)
+    return Time(launches * constants.graph_node_us, fold * us, prepare, sweep, moved)
+
+
+def gradient_time(plan: CudaPlan, gradient: GradientPlan, constants: Constants) -> float:
+    """Microseconds of the three launches of the gradient, without the launches themselves."""
+    problem, us = plan.problem, 1e-3 / constants.clock_ghz
+    image_bytes = problem.batch * problem.channels * problem.height * problem.width * STATE_BYTES
+    bias_sum = image_bytes / constants.memory_bytes_per_us + constants.global_latency * us
+
+    resident = resident_blocks(gradient.threads, gradient.shared_bytes, GRADIENT_REGISTERS, constants)
+    waves, busy = _waves(gradient.blocks, resident, plan.gpu)
+    tiles = math.ceil(gradient.tiles / gradient.splits)
+    rows, columns = gradient.tile
+    teams = max(1, gradient.threads // (math.prod(gradient.channels) * gradient.window[0]))
+    pixels = math.ceil(rows / teams) * columns
+    values = (
+        rows * columns * gradient.channels[0] + (rows + gradient.window[0] - 1) * (columns + 3) * gradient.channels[1]
+    )
+    load = math.ceil(values / gradient.threads) * constants.global_latency / constants.loads_in_flight
+    # Two loads from shared memory and four multiply-adds a pixel.
+    latency = pixels * 4 * constants.multiply_add_latency
+    warps = gradient.threads / 32
+    throughput = busy * warps * pixels * max(2 * 128 / constants.shared_bandwidth, 4 * 32 / constants.multiply_adds)
+    sums = waves * tiles * (load + max(latency, throughput) + 2 * constants.barrier) * us
+    read = 2 * image_bytes * math.ceil(problem.channels / problem.groups / gradient.channels[0])
+    sums = max(sums, read / constants.memory_bytes_per_us)
+
+    # One thread an entry adds up the blocks' sums.
+    combine = gradient.splits * constants.l2_latency / constants.loads_in_flight * us
+    return bias_sum + sums + combine
+
+
+def predict(case: Case, *, backward: bool = False, constants: Constants | None = None) -> tuple[Time, CudaPlan]:
+    """The time of the solve, or of its backward pass alone, and the plan behind it."""
+    constants = constants or Constants()
+    shape = (case.batch, case.channels, case.size, case.size)
+    plan = explain(shape, case.kernel, corner="unit_triangular", device="cuda", gpu=H200, backward=backward)
+    assert isinstance(plan, CudaPlan)
+    time = solve_time(plan, constants)
+    if plan.gradient is None:
+        return time, plan
+    extra = plan.gradient.launches * constants.graph_node_us
+    return time + Time(extra, 0, 0, 0, 0, gradient_time(plan, plan.gradient, constants)), plan
+
+
+def ideal_convolution(case: Case, passes: int, constants: Constants) -> float:
+    """Microseconds that no convolution in float32 can beat: bytes and multiply-adds at full rate, and its launches.
+    One pass is the forward; three are forward, gradient of the input and gradient of the weight."""
+    image = case.batch * case.channels * case.size**2
+    arithmetic = image * case.channels * case.kernel**2 / (constants.multiply_adds * H200.multiprocessors)
+    moved = 2 * image * torch.float32.itemsize / constants.memory_bytes_per_us
+    return passes * (constants.graph_node_us + max(arithmetic * 1e-3 / constants.clock_ghz, moved))
+
+
+def published_pattern(case: Case, constants: Constants) -> float:
+    """Microseconds of a host loop over diagonals and channels, each launch followed by a synchronisation; a thread
+    gathers all taps of one value from global memory."""
+    taps = case.kernel**2 * case.channels
+    kernel = taps * constants.l2_latency / constants.loads_in_flight * 1e-3 / constants.clock_ghz
+    return (2 * case.size - 1) * case.channels * (constants.synchronised_launch_us + kernel)
+
+
+def table(cases: Iterable[Case] = CASES, constants: Constants | None = None) -> str:
+    """The predicted table, in Markdown."""
+    constants = constants or Constants()
+    lines = [
+        "| B × C × H², kernel | plan | launches | fold | prepare | sweep | store | solve, µs | backward, µs | "
+        "÷ ideal conv2d: solve, both | published pattern ÷ solve |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    ratios, both_ratios = [], []
+    for case in cases:
+        forward, plan = predict(case, constants=constants)
+        backward, _ = predict(case, backward=True, constants=constants)
+        ratios.append(forward.total / ideal_convolution(case, 1, constants))
+        both_ratios.append((forward.total + backward.total) / ideal_convolution(case, 3, constants))
+        where = "shared" if plan.weights_in_shared else "L2"
+        tiles = f"{plan.tiles[0]} × {plan.tiles[1]} tiles" if plan.tiles != (1, 1) else f"{plan.images} a block"
+        parts = (forward.launches, forward.fold, forward.prepare, forward.sweep, forward.store)
+        ratio = published_pattern(case, constants) / forward.total
+        lines.append(
+            f"| {case} | {tiles}, {where} | "
+            + " | ".join(f"{part:.1f}" for part in parts)
+            + f" | **{forward.total:.1f}** | {backward.total:.1f} | "
+            + f"{ratios[-1]:.1f}, {both_ratios[-1]:.1f} | {ratio:.0f} |"
+        )
+    lines += [
+        "",
+        f"Geometric mean of solve ÷ ideal conv2d: {geometric_mean(ratios):.1f}; of forward and backward ÷ the same of "
+        f"an ideal conv2d: {geometric_mean(both_ratios):.1f}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def write(page: Path) -> None:
+    """Puts the table between the marks of a page."""
+    text = page.read_text()
+    begin, end = (text.index(mark) for mark in MARKS)
+    page.write_text(text[: begin + len(MARKS[0])] + "\n" + table() + "\n" + text[end:])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", type=Path, help="put the table between the marks of this page")
+    arguments = parser.parse_args()
+    print("PREDICTED for an NVIDIA H200; not measured\n")
+    print(table())
+    if arguments.write:
+        write(arguments.write)
+        print(f"written: {arguments.write}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""The solve in plain PyTorch, as a rival: what the inverse of a convolution costs without a kernel of its own."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from inverse_flow import InverseConv2d
+from inverse_flow._checks import MIRROR_COLUMNS, MIRROR_ROWS, parse_corner
+from inverse_flow.causal import effective_weight
+
+
+class PlainSolve(nn.Module):
+    """An :class:`InverseConv2d` whose solve is one gather and one matrix product for each of the H + W − 1 diagonals.
+
+    The pixels of a diagonal do not depend on one another, so all of them are computed at once, in all images, channels
+    and groups. The corner is folded into the other taps beforehand, like in the kernels. The weights are fixed.
+    """
+
+    taps: Tensor
+    corner_inverse: Tensor
+
+    def __init__(self, layer: InverseConv2d) -> None:
+        super().__init__()
+        self.groups, self.kernel, self.orders = layer.groups, layer.kernel_size, layer._orders
+        with torch.no_grad():
+            weight, corner = layer._weight()
+            complete = effective_weight(weight, self.orders, parse_corner(corner)).unflatten(0, (self.groups, -1))
+            # Every group mirrored, so that its recurrence starts at the top left.
+            mirrored = torch.stack([self._mirror(w, code) for w, code in zip(complete, self.orders, strict=True)])
+            corner_inverse = torch.linalg.inv(mirrored[..., -1, -1].double())
+            folded = torch.einsum("gop,gpcij->goijc", corner_inverse, mirrored.double())
+            folded[:, :, -1, -1] = 0
+            self.register_buffer("corner_inverse", corner_inverse.to(weight.dtype))
+            self.register_buffer("taps", folded.flatten(2).mT.to(weight.dtype).contiguous())
+            self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The solve, and a log-determinant of zeros: it is only sampled with."""
+        batch, _, height, width = x.shape
+        if self.bias is not None:
+            x = x - self.bias.view(-1, 1, 1)
+        groups = zip(x.unflatten(1, (self.groups, -1)).unbind(1), self.orders, strict=True)
+        right = torch.stack([self._mirror(part, code) for part, code in groups])  # (G, B, C, H, W)
+        right = (right.permute(3, 4, 0, 1, 2) @ self.corner_inverse.mT).flatten(0, 1)  # (pixels, G, B, C)
+        (kernel_h, kernel_w), padded_width = self.kernel, width + self.kernel[1] - 1
+        state = right.new_zeros((height + kernel_h - 1) * padded_width, *right.shape[1:])
+        for pixels, targets, windows in _diagonals(height, width, kernel_h, kernel_w, x.device):
+            seen = state[windows].unflatten(0, (len(pixels), -1))  # (n, taps, G, B, C)
+            seen = seen.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)  # (G, n·B, taps·C)
+            known = (seen @ self.taps).unflatten(1, (len(pixels), batch)).transpose(0, 1)
+            state[targets] = right[pixels] - known
+        images = state.unflatten(0, (-1, padded_width))[kernel_h - 1 :, kernel_w - 1 :].permute(2, 3, 4, 0, 1)
+        parts = [self._mirror(part, code) for part, code in zip(images, self.orders, strict=True)]
+        return torch.cat(parts, dim=1), x.new_zeros(batch)
+
+    @staticmethod
+    def _mirror(images: Tensor, order: int) -> Tensor:
+        return images.flip([dim for dim, bit in ((-2, MIRROR_ROWS), (-1, MIRROR_COLUMNS)) if order & bit])
+
+
+@cache
+def _diagonals(
+    height: int, width: int, kernel_h: int, kernel_w: int, device: torch.device
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """For every diagonal its pixels, their places in the padded image, and those of the window of each."""
+    padded_width = width + kernel_w - 1
+    window = torch.arange(kernel_h)[:, None] * padded_width + torch.arange(kernel_w)
+    found = []
+    for diagonal in range(height + width - 1):
+        rows = torch.arange(max(0, diagonal - width + 1), min(height, diagonal + 1))
+        columns = diagonal - rows
+        first = rows * padded_width + columns
+        places = (first[:, None] + window.flatten()).flatten()
+        last = first + window[-1, -1]
+        found.append(tuple(index.to(device) for index in (rows * width + columns, last, places)))
+    return found  # type: ignore[return-value]
