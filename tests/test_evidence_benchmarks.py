@@ -29,7 +29,6 @@ SHAPE = (1, 8, 8)
 @pytest.fixture(scope="module")
 def scripts() -> Iterator[SimpleNamespace]:
     """The scripts as modules; they find one another as they do when they are run."""
-    pytest.importorskip("matplotlib")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the tensors are so small that threads would only wait for one another
     before = {name: sys.modules.pop(name) for name in SCRIPTS if name in sys.modules}

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from inverse_flow import ops, reference
-from inverse_flow.functional import inverse_conv2d
+from inverse_flow import explain, ops, reference
+from inverse_flow.functional import causal_conv2d, inverse_conv2d
 
-from .cases import BATCHES, DIFFERENTIABLE, DTYPES, FEW, LAYOUTS, OVERLAPPING, SHAPES, Case
+from .cases import BATCHES, DIFFERENTIABLE, DTYPES, FEW, GAIN, LAYOUTS, ORDERS, OVERLAPPING, SHAPES, Case
 from .checks import (
     check_consistent,
     check_containment,
@@ -289,3 +289,47 @@ def test_more_than_2_to_the_31_elements() -> None:
     few = solve(case.with_batch(9), images[:9], weight, None)
     for image in (0, 32, case.batch - 1):
         assert torch.equal(x[image], few[0])
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """More threads would rather share the rows of few images."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# With images as lanes the CPU solves slabs of 192 KiB one after the other, and a row larger than that in stretches: a
+# pixel takes 64 bytes a channel in float64, twice that in the backward pass. Too large for the dense oracle, so plain
+# convolutions judge: A(w) x = y − b, and ∂L/∂w = −Σ u xᵀ is the gradient of −⟨A(w) x + b, u⟩.
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    ("shape", "kernel"),
+    [
+        pytest.param((24, 16, 20, 30), (3, 3), id="slabs of several rows"),
+        pytest.param((32, 24, 7, 100), (5, 2), id="slabs of fewer rows than the kernel has"),
+        pytest.param((17, 32, 4, 120), (3, 3), id="rows in stretches"),
+    ],
+)
+def test_images_of_many_slabs(shape: tuple[int, ...], kernel: tuple[int, int], order: str) -> None:
+    assert explain(shape, kernel, dtype=torch.float64).regime == "images as lanes"
+    channels = shape[1]
+    y = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(channels, channels, *kernel, dtype=torch.float64) * GAIN / (channels * kernel[0] * kernel[1])
+    weight.requires_grad_()
+    bias = torch.randn(channels, dtype=torch.float64, requires_grad=True)
+    g = torch.randn(shape, dtype=torch.float64)
+    options = {"order": order, "corner": "unit_triangular"}
+
+    x = inverse_conv2d(y, weight, bias, **options)
+    torch.testing.assert_close(causal_conv2d(x, weight, bias, **options), y, rtol=1e-10, atol=1e-10)
+
+    u, grad_weight, grad_bias = torch.autograd.grad(x, (y, weight, bias), g)
+    fixed = x.detach().requires_grad_()
+    again = causal_conv2d(fixed, weight, bias, **options)
+    adjoint, expected_weight, expected_bias = torch.autograd.grad(again, (fixed, weight, bias), u)
+    torch.testing.assert_close(adjoint, g, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(grad_weight, -expected_weight, rtol=1e-10, atol=1e-9)
+    torch.testing.assert_close(grad_bias, -expected_bias, rtol=1e-10, atol=1e-9)

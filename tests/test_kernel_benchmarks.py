@@ -113,7 +113,6 @@ def test_fits_find_the_line(scripts: SimpleNamespace) -> None:
 
 
 def test_a_sweep_measures_and_draws(scripts: SimpleNamespace, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     scaling = scripts.scaling
     rows = []
     for value in (8, 16, 32):

@@ -19,7 +19,6 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
     """The script as a module; it finds its neighbour ``common`` as it does when it is run."""
-    pytest.importorskip("matplotlib")
     spec = importlib.util.spec_from_file_location("memory_benchmark", FOLDER / "memory.py")
     assert spec is not None
     assert spec.loader is not None
