@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,19 @@ Work = Callable[[], object]
 SAMPLE_SECONDS = 2e-3
 # Fewer rounds than this make no quantiles.
 MIN_ROUNDS = 15
+
+
+@dataclass(frozen=True)
+class Case:
+    """Images (batch, channels, size, size) and a kernel × kernel window."""
+
+    batch: int
+    channels: int
+    size: int
+    kernel: int = 3
+
+    def __str__(self) -> str:
+        return f"{self.batch} x {self.channels} x {self.size}², k={self.kernel}"
 
 
 def quantile(values: Sequence[float], q: float) -> float:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from common import (
+    Case,
     Work,
     compare,
     cuda_graph,
@@ -51,19 +52,6 @@ MAX_ROTATED = 32
 MODES = ("forward", "forward+backward")
 TARGETS = {"forward": {"geometric mean": 0.6, "worst": 1.0}, "forward+backward": {"geometric mean": 0.7}}
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Case:
-    """Images (batch, channels, size, size) and a kernel × kernel window."""
-
-    batch: int
-    channels: int
-    size: int
-    kernel: int = 3
-
-    def __str__(self) -> str:
-        return f"{self.batch} x {self.channels} x {self.size}², k={self.kernel}"
 
 
 CASES = [

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import Work, describe, print_table, quantile, time_alternately, write_json
+from common import Case, Work, describe, print_table, quantile, time_alternately, write_json
 from torch import Tensor
 
 from inverse_flow import explain
@@ -46,19 +46,6 @@ SLOW_SECONDS = 0.05
 IMAGE_BYTES = 2**30
 # Residual allowed, in roundings of float32.
 CHECK_ROUNDINGS = 64
-
-
-@dataclass(frozen=True)
-class Case:
-    """Images (batch, channels, size, size) and a kernel × kernel window."""
-
-    batch: int
-    channels: int
-    size: int
-    kernel: int = 3
-
-    def __str__(self) -> str:
-        return f"{self.batch} x {self.channels} x {self.size}², k={self.kernel}"
 
 
 @dataclass(frozen=True)
