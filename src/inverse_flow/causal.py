@@ -85,8 +85,35 @@ def convolve(input: Tensor, weight: Tensor, orders: tuple[int, ...], *, transpos
             padded = [F.pad(input[:, channels], _padding(order, kernel_h, kernel_w)) for order, channels in runs]
             return F.conv2d(padded[0] if len(runs) == 1 else torch.cat(padded, 1), weight, groups=groups)
         full = F.conv_transpose2d(input, weight, groups=groups)
-        parts = []
-        for order, channels in runs:
-            left, _, top, _ = _padding(order, kernel_h, kernel_w)
-            parts.append(full[:, channels, top : top + input.shape[2], left : left + input.shape[3]])
-        return parts[0].contiguous() if len(runs) == 1 else torch.cat(parts, 1)
+        return _crop(full, input, runs, [_padding(order, kernel_h, kernel_w) for order, _ in runs])
+
+
+def convolve_mixed(input: Tensor, weight: Tensor, bias: Tensor | None, orders: tuple[int, ...]) -> Tensor:
+    """A(w) K x + b for a matrix K that mixes all channels of a pixel, where ``weight`` is w K: (C, C, kH, kW), each
+    output channel with the window of its group's order.
+
+    The image is padded on all sides, and every group keeps the part that the order's own padding would have given.
+    For channels as few as a flow has, that is less work than the grouped convolution and K by themselves.
+    """
+    kernel_h, kernel_w = weight.shape[2:]
+    runs = _runs(orders, len(weight) // len(orders))
+    with torch.autocast(input.device.type, enabled=False):
+        full = F.conv2d(input, weight, bias, padding=(kernel_h - 1, kernel_w - 1))
+    # What lies on the other side of the order's own padding is too much.
+    return _crop(full, input, runs, [_padding(_opposite(order), kernel_h, kernel_w) for order, _ in runs])
+
+
+def _opposite(order: int) -> int:
+    return order ^ (MIRROR_ROWS | MIRROR_COLUMNS)
+
+
+def _crop(
+    full: Tensor, like: Tensor, runs: list[tuple[int, slice]], margins: list[tuple[int, int, int, int]]
+) -> Tensor:
+    """Of each run of channels the part as large as ``like`` behind the margin (left, right, top, bottom)."""
+    height, width = like.shape[2:]
+    parts = [
+        full[:, channels, top : top + height, left : left + width]
+        for (_, channels), (left, _, top, _) in zip(runs, margins, strict=True)
+    ]
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, 1)

@@ -1,9 +1,12 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inverse_flow.flows import AffineCoupling, Compose, ConvNet, ResNet, Squeeze
+from inverse_flow.flows.conditioner import arrange_for
 
 
 def varied(net: nn.Module) -> nn.Module:
@@ -97,3 +100,36 @@ def test_errors_say_what_was_given() -> None:
         ResNet(1, 0, 1)
     with pytest.raises(ValueError, match="at least 1, got 4 and 0"):
         ResNet(1, 4, 1, blocks=0)
+
+
+def test_networks_are_laid_out_for_a_cpu_and_stay_the_same() -> None:
+    flow = varied(nn.Sequential(ConvNet(3, 5, 4), ResNet(3, 5, 4), ConvNet(3, 5, 4, dimensions=3), nn.Conv2d(3, 3, 3)))
+    before = {name: tensor.clone() for name, tensor in flow.state_dict().items()}
+    x = torch.randn(2, 3, 6, 5)
+    expected = [flow[0](x), flow[1](x)]
+    arrange_for(torch.device("meta"), flow)
+    assert all(parameter.is_contiguous() for parameter in flow.parameters())
+    arrange_for(torch.device("cpu"), flow)
+    for name, tensor in flow.state_dict().items():
+        assert torch.equal(tensor, before[name])
+        last = name.startswith(("0.", "1.")) and tensor.dim() == 4
+        assert tensor.is_contiguous(memory_format=torch.channels_last) or not last
+        assert tensor.is_contiguous() or last  # volumes, and networks that are not of this library, are left alone
+    for network, wanted in zip(flow, expected, strict=False):
+        torch.testing.assert_close(network(x), wanted)
+
+
+@NETWORKS
+def test_what_is_overwritten_is_not_needed_again(network: type) -> None:
+    net = varied(network(3, 5, 4))
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    given = x.detach().clone()
+    net(x).square().sum().backward()
+    assert torch.equal(x, given)
+    plain = copy.deepcopy(net)
+    for module in plain.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+    y = given.requires_grad_()
+    plain(y).square().sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)

@@ -81,10 +81,29 @@ def test_runs_of_pixel_linear_layers_become_one() -> None:
     kinds = [type(layer).__name__ for layer in prepared.layers]
     assert kinds == ["Squeeze", "Compose", "Reverse", "Split", "Squeeze", "_PixelLinear", "_FixedInverseConv"]
     kinds = [type(layer).__name__ for layer in prepared.layers[1].layers]
-    assert kinds == ["_FixedInverseConv", "_PixelLinear", "AffineCoupling"]
+    assert kinds == ["_FixedStep", "AffineCoupling"]
     # A run without a layer that mixes channels stays as it is: a 1×1 convolution would be more work.
     kept = prepare_sampling(Flow([ActNorm(2), Permute((1, 0))], (2, 2, 2)))
     assert [type(layer) for layer in kept.layers] == [ActNorm, Permute]
+
+
+@pytest.mark.parametrize("kernel_size", [1, 2, (3, 2), 5])
+@pytest.mark.parametrize("size", [(1, 1), (2, 7), (8, 5)])
+@pytest.mark.parametrize("order", [ORDERS, "bottom_left"])
+@pytest.mark.parametrize("corner", ["identity", "unit_triangular", "plu"])
+def test_an_inverse_convolution_and_a_1x1_convolution_are_one_convolution_back(
+    kernel_size: int | tuple[int, int], size: tuple[int, int], order: str | tuple[str, ...], corner: str
+) -> None:
+    groups = 1 if isinstance(order, str) else 4
+    conv = InverseConv2d(8, kernel_size, groups=groups, order=order, corner=corner)
+    flow = trained(Flow([conv, ActNorm(8), Conv1x1(8)], (8, *size))).double()
+    prepared = prepare_sampling(flow)
+    assert [type(layer).__name__ for layer in prepared.layers] == ["_FixedStep"]
+    z = torch.randn(2, 8, *size, dtype=torch.float64)
+    for value, expected in zip(prepared.inverse((z,)), flow.inverse((z,)), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+    for value, expected in zip(prepared(z)[0] + prepared(z)[1:], flow(z)[0] + flow(z)[1:], strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_a_prepared_flow_shares_nothing_and_has_no_gradient() -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from inverse_flow import models
+from inverse_flow.flows.conditioner import arrange_for
 from inverse_flow.models import ImageFlow
 from inverse_flow.training import checkpoint, dequantizer, methods, seeding
 from inverse_flow.training import log as logs
@@ -90,6 +91,7 @@ class Trainer:
         self.validation_context = None if context is None else context[validation]
         workers.share(self.batches.rows(0))  # complains now of what it would complain of in the first step
         dequantizer.attach(model, config)
+        arrange_for(next(model.parameters()).device, model)
         workers.copy_from_first(model)
         self.averaged = AveragedModel(model, config.average_decay)
         self.method = (method or methods.of(config, self.batches))(model, config, workers)
