@@ -7,6 +7,7 @@
 #include "element_type.h"
 #include "orders.h"
 #include "plan.h"
+#include "plan_gradient.h"
 
 namespace inverse_flow {
 
@@ -67,9 +68,9 @@ inline SolveWorkspace solve_workspace(const Shape& shape, const SolvePlan& plan,
 // Half-precision images of several tiles: the later tiles read the earlier ones unrounded.
 inline bool state_needed(const SolvePlan& plan, bool half_precision) { return half_precision && !plan.single_tile(); }
 
+// None when every block writes its part of the gradient itself.
 inline int64_t gradient_workspace_elements(const Shape& shape, const GradientPlan& plan) {
-  const int64_t channels = shape.groups * shape.channels;
-  return plan.splits * channels * (shape.channels * shape.kernel_h * shape.kernel_w + 1);
+  return plan.is_direct() ? 0 : plan.splits * gradient_elements(shape);
 }
 
 // ---- What is launched ----
@@ -110,7 +111,9 @@ inline int64_t solve_launches(const Shape& shape, const SolvePlan& plan, const i
   const int64_t batches = divide_up(shape.batch, kMaxGridX * plan.images);
   return chunks(shape, orders) * (fold_launches(shape, plan) + diagonals * batches);
 }
-inline int64_t gradient_launches(const Shape& shape, const int64_t* orders) { return 1 + 2 * chunks(shape, orders); }
+inline int64_t gradient_launches(const Shape& shape, const GradientPlan& plan, const int64_t* orders) {
+  return chunks(shape, orders) * (plan.is_direct() ? 1 : 2);
+}
 
 const char* launch_solve(const SolveProblem& problem, const SolvePlan& plan, void* stream);
 const char* launch_gradient(const GradientProblem& problem, const GradientPlan& plan, void* stream);
