@@ -99,24 +99,6 @@ struct Region {
   int columns;
 };
 
-// Calls body with the typed pointer: the choice stands outside of the loop over the elements, so that their loads do
-// not wait for each other.
-template <typename State, typename Body>
-__device__ void with_elements(const void* data, ElementType type, Body body) {
-  if constexpr (sizeof(State) == sizeof(double)) {
-    body(static_cast<const double*>(data));
-  } else {
-    switch (type) {
-      case ElementType::kBFloat16:
-        return body(static_cast<const BFloat16*>(data));
-      case ElementType::kHalf:
-        return body(static_cast<const Half*>(data));
-      default:
-        return body(static_cast<const float*>(data));
-    }
-  }
-}
-
 // Fills tile[image, row, column][channel], pixels `pitch` apart, `packs` packs of channels each; zeros outside.
 template <int kPack, typename State>
 __device__ void load_region(State* tile, int pitch, int packs, const Region& region, const void* data, ElementType type,

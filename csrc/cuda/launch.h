@@ -48,20 +48,18 @@ const char* device_limits(DeviceLimits& limits);
 
 // Where the parts of the workspace of a solve begin.
 struct SolveWorkspace {
-  int64_t matrices;
-  int64_t scratch;
   int64_t folded;
+  int64_t inversions;
   int64_t bytes;  // 0 when the blocks fold for themselves
 };
 
 inline SolveWorkspace solve_workspace(const Shape& shape, const SolvePlan& plan, int64_t state_bytes) {
-  if (plan.fold_in_block) return {0, 0, 0, 0};
+  if (plan.fold_in_block) return {0, 0, 0};
   const int64_t inverses = shape.corner == kIdentity || plan.fold_shared_bytes > 0 ? 0 : shape.groups;
   SolveWorkspace part{};
   part.folded = 0;
-  part.matrices = round_up(shape.groups * plan.folded_elements(shape.channels) * state_bytes, 16);
-  part.scratch = part.matrices + inverses * shape.channels * shape.channels * 8;
-  part.bytes = part.scratch + inverses * inversion_scratch_bytes(shape.channels);
+  part.inversions = round_up(shape.groups * plan.folded_elements(shape.channels) * state_bytes, 16);
+  part.bytes = part.inversions + inverses * inversion_bytes(shape.channels);
   return part;
 }
 

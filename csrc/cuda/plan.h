@@ -64,9 +64,10 @@ struct SolvePlan {
   }
 };
 
-// Scratch of one corner inversion beside the matrix: a row and a column in double, two permutations, one pivot.
-INVERSE_FLOW_HOST_DEVICE constexpr int64_t inversion_scratch_bytes(int64_t channels) {
-  return channels * (8 + 8 + 4 + 4) + 8;
+// Memory of one corner inversion: the matrix in double with rows an odd number of entries apart, a row and a column,
+// two permutations.
+INVERSE_FLOW_HOST_DEVICE constexpr int64_t inversion_bytes(int64_t channels) {
+  return round_up(channels * ((channels | 1) * 8 + 8 + 8 + 4 + 4), 16);
 }
 
 namespace plan_detail {
@@ -125,10 +126,13 @@ inline bool plan_solve(const Shape& shape, int64_t state_bytes, const DeviceLimi
     tile_w = std::min(side, shape.width);
     if (!fits(side)) return false;
   }
-  int64_t fold_bytes = shape.corner == kIdentity ? 0 : channels * channels * 8 + inversion_scratch_bytes(channels);
+  // A block that folds for itself works on a copy of the group's weights, where the tile will be.
+  const int64_t corner_bytes = shape.corner == kIdentity ? 0 : inversion_bytes(channels);
+  int64_t fold_bytes = corner_bytes;
+  if (shape.corner != kIdentity) fold_bytes += channels * channels * shape.kernel_h * shape.kernel_w * state_bytes;
   plan.fold_in_block = plan.weights_in_shared && fold_bytes <= budget &&
                        (shape.corner == kIdentity || channels <= kMaxChannelsFoldedInBlock);
-  plan.fold_shared_bytes = fold_bytes <= device.shared_bytes ? fold_bytes : 0;
+  plan.fold_shared_bytes = corner_bytes <= device.shared_bytes ? corner_bytes : 0;
   plan.fold_threads = static_cast<int32_t>(max_threads);
   plan.fold_blocks = static_cast<int32_t>(std::clamp<int64_t>(divide_up(device.multiprocessors, shape.groups), 1,
                                                               divide_up(plan.folded_elements(channels), max_threads)));

@@ -71,8 +71,7 @@ const char* run_solve(const SolveProblem& problem, const SolvePlan& plan, void* 
                                     first_group,
                                     problem.weight,
                                     problem.weight_type,
-                                    reinterpret_cast<double*>(workspace + parts.matrices),
-                                    reinterpret_cast<double*>(workspace + parts.scratch),
+                                    workspace + parts.inversions,
                                     reinterpret_cast<State*>(workspace + parts.folded)};
           const char* error = launch_fold(fold, groups, plan.fold_threads, stream);
           if (error != nullptr) return error;

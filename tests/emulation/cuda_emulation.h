@@ -268,6 +268,12 @@ inline float float_from_bits(uint32_t bits) {
   return value;
 }
 
+inline uint32_t high_word(double value) {
+  uint64_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return static_cast<uint32_t>(bits >> 32);
+}
+
 inline double not_a_number() { return std::nan(""); }
 
 inline float half_bits_to_float(uint16_t bits) {
