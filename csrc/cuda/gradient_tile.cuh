@@ -131,9 +131,10 @@ __device__ void load_region(State* tile, int pitch, int packs, const Region& reg
 
 // Loads the block's channels of tile `index`; the caller puts the barrier behind it.
 template <int kPack, typename State>
-__device__ void load_tile(const GradientArguments<State>& args, const GradientBlock& block, const OffsetView& left_view,
-                          const OffsetView& right_view, int64_t index, State* left, State* right) {
+__device__ void load_tile(const GradientArguments<State>& args, const GradientBlock& block, int64_t index, State* left,
+                          State* right) {
   const GradientPlan& plan = args.plan;
+  const Shape& shape = args.shape;
   Region region;
   region.first_column = index % plan.tiles_w * plan.tile_w;
   region.first_row = index / plan.tiles_w % plan.tiles_h * plan.tile_h;
@@ -141,14 +142,14 @@ __device__ void load_tile(const GradientArguments<State>& args, const GradientBl
   region.images = plan.images;
   region.rows = plan.tile_h;
   region.columns = plan.tile_w;
-  load_region<kPack>(left, plan.left_pitch, plan.block_outputs / kPack, region, args.left, args.left_type, left_view,
-                     args.shape, block.first_output);
+  load_region<kPack>(left, plan.left_pitch, plan.block_outputs / kPack, region, args.left, args.left_type,
+                     OffsetView(args.left_strides, shape, block.group, block.order), shape, block.first_output);
   region.first_row -= block.first_a + plan.margin_h();
   region.first_column -= block.first_b + plan.margin_w();
   region.rows = plan.right_rows();
   region.columns = plan.right_columns();
   load_region<kPack>(right, plan.right_pitch, plan.block_inputs / kPack, region, args.right, args.right_type,
-                     right_view, args.shape, block.first_input);
+                     OffsetView(args.right_strides, shape, block.group, block.order), shape, block.first_input);
 }
 
 // A stretch of at most kSegmentColumns pixels of a row of the tile.
@@ -244,32 +245,42 @@ __device__ inline int64_t weight_index(const Shape& shape, const GradientBlock& 
   return (((block.group * shape.channels + o) * shape.channels + c) * shape.kernel_h + row) * shape.kernel_w + column;
 }
 
-// Stores a sum of the block: as the gradient, or for the launch that adds up the splits. Output, input and tap count
-// within the block and may lie beyond what there is.
+// Where a block gathers its sums, before it stores them: [output][input][row of taps][column].
+__device__ inline int sum_place(const GradientPlan& plan, int output, int input, int window_a, int window_b) {
+  return ((output * plan.block_inputs + input) * plan.window_h + window_a) * plan.window_w * plan.strip + window_b;
+}
+
+// Stores the block's gathered sums: as the gradient, or for the launch that adds up the splits. Outputs, inputs and
+// taps may lie beyond what there is.
 template <typename State>
-__device__ void store_sum(const GradientArguments<State>& args, const GradientBlock& block, int output, int input,
-                          int window_a, int window_b, State sum) {
+__device__ void store_sums(const GradientArguments<State>& args, const GradientBlock& block, const State* sums) {
   const Shape& shape = args.shape;
-  const int64_t o = block.first_output + output;
-  const int64_t c = block.first_input + input;
-  const int a = block.first_a + window_a;
-  const int b = block.first_b + window_b;
-  const bool in_window = window_a < args.plan.window_h && window_b < args.plan.window_w * args.plan.strip;
-  if (!in_window || o >= shape.channels || c >= shape.channels || a >= args.plan.taps_h || b >= args.plan.taps_w)
-    return;
-  const int64_t index = weight_index(shape, block, o, c, a, b);
-  if (args.plan.is_direct()) {
-    const bool is_read = a > 0 || b > 0 || corner_is_read(shape, o, c);
-    store_element(args.weight_gradient, index, args.gradient_type, is_read ? -sum : State(0));
-  } else {
-    args.partials[blockIdx.x * gradient_elements(shape) + index] = sum;
+  const GradientPlan& plan = args.plan;
+  const int columns = plan.window_w * plan.strip;
+  const int window = plan.window_h * columns;
+  for (int item = threadIdx.x; item < plan.block_outputs * plan.block_inputs * window; item += blockDim.x) {
+    const int pair = item / window;
+    const int row = (item - pair * window) / columns;
+    const int64_t o = block.first_output + pair / plan.block_inputs;
+    const int64_t c = block.first_input + pair % plan.block_inputs;
+    const int a = block.first_a + row;
+    const int b = block.first_b + item - pair * window - row * columns;
+    if (o >= shape.channels || c >= shape.channels || a >= plan.taps_h || b >= plan.taps_w) continue;
+    const int64_t index = weight_index(shape, block, o, c, a, b);
+    if (plan.is_direct()) {
+      const bool is_read = a > 0 || b > 0 || corner_is_read(shape, o, c);
+      store_element(args.weight_gradient, index, args.gradient_type, is_read ? -sums[item] : State(0));
+    } else {
+      args.partials[blockIdx.x * gradient_elements(shape) + index] = sums[item];
+    }
   }
 }
 
-// The block's last work: the sums of the channels, and zeros for the taps that are larger than the image.
+// Besides the sums of the weight: those of the channels, and zeros for taps beyond the image. `memory` is free when
+// this returns.
 template <typename State>
-__device__ void finish_block(const GradientArguments<State>& args, const GradientBlock& block, ChannelSum<State>& sum,
-                             State* memory) {
+__device__ void store_the_rest(const GradientArguments<State>& args, const GradientBlock& block, ChannelSum<State>& sum,
+                               State* memory) {
   const Shape& shape = args.shape;
   const GradientPlan& plan = args.plan;
   if (block.sums_channels) {

@@ -125,8 +125,12 @@ inline bool lay_out_gradient(GradientPlan& plan, const Shape& shape, int64_t sta
   const int64_t most_splits = std::max<int64_t>(image_elements / kWorkspaceShare / gradient_elements(shape), 1);
   set_windows(plan, strips_w);
   while (plan.blocks() * shape.groups * most_splits < device.multiprocessors && plan.window_h * plan.window_w > 1) {
+    // To the next divisor, so that no window has taps beyond the last.
     int32_t& side = plan.window_h > 1 ? plan.window_h : plan.window_w;
-    side = static_cast<int32_t>(divide_up(side, 2));
+    const int64_t all = plan.window_h > 1 ? plan.taps_h : strips_w;
+    do {
+      --side;
+    } while (all % side != 0);
     set_windows(plan, strips_w);
   }
   const int64_t wanted_splits =
@@ -178,9 +182,11 @@ inline bool lay_out_gradient(GradientPlan& plan, const Shape& shape, int64_t sta
   // Whole warps; and enough of them to load the tile.
   plan.threads = static_cast<int32_t>(
       round_up(std::max<int64_t>(team_threads * plan.teams, std::min<int64_t>(max_threads, plan.pixels())), 32));
-  // The later half of the teams hands its sums to the earlier half; so do the threads that add up the bias.
+  // The later half of the teams hands its sums to the earlier half, so do the threads that add up the bias, and then
+  // the sums are gathered.
   const int64_t meeting = std::max<int64_t>(plan.teams / 2 * team_threads * sums, plan.threads / 2);
-  plan.shared_bytes = std::max(layout_gradient_tile(plan, state_bytes), meeting * state_bytes);
+  const int64_t gathered = plan.block_outputs * plan.block_inputs * plan.window_h * plan.window_w * plan.strip;
+  plan.shared_bytes = std::max(layout_gradient_tile(plan, state_bytes), std::max(meeting, gathered) * state_bytes);
   return plan.shared_bytes <= device.shared_bytes;
 }
 

@@ -7,7 +7,8 @@
 // float32, so 32 bytes a lane for 48 cycles of a warp's multiply-adds over four schedulers; neither waits for the
 // other. Teams of threads take every teams-th segment. Sums are kept a tile at a time before they join the total, which
 // keeps float32 rounding small.
-// Barriers: after a tile is loaded, after it was used, and two for each halving of the teams.
+// Barriers: after a tile is loaded, after it was used, two for each halving of the teams, and after the sums are
+// gathered.
 #pragma once
 
 #include "gradient_tile.cuh"
@@ -35,13 +36,11 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
   unsigned char* const shared = dynamic_shared_memory();
   State* const left = reinterpret_cast<State*>(shared);
   State* const right = reinterpret_cast<State*>(shared + plan.right_offset);
-  const OffsetView left_view(args.left_strides, args.shape, block.group, block.order);
-  const OffsetView right_view(args.right_strides, args.shape, block.group, block.order);
   ChannelSum<State> channel_sum(plan, args.shape.transposed);
 
   State total[kSums] = {};
   for (int64_t index = blockIdx.x; index < plan.pixel_tiles(); index += plan.splits) {
-    load_tile<kSide>(args, block, left_view, right_view, index, left, right);
+    load_tile<kSide>(args, block, index, left, right);
     __syncthreads();  // the tile is complete
     if (block.sums_channels) channel_sum.add_tile(plan, args.shape.transposed, left, right);
     if (team < plan.teams) {
@@ -85,15 +84,17 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
   }
 
   meet(total, left, team, plan.teams, item, plan.items);
+  store_the_rest(args, block, channel_sum, left);
   if (team == 0) {
     INVERSE_FLOW_UNROLL
     for (int v = 0; v < kSums; ++v) {
       const int pair = v / kTapColumns;
-      store_sum(args, block, output + pair / kSide, input + pair % kSide, window_a, window_b + v % kTapColumns,
-                total[v]);
+      left[sum_place(plan, output + pair / kSide, input + pair % kSide, window_a, window_b + v % kTapColumns)] =
+          total[v];
     }
   }
-  finish_block(args, block, channel_sum, left);
+  __syncthreads();  // the block's sums are gathered
+  store_sums(args, block, left);
 }
 
 }  // namespace inverse_flow

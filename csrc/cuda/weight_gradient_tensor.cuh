@@ -7,7 +7,8 @@
 // and two of right for each tap, splits them (mma_tf32.cuh) and multiplies three times. Pixels are counted without
 // margin; `positions` says where in right each stands. Teams of warps take every teams-th step. Sums are kept a tile at
 // a time before they join the total, as the tensor core rounds each of its additions towards zero. Barriers: after a
-// tile is loaded, after it was used, and two for each halving of the teams. Bytes: a step of a 9-tap warp loads 22
+// tile is loaded, after it was used, two for each halving of the teams, and after the sums are
+// gathered. Bytes: a step of a 9-tap warp loads 22
 // words a lane for 27 products of 1024 multiply-adds; shared memory gives a warp's words in a cycle, a scheduler's
 // tensor core takes at least four for a product, so the products bind. Fragments meet 32 different banks but where a
 // step goes over the end of a row.
@@ -55,23 +56,21 @@ __global__ void __launch_bounds__(kTensorThreads, 2)
   float* const left = reinterpret_cast<float*>(shared);
   float* const right = reinterpret_cast<float*>(shared + plan.right_offset);
   int32_t* const positions = reinterpret_cast<int32_t*>(shared + plan.positions_offset);
-  const OffsetView left_view(args.left_strides, args.shape, block.group, block.order);
-  const OffsetView right_view(args.right_strides, args.shape, block.group, block.order);
   ChannelSum<float> channel_sum(plan, args.shape.transposed);
 
   const int taps = plan.window_h * plan.window_w;
-  int distance[kFragmentTaps];  // of a tap's value from that of the window's first
+  // A tap's value stands a pixel before that of the tap to its left, and behind the window's last column of taps (a bit
+  // of row_ends) a row less the window's columns further.
+  unsigned row_ends = 0;
   INVERSE_FLOW_UNROLL
-  for (int v = 0; v < kFragmentTaps; ++v) {
-    const int a = v / plan.window_w;
-    distance[v] = (a * plan.right_columns() + v - a * plan.window_w) * plan.right_pitch;
-  }
+  for (int v = 0; v < kFragmentTaps; ++v) row_ends |= (v % plan.window_w == plan.window_w - 1 ? 1u : 0u) << v;
+  const int row_jump = (plan.right_columns() - plan.window_w) * plan.right_pitch;
   const int steps = static_cast<int>(divide_up(plan.pixels(), kFragmentPixels));
   place_pixels(plan, left, positions);
 
   float total[kFragmentTaps * 4] = {};
   for (int64_t index = blockIdx.x; index < plan.pixel_tiles(); index += plan.splits) {
-    load_tile<4>(args, block, left_view, right_view, index, left, right);
+    load_tile<4>(args, block, index, left, right);
     __syncthreads();  // the tile is complete
     if (block.sums_channels) channel_sum.add_tile(plan, args.shape.transposed, left, right);
     if (team < plan.teams) {
@@ -81,11 +80,14 @@ __global__ void __launch_bounds__(kTensorThreads, 2)
         const float* l = left + pixel * plan.left_pitch + first_output + g;
         const float* later_l = l + 4 * plan.left_pitch;
         const Split<4> a({l[0], l[8], later_l[0], later_l[8]});
-        const float* r = right + positions[pixel] * plan.right_pitch + first_input + g;
-        const float* later_r = right + positions[pixel + 4] * plan.right_pitch + first_input + g;
+        int place = positions[pixel] * plan.right_pitch + first_input + g;
+        int later_place = positions[pixel + 4] * plan.right_pitch + first_input + g;
         INVERSE_FLOW_UNROLL
         for (int v = 0; v < kFragmentTaps; ++v) {
-          if (v < taps) multiply_add(sum[v], a, Split<2>({*(r - distance[v]), *(later_r - distance[v])}));
+          if (v < taps) multiply_add(sum[v], a, Split<2>({right[place], right[later_place]}));
+          const int distance = plan.right_pitch + ((row_ends >> v & 1) != 0 ? row_jump : 0);
+          place -= distance;
+          later_place -= distance;
         }
       }
       INVERSE_FLOW_UNROLL
@@ -95,18 +97,19 @@ __global__ void __launch_bounds__(kTensorThreads, 2)
   }
 
   meet(total, left, team, plan.teams, item * kWarp + lane, plan.items * kWarp);
+  store_the_rest(args, block, channel_sum, left);
   if (team == 0) {
     INVERSE_FLOW_UNROLL
-    for (int v = 0; v < kFragmentTaps; ++v) {
-      const int a = v / plan.window_w;
+    for (int i = 0; i < 4; ++i) {
+      float* const sums = left + sum_place(plan, first_output + g + i / 2 * 8, first_input + 2 * t + i % 2, 0, 0);
       INVERSE_FLOW_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        store_sum(args, block, first_output + g + i / 2 * 8, first_input + 2 * t + i % 2, a, v - a * plan.window_w,
-                  total[v * 4 + i]);
+      for (int v = 0; v < kFragmentTaps; ++v) {
+        if (v < taps) sums[v] = total[v * 4 + i];
       }
     }
   }
-  finish_block(args, block, channel_sum, left);
+  __syncthreads();  // the block's sums are gathered
+  store_sums(args, block, left);
 }
 
 }  // namespace inverse_flow
