@@ -114,27 +114,36 @@ inline int64_t layout_gradient_tile(GradientPlan& plan, int64_t state_bytes) {
   return plan.positions_offset + (plan.tensor_cores ? left_pixels * 4 : 0);
 }
 
-// Fills in everything but the channels, the windows at their largest, and the kernel. False if not even the smallest
+// Blocks for every multiprocessor twice, as far as the memory for their sums goes.
+inline int64_t most_splits(const Shape& shape) {
+  const int64_t image_elements = shape.batch * shape.groups * shape.channels * shape.height * shape.width;
+  return std::max<int64_t>(image_elements / kWorkspaceShare / gradient_elements(shape), 1);
+}
+inline int64_t splits_wanted(const GradientPlan& plan, const Shape& shape, const DeviceLimits& device) {
+  return std::min(most_splits(shape), divide_up(2 * device.multiprocessors, plan.blocks() * shape.groups));
+}
+
+// The next smaller window, down to one strip: false if there is none. Of its rows, then of its columns, to the next
+// divisor, so that no window has taps beyond the last.
+inline bool shrink_window(GradientPlan& plan) {
+  const int64_t strips_w = divide_up(plan.taps_w, plan.strip);
+  if (plan.window_h * plan.window_w == 1) return false;
+  int32_t& side = plan.window_h > 1 ? plan.window_h : plan.window_w;
+  const int64_t all = plan.window_h > 1 ? plan.taps_h : strips_w;
+  do {
+    --side;
+  } while (all % side != 0);
+  set_windows(plan, strips_w);
+  return true;
+}
+
+// Fills in everything but the channels, the windows and the kernel. False if not even the smallest
 // tile of the smallest window fits.
 inline bool lay_out_gradient(GradientPlan& plan, const Shape& shape, int64_t state_bytes, const DeviceLimits& device) {
   const int64_t strips_w = divide_up(plan.taps_w, plan.strip);
   const int64_t max_threads =
       std::min<int64_t>(device.threads_per_block, plan.tensor_cores ? kTensorThreads : kGradientThreads);
-  const int64_t image_elements = shape.batch * shape.groups * shape.channels * shape.height * shape.width;
-  // Enough blocks for every multiprocessor, by splits as far as their memory goes, then by smaller windows.
-  const int64_t most_splits = std::max<int64_t>(image_elements / kWorkspaceShare / gradient_elements(shape), 1);
-  set_windows(plan, strips_w);
-  while (plan.blocks() * shape.groups * most_splits < device.multiprocessors && plan.window_h * plan.window_w > 1) {
-    // To the next divisor, so that no window has taps beyond the last.
-    int32_t& side = plan.window_h > 1 ? plan.window_h : plan.window_w;
-    const int64_t all = plan.window_h > 1 ? plan.taps_h : strips_w;
-    do {
-      --side;
-    } while (all % side != 0);
-    set_windows(plan, strips_w);
-  }
-  const int64_t wanted_splits =
-      std::min(most_splits, divide_up(2 * device.multiprocessors, plan.blocks() * shape.groups));
+  const int64_t wanted_splits = splits_wanted(plan, shape, device);
 
   const int64_t tile_pixels = plan.tensor_cores ? kTensorTilePixels : kGradientTilePixels;
   const int64_t limit = std::min(plan.tensor_cores ? kTensorSharedBytes : kGradientSharedBytes, device.shared_bytes);
@@ -190,26 +199,46 @@ inline bool lay_out_gradient(GradientPlan& plan, const Shape& shape, int64_t sta
   return plan.shared_bytes <= device.shared_bytes;
 }
 
-// Fragments of a block: those that pad the channels least, then the most of them.
-inline void choose_fragments(GradientPlan& plan, int64_t channels, int64_t max_warps) {
-  const int64_t outputs = divide_up(channels, kFragmentOutputs);
-  const int64_t inputs = divide_up(channels, kFragmentInputs);
-  int64_t least = 0;
-  int64_t most = 0;
+// Cycles of a multiprocessor that a plan for tensor cores takes, in a rough count that only compares plans: loads from
+// L2 at 64 bytes a cycle, and products at 7 cycles of a scheduler, four of them a multiprocessor.
+inline double tensor_cycles(const GradientPlan& plan, const Shape& shape, const DeviceLimits& device) {
+  const int64_t splits = splits_wanted(plan, shape, device);
+  const int64_t waves = divide_up(plan.blocks() * shape.groups * splits, device.multiprocessors);
+  const double pixels = static_cast<double>(shape.batch * shape.height * shape.width) / static_cast<double>(splits);
+  const int64_t fragments = plan.block_outputs / kFragmentOutputs * (plan.block_inputs / kFragmentInputs);
+  const double load = 4.0 * (plan.block_outputs + plan.block_inputs) / 64.0;
+  const double products = 3.0 * static_cast<double>(fragments * plan.window_h * plan.window_w) / kFragmentPixels;
+  return static_cast<double>(waves) * pixels * (load + products * 7.0 / 4.0);
+}
+
+// Channels and window of a block: of all that fit its warps, those that take the least time. Larger blocks load less
+// and smaller ones keep more multiprocessors busy, which decides where memory allows few splits.
+inline GradientPlan choose_fragments(const GradientPlan& start, const Shape& shape, const DeviceLimits& device) {
+  const int64_t max_warps = std::min(device.threads_per_block, kTensorThreads) / 32;
+  const int64_t outputs = divide_up(shape.channels, kFragmentOutputs);
+  const int64_t inputs = divide_up(shape.channels, kFragmentInputs);
+  GradientPlan best{};
   for (int64_t o = 1; o <= std::min(outputs, max_warps); ++o) {
     for (int64_t i = 1; i <= std::min(inputs, max_warps / o); ++i) {
-      const int64_t padded = round_up(outputs, o) * round_up(inputs, i);
-      if (least != 0 && (padded > least || (padded == least && o * i < most))) continue;
-      // Of equals, the squarer block loads less.
-      const bool equal = padded == least && o * i == most;
-      const int64_t loaded = o * kFragmentOutputs + i * kFragmentInputs;
-      if (equal && loaded >= plan.block_outputs + plan.block_inputs) continue;
-      least = padded;
-      most = o * i;
+      GradientPlan plan = start;
       plan.block_outputs = static_cast<int32_t>(o * kFragmentOutputs);
       plan.block_inputs = static_cast<int32_t>(i * kFragmentInputs);
+      plan.output_blocks = divide_up(outputs, o);
+      plan.input_blocks = divide_up(inputs, i);
+      plan.window_w = even_part(plan.taps_w, kFragmentTaps);
+      plan.window_h = even_part(plan.taps_h, kFragmentTaps / plan.window_w);
+      set_windows(plan, plan.taps_w);
+      do {
+        if (best.block_outputs == 0 || tensor_cycles(plan, shape, device) < tensor_cycles(best, shape, device)) {
+          best = plan;
+        }
+      } while (shrink_window(plan));
     }
   }
+  // An odd multiple of 8 elements: the four pixels and eight channels of a fragment meet 32 banks.
+  best.left_pitch = (best.block_outputs / 8 | 1) * 8;
+  best.right_pitch = (best.block_inputs / 8 | 1) * 8;
+  return best;
 }
 
 }  // namespace plan_detail
@@ -221,21 +250,11 @@ inline GradientPlan plan_weight_gradient(const Shape& shape, int64_t state_bytes
   plan.taps_w = static_cast<int32_t>(std::min(shape.kernel_w, shape.width));
 
   if (state_bytes == 4 && shape.channels >= kMinTensorChannels) {
-    plan.tensor_cores = true;
-    plan.strip = 1;
-    plan.side = 0;
-    plan_detail::choose_fragments(plan, shape.channels, std::min(device.threads_per_block, kTensorThreads) / 32);
-    plan.output_blocks = divide_up(shape.channels, plan.block_outputs);
-    plan.input_blocks = divide_up(shape.channels, plan.block_inputs);
-    plan.window_w = plan_detail::even_part(plan.taps_w, kFragmentTaps);
-    plan.window_h = plan_detail::even_part(plan.taps_h, kFragmentTaps / plan.window_w);
-    // An odd multiple of 8 elements: the four pixels and eight channels of a fragment meet 32 banks.
-    plan.left_pitch = (plan.block_outputs / 8 | 1) * 8;
-    plan.right_pitch = (plan.block_inputs / 8 | 1) * 8;
-    if (plan_detail::lay_out_gradient(plan, shape, state_bytes, device)) return plan;
-    plan = GradientPlan{};
-    plan.taps_h = static_cast<int32_t>(std::min(shape.kernel_h, shape.height));
-    plan.taps_w = static_cast<int32_t>(std::min(shape.kernel_w, shape.width));
+    GradientPlan tensor = plan;
+    tensor.tensor_cores = true;
+    tensor.strip = 1;
+    tensor = plan_detail::choose_fragments(tensor, shape, device);
+    if (plan_detail::lay_out_gradient(tensor, shape, state_bytes, device)) return tensor;
   }
 
   plan.strip = kTapColumns;
@@ -249,6 +268,10 @@ inline GradientPlan plan_weight_gradient(const Shape& shape, int64_t state_bytes
     plan.output_blocks = plan.input_blocks = divide_up(shape.channels, packs * plan.side);
     plan.window_w = plan_detail::even_part(strips_w, max_threads / (packs * packs));
     plan.window_h = plan_detail::even_part(plan.taps_h, max_threads / (packs * packs * plan.window_w));
+    plan_detail::set_windows(plan, strips_w);
+    while (plan.blocks() * shape.groups * plan_detail::most_splits(shape) < device.multiprocessors &&
+           plan_detail::shrink_window(plan)) {
+    }
     // An odd number of packs: neighbouring pixels meet different banks.
     plan.left_pitch = plan.right_pitch = static_cast<int32_t>((packs | 1) * plan.side);
     if (plan_detail::lay_out_gradient(plan, shape, state_bytes, device) || packs == 1) return plan;
