@@ -115,8 +115,9 @@ def test_the_backward_pass_on_a_gpu() -> None:
     assert plan.gradient.launches == 2
     assert plan.launches == forward.launches + 2
     assert not plan.gradient.tensor_cores
-    assert plan.gradient.channels == (12, 12)
+    assert plan.gradient.channels == (4, 12)
     assert plan.gradient.window == (1, 3)
+    assert plan.gradient.blocks >= plan.gpu.multiprocessors
     assert plan.gradient.shared_bytes <= 48 * KIB
     # Half-precision images: u unrounded, for the gradient.
     half = cuda((100, 12, 16, 16), 3, backward=True, dtype=torch.bfloat16)

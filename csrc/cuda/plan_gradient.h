@@ -114,7 +114,7 @@ inline int64_t layout_gradient_tile(GradientPlan& plan, int64_t state_bytes) {
   return plan.positions_offset + (plan.tensor_cores ? left_pixels * 4 : 0);
 }
 
-// Blocks for every multiprocessor twice, as far as the memory for their sums goes.
+// As many splits as the memory for their sums allows; and of those, enough for two blocks a multiprocessor.
 inline int64_t most_splits(const Shape& shape) {
   const int64_t image_elements = shape.batch * shape.groups * shape.channels * shape.height * shape.width;
   return std::max<int64_t>(image_elements / kWorkspaceShare / gradient_elements(shape), 1);
@@ -137,8 +137,8 @@ inline bool shrink_window(GradientPlan& plan) {
   return true;
 }
 
-// Fills in everything but the channels, the windows and the kernel. False if not even the smallest
-// tile of the smallest window fits.
+// Fills in everything but the channels, the windows and the kernel. False if not even the smallest tile of the smallest
+// window fits.
 inline bool lay_out_gradient(GradientPlan& plan, const Shape& shape, int64_t state_bytes, const DeviceLimits& device) {
   const int64_t strips_w = divide_up(plan.taps_w, plan.strip);
   const int64_t max_threads =
@@ -261,19 +261,33 @@ inline GradientPlan plan_weight_gradient(const Shape& shape, int64_t state_bytes
   // Packs of 16 bytes; one channel alone is not padded.
   plan.side = shape.channels == 1 ? 1 : static_cast<int32_t>(16 / state_bytes);
   const int64_t strips_w = divide_up(plan.taps_w, kTapColumns);
-  int64_t packs = plan_detail::even_part(divide_up(shape.channels, plan.side), kGradientBlockChannels / plan.side);
+  const int64_t all_packs = divide_up(shape.channels, plan.side);
+  int64_t packs = plan_detail::even_part(all_packs, kGradientBlockChannels / plan.side);
   while (packs * packs > max_threads) --packs;
   for (;; --packs) {
-    plan.block_outputs = plan.block_inputs = static_cast<int32_t>(packs * plan.side);
-    plan.output_blocks = plan.input_blocks = divide_up(shape.channels, packs * plan.side);
+    int64_t output_packs = packs;
+    plan.block_inputs = static_cast<int32_t>(packs * plan.side);
+    plan.input_blocks = divide_up(all_packs, packs);
+    plan.output_blocks = divide_up(all_packs, output_packs);
     plan.window_w = plan_detail::even_part(strips_w, max_threads / (packs * packs));
     plan.window_h = plan_detail::even_part(plan.taps_h, max_threads / (packs * packs * plan.window_w));
     plan_detail::set_windows(plan, strips_w);
-    while (plan.blocks() * shape.groups * plan_detail::most_splits(shape) < device.multiprocessors &&
-           plan_detail::shrink_window(plan)) {
+    // Too few blocks for the multiprocessors: fewer outputs each, which also saves loads, then smaller windows.
+    const auto too_few = [&] {
+      return plan.blocks() * shape.groups * plan_detail::most_splits(shape) < device.multiprocessors;
+    };
+    while (too_few() && output_packs > 1) {
+      do {
+        --output_packs;
+      } while (all_packs % output_packs != 0);
+      plan.output_blocks = divide_up(all_packs, output_packs);
     }
+    while (too_few() && plan_detail::shrink_window(plan)) {
+    }
+    plan.block_outputs = static_cast<int32_t>(output_packs * plan.side);
     // An odd number of packs: neighbouring pixels meet different banks.
-    plan.left_pitch = plan.right_pitch = static_cast<int32_t>((packs | 1) * plan.side);
+    plan.left_pitch = static_cast<int32_t>((output_packs | 1) * plan.side);
+    plan.right_pitch = static_cast<int32_t>((packs | 1) * plan.side);
     if (plan_detail::lay_out_gradient(plan, shape, state_bytes, device) || packs == 1) return plan;
   }
 }
