@@ -72,8 +72,8 @@ class Constants:
 
 
 # Registers a thread, sm_90: the table of docs/kernels-cuda.md.
-SOLVE_REGISTERS = {(True, False): 90, (True, True): 68, (False, False): 86}  # (weights in shared memory, one channel)
-GRADIENT_REGISTERS = {False: 161, True: 128}  # (tensor cores)
+SOLVE_REGISTERS = {(True, False): 77, (True, True): 48, (False, False): 88}  # (weights in shared memory, one channel)
+GRADIENT_REGISTERS = {False: 162, True: 128}  # (tensor cores)
 STATE_BYTES = 4
 
 

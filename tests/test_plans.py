@@ -125,7 +125,11 @@ def test_the_backward_pass_on_a_gpu() -> None:
 
 
 def test_wide_gradients_are_for_tensor_cores() -> None:
-    for dtype, channels, expected in [(torch.float32, 16, True), (torch.float32, 15, False), (torch.float64, 16, False)]:
+    for dtype, channels, expected in [
+        (torch.float32, 16, True),
+        (torch.float32, 15, False),
+        (torch.float64, 16, False),
+    ]:
         plan = cuda((100, channels, 16, 16), 3, backward=True, dtype=dtype)
         assert plan.gradient is not None
         assert plan.gradient.tensor_cores == expected

@@ -103,11 +103,11 @@ def test_one_block_writes_the_gradient_itself(
 
 
 def test_small_images_share_a_tile(driver: Path, tmp_path: Path) -> None:  # noqa: F811
-    for channels in (2, 16):
+    for channels, less in ((2, 3000), (16, 9000)):
         case = Case(5, (TOP_RIGHT,), channels, 3, 5, 3, 2)
         done = check_backward(driver, tmp_path, case)
         assert done.facts["gradient_images"][0] == 5
-        done = check_backward(driver, tmp_path, case.but(shared_bytes=4000))
+        done = check_backward(driver, tmp_path, case.but(shared_bytes=less))
         assert 1 < done.facts["gradient_images"][0] < 5
 
 
@@ -118,9 +118,8 @@ def test_many_channels_in_blocks_and_windows(driver: Path, tmp_path: Path) -> No
     block = done.facts["gradient_block"]
     assert block[0] < 50
     assert block[1] < 50
-    assert done.facts["gradient_window"] == [1, 3]
     done = check_backward(driver, tmp_path, case.but(channels=18, multiprocessors=400))
-    assert done.facts["gradient_window"] == [1, 1]
+    assert np.prod(done.facts["gradient_window"]) < 9
 
 
 SHAPES_OF_THE_PAPER = [
