@@ -61,13 +61,19 @@ class Constants:
     synchronised_launch_us: float = 7.0  # assumed: the launch and a round trip to the host
     # Assumed: bytes a cycle that a multiprocessor gets from the L2 cache.
     l2_bandwidth: float = 64.0
+    # NVIDIA H200 data sheet: 495 dense TFLOP/s in TF32, so 1024 multiply-adds a cycle; of which the warp's own mma
+    # instruction is assumed to reach 60 %.
+    tensor_multiply_adds: float = 0.6 * 1024
+    # Assumed: a shuffle or reduction of a warp, and a division in double precision.
+    shuffle: float = 25.0
+    double_division: float = 150.0
     # Assumed: loads that a thread has under way at a time where the code does not wait for each.
     loads_in_flight: float = 4.0
 
 
 # Registers a thread, sm_90: the table of docs/kernels-cuda.md.
-SOLVE_REGISTERS = {(True, False): 90, (True, True): 68, (False, False): 86}  # (weights in shared memory, one channel)
-GRADIENT_REGISTERS = 72
+SOLVE_REGISTERS = {(True, False): 77, (True, True): 48, (False, False): 88}  # (weights in shared memory, one channel)
+GRADIENT_REGISTERS = {False: 162, True: 128}  # (tensor cores)
 STATE_BYTES = 4
 
 
@@ -129,20 +135,43 @@ def _waves(blocks: int, resident: int, gpu: GpuProperties) -> tuple[int, float]:
     return waves, min(resident, math.ceil(blocks / gpu.multiprocessors))
 
 
+def inversion_cycles(corner: str, channels: int, threads: int, constants: Constants) -> float:
+    """Inverting the corner, in one block."""
+    if corner == "identity":
+        return 0.0
+    # The corner comes from memory, eight loads of a thread at a time.
+    cycles = math.ceil(channels**2 / threads / 8) * constants.global_latency
+    if corner == "general":
+        rounds = math.ceil(channels**2 / threads)
+        step = 2 * constants.barrier + 2 * constants.shuffle + constants.double_division
+        return cycles + channels * (step + (2 + rounds) * 2 * constants.shared_latency)
+    # Levels of two products: a thread's entries one after the other, of `size` terms at most.
+    size = 2
+    while size < channels:
+        entries = channels / 2 * size
+        rounds = math.ceil(entries / threads)
+        latency = rounds * (constants.shared_latency + size * 2 * constants.multiply_add_latency)
+        throughput = entries * size / 2 / constants.double_multiply_adds
+        cycles += 2 * (constants.barrier + max(latency, throughput))
+        size *= 2
+    return cycles
+
+
 def fold_cycles(plan: CudaPlan, threads: int, blocks: int, constants: Constants) -> float:
     """Inverting the corner and folding the taps, in one block of ``blocks`` that share the entries of a group."""
     channels = plan.problem.channels // plan.problem.groups
-    if plan.problem.corner == "identity":
-        inversion, terms = 0.0, 1.0
-    else:
-        barriers = 3 if plan.problem.corner == "general" else 2
-        rounds = math.ceil(channels**2 / threads)
-        inversion = channels * (barriers * constants.barrier + (1 + rounds) * 2 * constants.shared_latency)
-        terms = channels if plan.problem.corner == "general" else channels / 2
+    corner = plan.problem.corner
+    inversion = inversion_cycles(corner, channels, threads, constants)
+    terms = {"identity": 1.0, "unit_triangular": channels / 2, "general": channels}[corner]
     entries = plan.folded_bytes // plan.problem.groups / STATE_BYTES
     rounds = math.ceil(entries / (threads * blocks))
-    # The entry's terms: a load of the weight, from the L1 cache, each.
-    latency = rounds * (constants.global_latency + terms * constants.l1_latency / constants.loads_in_flight)
+    if plan.fold_launches or corner == "identity":
+        # The entry's terms: a load of the weight, from the L1 cache, each.
+        latency = rounds * (constants.global_latency + terms * constants.l1_latency / constants.loads_in_flight)
+    else:
+        # A copy of the weights in shared memory, eight loads of a thread at a time; then from there.
+        latency = math.ceil(entries / threads / 8) * constants.global_latency + constants.barrier
+        latency += rounds * (1 + terms / constants.loads_in_flight) * constants.shared_latency
     throughput = rounds * threads * terms / constants.double_multiply_adds
     return inversion + max(latency, throughput)
 
@@ -207,32 +236,48 @@ def solve_time(plan: CudaPlan, constants: Constants) -> Time:
 
 
 def gradient_time(plan: CudaPlan, gradient: GradientPlan, constants: Constants) -> float:
-    """Microseconds of the three launches of the gradient, without the launches themselves."""
+    """Microseconds of the launches of the gradient, without the launches themselves."""
     problem, us = plan.problem, 1e-3 / constants.clock_ghz
-    image_bytes = problem.batch * problem.channels * problem.height * problem.width * STATE_BYTES
-    bias_sum = image_bytes / constants.memory_bytes_per_us + constants.global_latency * us
-
-    resident = resident_blocks(gradient.threads, gradient.shared_bytes, GRADIENT_REGISTERS, constants)
+    outputs, inputs = gradient.channels
+    taps = math.prod(gradient.window)
+    rows, columns = gradient.tile
+    pixels = gradient.images * rows * columns
+    registers = GRADIENT_REGISTERS[gradient.tensor_cores]
+    resident = resident_blocks(gradient.threads, gradient.shared_bytes, registers, constants)
     waves, busy = _waves(gradient.blocks, resident, plan.gpu)
     tiles = math.ceil(gradient.tiles / gradient.splits)
-    rows, columns = gradient.tile
-    teams = max(1, gradient.threads // (math.prod(gradient.channels) * gradient.window[0]))
-    pixels = math.ceil(rows / teams) * columns
-    values = (
-        rows * columns * gradient.channels[0] + (rows + gradient.window[0] - 1) * (columns + 3) * gradient.channels[1]
-    )
-    load = math.ceil(values / gradient.threads) * constants.global_latency / constants.loads_in_flight
-    # Two loads from shared memory and four multiply-adds a pixel.
-    latency = pixels * 4 * constants.multiply_add_latency
-    warps = gradient.threads / 32
-    throughput = busy * warps * pixels * max(2 * 128 / constants.shared_bandwidth, 4 * 32 / constants.multiply_adds)
-    sums = waves * tiles * (load + max(latency, throughput) + 2 * constants.barrier) * us
-    read = 2 * image_bytes * math.ceil(problem.channels / problem.groups / gradient.channels[0])
-    sums = max(sums, read / constants.memory_bytes_per_us)
 
-    # One thread an entry adds up the blocks' sums.
-    combine = gradient.splits * constants.l2_latency / constants.loads_in_flight * us
-    return bias_sum + sums + combine
+    # The tile: packs of four channels, two of them of a thread under way at a time.
+    margin = gradient.images * (rows + gradient.window[0] - 1) * (columns + gradient.window[1] - 1)
+    values = pixels * outputs + margin * inputs
+    load = math.ceil(values / 4 / gradient.threads / 2) * constants.global_latency
+    loaded_bytes = (pixels * (outputs + inputs)) * STATE_BYTES
+    load = max(load, busy * loaded_bytes / constants.l2_bandwidth)
+    if gradient.tensor_cores:
+        # Three products; a lane loads four words for a step and two for each tap of it.
+        multiply_adds = 3 * pixels * outputs * inputs * taps
+        warp_steps = pixels / 8 * (outputs / 16) * (inputs / 8)
+        words = warp_steps * (4 + 2 * taps) * 32 * STATE_BYTES / constants.shared_bandwidth
+        sums = max(busy * multiply_adds / constants.tensor_multiply_adds, busy * words)
+    else:
+        # A thread: a pack of left and one of right for a strip of three taps.
+        side = min(4, problem.channels // problem.groups)
+        items = outputs / side * inputs / side * gradient.window[0] * math.ceil(gradient.window[1] / 3)
+        segments = gradient.images * rows * math.ceil(columns / 8)
+        a_thread = math.ceil(segments / gradient.teams) * min(columns, 8)
+        latency = a_thread * (constants.shared_latency / 2 + side * side * 3)  # a warp's own multiply-adds, one a cycle
+        multiply_adds = pixels * items * side * side * 3
+        words = pixels * items * 2 * side * STATE_BYTES / constants.shared_bandwidth
+        sums = max(latency, busy * multiply_adds / constants.multiply_adds, busy * words)
+    time = waves * tiles * (load + sums + 2 * constants.barrier) * us
+    if gradient.splits == 1:
+        return time
+    # Lanes of a warp add up the blocks' sums, eight loads of each under way at a time.
+    lanes = min(32, 2 ** math.ceil(math.log2(max(gradient.splits / 8, 1))))
+    loads = math.ceil(gradient.splits / lanes / 8) * constants.l2_latency + math.log2(lanes) * constants.shuffle
+    entries = problem.channels * (problem.channels // problem.groups * math.prod(problem.kernel_size) + 1)
+    rounds = math.ceil(entries * lanes / (plan.gpu.multiprocessors * constants.threads))
+    return time + max(rounds * loads * us, gradient.scratch_bytes / constants.memory_bytes_per_us)
 
 
 def predict(case: Case, *, backward: bool = False, constants: Constants | None = None) -> tuple[Time, CudaPlan]:

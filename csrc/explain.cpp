@@ -93,15 +93,18 @@ py::dict plan_cuda(const Sizes& sizes, const std::vector<int64_t>& orders, int64
   // The gradient is that of the plain solve; its plan does not depend on which of the two is transposed.
   const GradientPlan gradient = plan_weight_gradient(shape, state_bytes, limits);
   py::dict second;
+  second["tensor_cores"] = gradient.tensor_cores;
   second["channels"] = py::make_tuple(gradient.block_outputs, gradient.block_inputs);
-  second["window"] = py::make_tuple(gradient.window_h, gradient.window_w);
+  second["window"] = py::make_tuple(gradient.window_h, gradient.window_w * gradient.strip);
+  second["images"] = gradient.images;
   second["tile"] = py::make_tuple(gradient.tile_h, gradient.tile_w);
+  second["tiles"] = gradient.pixel_tiles();
+  second["teams"] = gradient.teams;
   second["threads"] = gradient.threads;
   second["splits"] = gradient.splits;
-  second["tiles"] = gradient.pixel_tiles(shape.batch);
   second["blocks"] = gradient.splits * gradient.blocks() * shape.groups;
   second["shared_bytes"] = gradient.shared_bytes;
-  second["launches"] = gradient_launches(shape, orders.data());
+  second["launches"] = gradient_launches(shape, gradient, orders.data());
   second["scratch_bytes"] = gradient_workspace_elements(shape, gradient) * state_bytes;
   found["gradient"] = second;
   return found;

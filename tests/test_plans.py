@@ -112,15 +112,38 @@ def test_many_channels_fold_before_the_solve() -> None:
 def test_the_backward_pass_on_a_gpu() -> None:
     forward, plan = cuda((100, 12, 16, 16), 3), cuda((100, 12, 16, 16), 3, backward=True)
     assert plan.gradient is not None
-    assert plan.gradient.launches == 3
-    assert plan.launches == forward.launches + 3
-    assert plan.gradient.channels == (12, 12)
-    assert plan.gradient.window[0] <= 3
-    assert plan.gradient.window[1] <= 4
+    assert plan.gradient.launches == 2
+    assert plan.launches == forward.launches + 2
+    assert not plan.gradient.tensor_cores
+    assert plan.gradient.channels == (4, 12)
+    assert plan.gradient.window == (1, 3)
+    assert plan.gradient.blocks >= plan.gpu.multiprocessors
     assert plan.gradient.shared_bytes <= 48 * KIB
     # Half-precision images: u unrounded, for the gradient.
     half = cuda((100, 12, 16, 16), 3, backward=True, dtype=torch.bfloat16)
     assert half.scratch_bytes == plan.scratch_bytes + 4 * 100 * 12 * 16 * 16
+
+
+def test_wide_gradients_are_for_tensor_cores() -> None:
+    for dtype, channels, expected in [
+        (torch.float32, 16, True),
+        (torch.float32, 15, False),
+        (torch.float64, 16, False),
+    ]:
+        plan = cuda((100, channels, 16, 16), 3, backward=True, dtype=dtype)
+        assert plan.gradient is not None
+        assert plan.gradient.tensor_cores == expected
+        assert ("tensor cores" in str(plan)) == expected
+
+
+def test_partial_sums_are_a_tenth_of_the_images_at_most() -> None:
+    """Where not even one copy of the weights is that small, the blocks write the gradient themselves."""
+    for channels, size in [(3, 32), (4, 14), (12, 16), (16, 7), (24, 16), (48, 8), (96, 4), (48, 32)]:
+        plan = cuda((16, channels, size, size), 3, backward=True).gradient
+        assert plan is not None
+        assert plan.scratch_bytes <= 4 * 16 * channels * size**2 / 10
+        assert plan.launches == (1 if plan.splits == 1 else 2)
+        assert (plan.scratch_bytes == 0) == (plan.splits == 1)
 
 
 def test_orders_without_a_period_are_cut_into_launches() -> None:

@@ -43,6 +43,8 @@ __device__ inline uint16_t float_to_half_bits(float value) {
 
 __device__ inline uint32_t float_bits(float value) { return __float_as_uint(value); }
 __device__ inline float float_from_bits(uint32_t bits) { return __uint_as_float(bits); }
+// Sign, exponent and the upper 20 bits of the fraction.
+__device__ inline uint32_t high_word(double value) { return static_cast<uint32_t>(__double2hiint(value)); }
 __device__ inline double not_a_number() { return __longlong_as_double(0x7ff8000000000000ll); }
 
 // Memory that no thread writes while the kernel runs may take the read-only path.

@@ -64,9 +64,10 @@ struct SolvePlan {
   }
 };
 
-// Scratch of one corner inversion beside the matrix: a row and a column in double, two permutations, one pivot.
-INVERSE_FLOW_HOST_DEVICE constexpr int64_t inversion_scratch_bytes(int64_t channels) {
-  return channels * (8 + 8 + 4 + 4) + 8;
+// Memory of one corner inversion: the matrix in double with rows an odd number of entries apart, a row and a column,
+// two permutations.
+INVERSE_FLOW_HOST_DEVICE constexpr int64_t inversion_bytes(int64_t channels) {
+  return round_up(channels * ((channels | 1) * 8 + 8 + 8 + 4 + 4), 16);
 }
 
 namespace plan_detail {
@@ -125,10 +126,13 @@ inline bool plan_solve(const Shape& shape, int64_t state_bytes, const DeviceLimi
     tile_w = std::min(side, shape.width);
     if (!fits(side)) return false;
   }
-  int64_t fold_bytes = shape.corner == kIdentity ? 0 : channels * channels * 8 + inversion_scratch_bytes(channels);
+  // A block that folds for itself works on a copy of the group's weights, where the tile will be.
+  const int64_t corner_bytes = shape.corner == kIdentity ? 0 : inversion_bytes(channels);
+  int64_t fold_bytes = corner_bytes;
+  if (shape.corner != kIdentity) fold_bytes += channels * channels * shape.kernel_h * shape.kernel_w * state_bytes;
   plan.fold_in_block = plan.weights_in_shared && fold_bytes <= budget &&
                        (shape.corner == kIdentity || channels <= kMaxChannelsFoldedInBlock);
-  plan.fold_shared_bytes = fold_bytes <= device.shared_bytes ? fold_bytes : 0;
+  plan.fold_shared_bytes = corner_bytes <= device.shared_bytes ? corner_bytes : 0;
   plan.fold_threads = static_cast<int32_t>(max_threads);
   plan.fold_blocks = static_cast<int32_t>(std::clamp<int64_t>(divide_up(device.multiprocessors, shape.groups), 1,
                                                               divide_up(plan.folded_elements(channels), max_threads)));
@@ -157,102 +161,6 @@ inline bool plan_solve(const Shape& shape, int64_t state_bytes, const DeviceLimi
   plan.tile_offset = weight_bytes + bias_bytes;
   plan.shared_bytes = plan.tile_offset + std::max(plan.images * image_tile_bytes, fold_bytes);
   return true;
-}
-
-// ---- The weight gradient ----
-
-// Columns of taps that a thread accumulates side by side in registers: one load serves them all.
-constexpr int32_t kTapColumns = 4;
-
-struct GradientPlan {
-  int32_t taps_h;
-  int32_t taps_w;
-  // A block accumulates, over its share of the pixels, block_outputs x block_inputs channel pairs times a window of
-  // window_h x window_w taps.
-  int32_t block_outputs;
-  int32_t block_inputs;
-  int32_t window_h;
-  int32_t window_w;
-  int64_t output_blocks;
-  int64_t input_blocks;
-  int64_t windows_h;
-  int64_t windows_w;
-  // Pixels come in tiles; teams of threads share a tile's rows.
-  int32_t tile_h;
-  int32_t tile_w;
-  int64_t tiles_h;
-  int64_t tiles_w;
-  int32_t teams;
-  int32_t threads;
-  int64_t splits;  // blocks that share the pixels of one window; their partial sums are added in a second launch
-  int64_t right_offset;
-  int64_t shared_bytes;
-
-  INVERSE_FLOW_HOST_DEVICE int64_t items() const {  // threads of a team
-    return static_cast<int64_t>(block_outputs) * block_inputs * window_h * divide_up(window_w, kTapColumns);
-  }
-  INVERSE_FLOW_HOST_DEVICE int64_t window_pitch() const { return round_up(window_w, kTapColumns); }
-  INVERSE_FLOW_HOST_DEVICE int64_t pixel_tiles(int64_t batch) const { return batch * tiles_h * tiles_w; }
-  INVERSE_FLOW_HOST_DEVICE int64_t blocks() const { return output_blocks * input_blocks * windows_h * windows_w; }
-};
-
-// Most outputs of one block (registers: eight accumulators a thread, and a window), and the shared memory that any
-// GPU gives without opting in.
-constexpr int32_t kGradientThreads = 512;
-constexpr int32_t kGradientBlockChannels = 16;
-constexpr int64_t kGradientSharedBytes = 48 * 1024;
-
-inline GradientPlan plan_weight_gradient(const Shape& shape, int64_t state_bytes, const DeviceLimits& device) {
-  GradientPlan plan{};
-  const int64_t max_threads = std::min<int64_t>(device.threads_per_block, kGradientThreads);
-  plan.taps_h = static_cast<int32_t>(std::min(shape.kernel_h, shape.height));
-  plan.taps_w = static_cast<int32_t>(std::min(shape.kernel_w, shape.width));
-  int64_t block_channels = std::min<int64_t>(shape.channels, kGradientBlockChannels);
-  while (block_channels * block_channels > max_threads) --block_channels;
-  plan.block_outputs = plan.block_inputs = static_cast<int32_t>(block_channels);
-  plan.output_blocks = plan.input_blocks = divide_up(shape.channels, block_channels);
-
-  const int64_t pairs = block_channels * block_channels;
-  const bool whole_rows = pairs * divide_up(plan.taps_w, kTapColumns) <= max_threads;
-  plan.window_w = whole_rows ? plan.taps_w : kTapColumns;
-  const int64_t row_items = pairs * divide_up(plan.window_w, kTapColumns);
-  plan.window_h = static_cast<int32_t>(std::clamp<int64_t>(max_threads / row_items, 1, plan.taps_h));
-
-  const int64_t shared_limit = std::min(kGradientSharedBytes, device.shared_bytes);
-  const auto right_pixels = [&] { return (plan.tile_h + plan.window_h - 1) * (plan.tile_w + plan.window_pitch() - 1); };
-  const auto bytes = [&] {
-    return round_up(static_cast<int64_t>(plan.tile_h) * plan.tile_w * plan.block_outputs * state_bytes, 16) +
-           right_pixels() * plan.block_inputs * state_bytes;
-  };
-  plan.tile_h = static_cast<int32_t>(std::min<int64_t>(shape.height, 16));
-  plan.tile_w = static_cast<int32_t>(std::min<int64_t>(shape.width, 32));
-  // Too large: first smaller tiles, down to a few pixels, then smaller windows, then single pixels.
-  while (bytes() > shared_limit && plan.tile_h * plan.tile_w > 16) {
-    if (plan.tile_h >= plan.tile_w) {
-      plan.tile_h = (plan.tile_h + 1) / 2;
-    } else {
-      plan.tile_w = (plan.tile_w + 1) / 2;
-    }
-  }
-  while (bytes() > shared_limit && plan.window_h > 1) plan.window_h = (plan.window_h + 1) / 2;
-  if (bytes() > shared_limit) plan.window_w = std::min(plan.window_w, kTapColumns);
-  while (bytes() > shared_limit && plan.tile_w > 1) plan.tile_w = (plan.tile_w + 1) / 2;
-  while (bytes() > shared_limit && plan.tile_h > 1) plan.tile_h = (plan.tile_h + 1) / 2;
-
-  plan.windows_h = divide_up(plan.taps_h, plan.window_h);
-  plan.windows_w = divide_up(plan.taps_w, plan.window_w);
-  plan.tiles_h = divide_up(shape.height, plan.tile_h);
-  plan.tiles_w = divide_up(shape.width, plan.tile_w);
-  const int64_t busy = std::min<int64_t>(kBusyThreads, max_threads);
-  plan.teams = static_cast<int32_t>(std::clamp<int64_t>(busy / plan.items(), 1, plan.tile_h));
-  plan.threads = static_cast<int32_t>(round_up(plan.items() * plan.teams, 32));
-  // Two blocks a multiprocessor in all, but none without a pixel tile.
-  const int64_t wanted = divide_up(2 * device.multiprocessors, plan.blocks() * shape.groups);
-  plan.splits = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(plan.pixel_tiles(shape.batch), 1));
-  plan.right_offset = round_up(static_cast<int64_t>(plan.tile_h) * plan.tile_w * plan.block_outputs * state_bytes, 16);
-  // The teams' sums meet in the same memory.
-  plan.shared_bytes = std::max(bytes(), plan.teams * plan.items() * kTapColumns * state_bytes);
-  return plan;
 }
 
 }  // namespace inverse_flow

@@ -2,8 +2,11 @@
 // launch_kernel.cuh for the GPU and in the emulation for the CPU: so the tests run this very code.
 #pragma once
 
+#include "combine_gradients.cuh"
 #include "launch.h"
+#include "solve.cuh"
 #include "weight_gradient.cuh"
+#include "weight_gradient_tensor.cuh"
 
 #ifdef __CUDACC__
 #include "launch_kernel.cuh"
@@ -68,8 +71,7 @@ const char* run_solve(const SolveProblem& problem, const SolvePlan& plan, void* 
                                     first_group,
                                     problem.weight,
                                     problem.weight_type,
-                                    reinterpret_cast<double*>(workspace + parts.matrices),
-                                    reinterpret_cast<double*>(workspace + parts.scratch),
+                                    workspace + parts.inversions,
                                     reinterpret_cast<State*>(workspace + parts.folded)};
           const char* error = launch_fold(fold, groups, plan.fold_threads, stream);
           if (error != nullptr) return error;
@@ -93,34 +95,34 @@ const char* run_solve(const SolveProblem& problem, const SolvePlan& plan, void* 
       });
 }
 
+// The kernel of a plan: one for each number of channels of a thread, and tensor cores for float32.
+template <typename State>
+auto gradient_kernel(const GradientPlan& plan) {
+  constexpr int kSide = 16 / sizeof(State);
+  void (*kernel)(GradientArguments<State>) =
+      plan.side == 1 ? weight_gradient_kernel<State, 1> : weight_gradient_kernel<State, kSide>;
+  if constexpr (sizeof(State) == sizeof(float)) {
+    if (plan.tensor_cores) kernel = weight_gradient_tensor_kernel<State>;
+  }
+  return kernel;
+}
+
 template <typename State>
 const char* run_gradient(const GradientProblem& problem, const GradientPlan& plan, void* stream) {
   const Shape& shape = problem.shape;
-  const int64_t channels = shape.groups * shape.channels;
-  State* const weight_partials = static_cast<State*>(problem.workspace);
-  State* const bias_partials =
-      weight_partials + plan.splits * channels * shape.channels * shape.kernel_h * shape.kernel_w;
-
-  ChannelSumArguments<State> sum{shape, problem.adjoint, problem.adjoint_strides, problem.adjoint_type, bias_partials};
-  const int64_t channels_y = std::min<int64_t>(channels, GroupOrders::kMaxGroups);
-  const int64_t channels_z = divide_up(channels, channels_y);
-  if (channels_z > kMaxGridZ) return "inverse_flow: too many channels for the gradient on this GPU";
-  const char* error = launch_kernel(
-      channel_sum_kernel<State>,
-      {static_cast<unsigned>(plan.splits), static_cast<unsigned>(channels_y), static_cast<unsigned>(channels_z)},
-      kBusyThreads, kBusyThreads * static_cast<int64_t>(sizeof(State)), sum, stream);
-  if (error != nullptr) return error;
-
   GradientArguments<State> args{};
   args.shape = shape;
   args.plan = plan;
-  args.partials = weight_partials;
+  args.partials = static_cast<State*>(problem.workspace);
   args.left = shape.transposed ? problem.output : problem.adjoint;
   args.left_strides = shape.transposed ? problem.output_strides : problem.adjoint_strides;
   args.left_type = shape.transposed ? problem.output_type : problem.adjoint_type;
   args.right = shape.transposed ? problem.adjoint : problem.output;
   args.right_strides = shape.transposed ? problem.adjoint_strides : problem.output_strides;
   args.right_type = shape.transposed ? problem.adjoint_type : problem.output_type;
+  args.weight_gradient = problem.weight_gradient;
+  args.bias_gradient = problem.bias_gradient;
+  args.gradient_type = problem.weight_type;
   if (plan.blocks() > kMaxGridZ) return "inverse_flow: too many channels a group for the gradient on this GPU";
 
   return for_each_group_chunk(
@@ -129,23 +131,14 @@ const char* run_gradient(const GradientProblem& problem, const GradientPlan& pla
         args.orders = orders;
         const unsigned groups_y = static_cast<unsigned>(groups);
         const char* failed =
-            launch_kernel(weight_gradient_kernel<State>,
+            launch_kernel(gradient_kernel<State>(plan),
                           {static_cast<unsigned>(plan.splits), groups_y, static_cast<unsigned>(plan.blocks())},
                           plan.threads, plan.shared_bytes, args, stream);
-        if (failed != nullptr) return failed;
-        CombineArguments<State> combine{shape,
-                                        orders,
-                                        first_group,
-                                        plan.splits,
-                                        weight_partials,
-                                        bias_partials,
-                                        problem.weight_gradient,
-                                        problem.bias_gradient,
-                                        problem.weight_type};
-        const int64_t entries = shape.channels * shape.channels * shape.kernel_h * shape.kernel_w;
-        const int64_t blocks = std::min(divide_up(entries, kBusyThreads), kCombineBlocks);
+        if (failed != nullptr || plan.is_direct()) return failed;
+        const int64_t entries = shape.channels * (shape.channels * shape.kernel_h * shape.kernel_w + 1);
+        const int64_t blocks = std::min(divide_up(entries * plan.combine_lanes, kBusyThreads), kCombineBlocks);
         return launch_kernel(combine_gradients_kernel<State>, {static_cast<unsigned>(blocks), groups_y, 1},
-                             kBusyThreads, 0, combine, stream);
+                             kBusyThreads, 0, args, stream);
       });
 }
 

@@ -278,10 +278,14 @@ __global__ void __launch_bounds__(kMaxThreads, 1) solve_kernel(const __grid_cons
   const State* weights = shared_weights;
   if constexpr (kWeightsInShared) {
     if (args.folded == nullptr) {
-      const WeightView view = weight_view(args.shape, args.weight, args.weight_type, group, order);
-      double* const matrix = reinterpret_cast<double*>(x);
-      const Inversion inversion(matrix, matrix + channels * channels, channels);
-      if (view.corner != kIdentity) invert_corner(view, inversion);
+      WeightView view = weight_view(args.shape, args.weight, args.weight_type, group, order);
+      const Inversion inversion(x, channels);
+      if (view.corner != kIdentity) {
+        unsigned char* const copy = reinterpret_cast<unsigned char*>(x) + inversion_bytes(channels);
+        view = stage_weight(view, reinterpret_cast<State*>(copy));
+        __syncthreads();  // the copy is complete
+        invert_corner(view, inversion);
+      }
       fold_taps<int>(view, inversion, args.plan, shared_weights, threadIdx.x, blockDim.x);
     } else {
       const State* source = args.folded + group * folded_elements;

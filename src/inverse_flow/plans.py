@@ -132,14 +132,18 @@ class CpuPlan:
 
 @dataclass(frozen=True)
 class GradientPlan:
-    """The launches behind a transposed solve on a GPU: bias sums, weight sums, and one that adds up the blocks'.
+    """The launches behind a transposed solve on a GPU: the sums of weight and bias, and one that adds up the blocks'
+    where several share the pixels.
 
     Attributes:
+        tensor_cores: Whether tensor cores multiply, in three TF32 products that are as exact as float32.
         channels: Output and input channels whose pairs a block accumulates.
-        window: Taps that a block accumulates.
-        tile: Rows and columns of the pixels that are in shared memory at a time.
+        window: Rows and columns of taps that a block accumulates.
+        images: Images, whole ones if several, whose pixels are in shared memory at a time.
+        tile: Rows and columns of those pixels.
         tiles: Such tiles in the whole batch.
-        splits: Blocks that share the pixels of a window.
+        teams: Parts of a block that share the pixels of a tile.
+        splits: Blocks that share the pixels of a window; one alone needs no launch to add up, and no scratch.
         threads: Threads of a block.
         blocks: Blocks of the launch.
         shared_bytes: Shared memory of a block.
@@ -147,10 +151,13 @@ class GradientPlan:
         scratch_bytes: Memory for the blocks' sums.
     """
 
+    tensor_cores: bool
     channels: tuple[int, int]
     window: tuple[int, int]
+    images: int
     tile: tuple[int, int]
     tiles: int
+    teams: int
     splits: int
     threads: int
     blocks: int
@@ -231,8 +238,9 @@ class CudaPlan:
         if self.gradient is not None:
             part = self.gradient
             rows["gradient"] = (
-                f"{part.blocks} blocks of {part.threads} threads, {part.channels[0]} × {part.channels[1]} channels, "
-                f"{part.window[0]} × {part.window[1]} taps, {_bytes(part.shared_bytes)} of shared memory"
+                f"{'tensor cores, ' if part.tensor_cores else ''}{part.blocks} blocks of {part.threads} threads, "
+                f"{part.channels[0]} × {part.channels[1]} channels, {part.window[0]} × {part.window[1]} taps, "
+                f"{_bytes(part.shared_bytes)} of shared memory"
             )
         return _table(self.problem, rows)
 

@@ -50,7 +50,8 @@ namespace inverse_flow::emulation {
 
 constexpr int kWarpSize = 32;
 constexpr size_t kStackBytes = 128 * 1024;
-constexpr int kPoison = 0xff;  // repeated, a NaN of every type
+constexpr size_t kDepositBytes = 24;  // of a lane, in an exchange: its parts of the operands of an mma
+constexpr int kPoison = 0xff;         // repeated, a NaN of every type
 
 [[noreturn]] inline void fail(const char* message) {
   std::fprintf(stderr, "emulation: %s (block %u %u %u, thread %u)\n", message, blockIdx.x, blockIdx.y, blockIdx.z,
@@ -96,12 +97,15 @@ class Block {
     leave(false);
   }
 
-  // Deposits 8 bytes and returns, once all lanes of the warp have come, what the given lane deposited.
-  uint64_t exchange(uint64_t value, int source_lane) {
+  // Deposits a value and returns, once all lanes of the warp have come, what they deposited, lane by lane. Valid until
+  // the caller's next exchange.
+  template <typename T>
+  const T* gather(const T& value) {
+    static_assert(sizeof(T) <= kDepositBytes && alignof(T) <= alignof(uint64_t));
     Warp& warp = warps_[active_ / kWarpSize];
     const size_t first = active_ / kWarpSize * kWarpSize;
     const size_t lanes = std::min<size_t>(threads_.size() - first, kWarpSize);
-    warp.deposited[active_ - first] = value;
+    std::memcpy(warp.deposited + (active_ - first) * sizeof(T), &value, sizeof(T));
     if (++warp.arrived == lanes) {
       warp.arrived = 0;
       std::memcpy(warp.exchanged, warp.deposited, sizeof(warp.exchanged));
@@ -113,7 +117,7 @@ class Block {
       threads_[active_].waits = Wait::kWarp;
     }
     leave(false);
-    return warp.exchanged[source_lane];
+    return reinterpret_cast<const T*>(warp.exchanged);
   }
 
   size_t active() const { return active_; }
@@ -128,8 +132,8 @@ class Block {
     Wait waits = Wait::kNothing;
   };
   struct Warp {
-    uint64_t deposited[kWarpSize];
-    uint64_t exchanged[kWarpSize];
+    alignas(8) unsigned char deposited[kWarpSize * kDepositBytes];
+    alignas(8) unsigned char exchanged[kWarpSize * kDepositBytes];
     size_t arrived = 0;
   };
 
@@ -228,15 +232,24 @@ inline void __syncthreads() { inverse_flow::emulation::Block::current().block_ba
 
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes) {
-  static_assert(sizeof(T) <= sizeof(uint64_t));
   using inverse_flow::emulation::Block;
   if (mask != 0xffffffffu) inverse_flow::emulation::fail("only whole warps may shuffle");
-  uint64_t bits = 0;
-  std::memcpy(&bits, &value, sizeof(T));
   const int lane = static_cast<int>(Block::current().active() % inverse_flow::emulation::kWarpSize);
-  bits = Block::current().exchange(bits, lane ^ lanes);
-  std::memcpy(&value, &bits, sizeof(T));
-  return value;
+  return Block::current().gather(value)[lane ^ lanes];
+}
+
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int source_lane) {
+  using inverse_flow::emulation::Block;
+  if (mask != 0xffffffffu) inverse_flow::emulation::fail("only whole warps may shuffle");
+  return Block::current().gather(value)[source_lane];
+}
+
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+  using inverse_flow::emulation::Block;
+  if (mask != 0xffffffffu) inverse_flow::emulation::fail("only whole warps may reduce");
+  const unsigned* lanes = Block::current().gather(value);
+  return *std::max_element(lanes, lanes + inverse_flow::emulation::kWarpSize);
 }
 
 namespace inverse_flow {
@@ -253,6 +266,12 @@ inline float float_from_bits(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof(value));
   return value;
+}
+
+inline uint32_t high_word(double value) {
+  uint64_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return static_cast<uint32_t>(bits >> 32);
 }
 
 inline double not_a_number() { return std::nan(""); }

@@ -92,10 +92,12 @@ void print(const SolvePlan& plan) {
 }
 
 void print(const GradientPlan& plan) {
-  std::cout << "gradient_block " << plan.block_outputs << " " << plan.block_inputs << "\ngradient_window "
-            << plan.window_h << " " << plan.window_w << "\ngradient_tile " << plan.tile_h << " " << plan.tile_w
+  std::cout << "gradient_tensor_cores " << plan.tensor_cores << "\ngradient_block " << plan.block_outputs << " "
+            << plan.block_inputs << "\ngradient_window " << plan.window_h << " " << plan.window_w * plan.strip
+            << "\ngradient_images " << plan.images << "\ngradient_tile " << plan.tile_h << " " << plan.tile_w
             << "\ngradient_teams " << plan.teams << "\ngradient_threads " << plan.threads << "\ngradient_splits "
-            << plan.splits << "\ngradient_shared_bytes " << plan.shared_bytes << "\n";
+            << plan.splits << "\ngradient_lanes " << plan.combine_lanes << "\ngradient_shared_bytes "
+            << plan.shared_bytes << "\n";
 }
 
 // The conversions of element.cuh and the emulation: all halves to float, and the given floats to halves.
