@@ -17,6 +17,7 @@ from inverse_flow._checks import CORNERS, ORDERS
 from inverse_flow.plans import CudaPlan, GpuProperties
 
 from .emulator import (
+    ANY_REGIME,
     BOTTOM_LEFT,
     BOTTOM_RIGHT,
     GENERAL,
@@ -362,6 +363,7 @@ EXPLAINED = [
 @pytest.mark.parametrize("case", EXPLAINED, ids=range(len(EXPLAINED)))
 @pytest.mark.parametrize("operation", ["solve", "backward"])
 def test_explain_tells_what_is_launched(driver: Path, tmp_path: Path, case: Case, operation: str) -> None:
+    case = case.but(forced_regime=ANY_REGIME)
     backward = operation == "backward"
     facts = (check_backward if backward else check_solve)(driver, tmp_path, case.but(seeds=(1,))).facts
     plan = explain(
