@@ -52,8 +52,10 @@ struct LanesPlan {
   // Steps go by in phases; every band starts `lag` phases after the band above it.
   int32_t band_phases;
   int32_t lag;
-  // Shared memory, in bytes: weights, bias, then the images (before them, in the same place, the fold's scratch).
+  // Shared memory, in bytes: weights, bias, a pixel of zeros, then the images (before them, in the same place, the
+  // fold's scratch).
   int64_t bias_offset;
+  int64_t zeros_offset;
   int64_t image_offset;
   int64_t shared_bytes;
 
@@ -81,7 +83,8 @@ inline bool plan_lanes(const Shape& shape, int64_t state_bytes, int64_t fold_byt
 
   const int64_t max_warps = std::min<int64_t>(device.threads_per_block, kLanesThreads) / 32;
   plan.bias_offset = round_up(taps * taps * channels * channels * state_bytes, 16);
-  plan.image_offset = plan.bias_offset + round_up(channels * state_bytes, 16);
+  plan.zeros_offset = plan.bias_offset + round_up(channels * state_bytes, 16);
+  plan.image_offset = plan.zeros_offset + 16;
   const int64_t budget = device.shared_bytes - plan.image_offset;
   if (fold_bytes > budget) return false;
   // Lanes of neighbouring rows are one column apart. With an even stride their addresses differ by an odd number of
@@ -119,14 +122,15 @@ inline bool plan_lanes(const Shape& shape, int64_t state_bytes, int64_t fold_byt
     const int64_t share = divide_up(shape.batch * shape.groups, std::max(device.multiprocessors, 1));
     const int64_t most = max_warps / plan.bands * plan.images_per_warp;
     const int64_t image_bytes = plan.image_elements() * state_bytes;
-    plan.images = static_cast<int32_t>(std::max<int64_t>(
-        std::min({share, most, std::max<int64_t>(shape.batch, 1), budget / image_bytes}), 1));
+    plan.images = static_cast<int32_t>(
+        std::max<int64_t>(std::min({share, most, std::max<int64_t>(shape.batch, 1), budget / image_bytes}), 1));
   }
   plan.sweep_warps = static_cast<int32_t>(divide_up(plan.images, plan.images_per_warp) * plan.bands);
-  // Loading and storing are the work of all threads, a pixel each.
+  // Loading and storing are the work of all threads, a pixel each; so is the fold, a weight each.
   const int64_t pixels = static_cast<int64_t>(plan.images) * plan.tile_h * plan.tile_w;
+  const int64_t items = std::max(pixels, taps * taps * channels * channels);
   plan.threads =
-      static_cast<int32_t>(32 * std::max<int64_t>(plan.sweep_warps, std::min(max_warps, divide_up(pixels, 32))));
+      static_cast<int32_t>(32 * std::max<int64_t>(plan.sweep_warps, std::min(max_warps, divide_up(items, 32))));
 
   const int64_t first_rows = std::min<int64_t>(plan.rows, tile_h);
   plan.band_phases = static_cast<int32_t>(divide_up(tile_w + plan.margin_w + first_rows - 1, kLanesPhase));
@@ -139,7 +143,8 @@ inline bool plan_lanes(const Shape& shape, int64_t state_bytes, int64_t fold_byt
 
 // The tickets of the groups and the flags of the tiles, for images of several tiles.
 inline int64_t lanes_workspace_bytes(const Shape& shape, const LanesPlan& plan) {
-  return plan.single_tile() ? 0 : shape.groups * (1 + shape.batch * plan.tiles()) * static_cast<int64_t>(sizeof(int32_t));
+  return plan.single_tile() ? 0
+                            : shape.groups * (1 + shape.batch * plan.tiles()) * static_cast<int64_t>(sizeof(int32_t));
 }
 
 }  // namespace inverse_flow

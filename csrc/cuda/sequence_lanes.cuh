@@ -42,8 +42,8 @@ const char* run_lanes(const SolveProblem& problem, const SolvePlan& plan, void* 
         args.solve.first_group = first_group;
         args.solve.orders = orders;
         const auto launch = [&](int64_t blocks) {
-          return launch_kernel(kernel, {static_cast<unsigned>(blocks), static_cast<unsigned>(groups), 1},
-                               lanes.threads, lanes.shared_bytes, args, stream);
+          return launch_kernel(kernel, {static_cast<unsigned>(blocks), static_cast<unsigned>(groups), 1}, lanes.threads,
+                               lanes.shared_bytes, args, stream);
         };
         if (!lanes.single_tile()) return launch(tiles);
         const int64_t chunk = kMaxGridX * lanes.images;

@@ -9,8 +9,8 @@
 //            sums of all columns that it reaches: a lane keeps kTaps - 1 of them an output, and of the steps before
 //            nothing else. The first row of a band reads the rows above from shared memory. x overwrites z.
 //   store    a thread owns a pixel again.
-// Shared memory: [folded weights: tap, input channel, output channel] [bias] [image, row, column, channel], with the
-// margin's rows and columns in front.
+// Shared memory: [folded weights: tap, input channel, output channel] [bias] [a pixel of zeros] [image, row, column,
+// channel], with the margin's rows and columns in front.
 // Barriers: after the fold (its scratch lies where z will), after prepare, after the sweep; and if an image has several
 // bands, after each phase of kLanesPhase steps: the band below reads rows that the phase wrote.
 // Blocks of one image wait for each other's tiles: a block takes a ticket, tickets follow the anti-diagonals of tiles,
@@ -117,11 +117,10 @@ __device__ inline int place_in_tile(const LanesPlan& plan, const LanesTile& clai
 
 template <typename S>
 __device__ void write_pixel(float* x, int place, const float (&values)[S::kChannels]) {
-  constexpr int kPack = S::kPitch < 4 ? S::kPitch : 4;
-  Pack<float, kPack> packed;
+  Pack<float, S::kPitch> packed;
   INVERSE_FLOW_UNROLL
-  for (int c = 0; c < kPack; ++c) packed.value[c] = c < S::kChannels ? values[c] : 0.0f;
-  reinterpret_cast<Pack<float, kPack>*>(x)[place] = packed;
+  for (int c = 0; c < S::kPitch; ++c) packed.value[c] = c < S::kChannels ? values[c] : 0.0f;
+  reinterpret_cast<Pack<float, S::kPitch>*>(x)[place] = packed;
 }
 
 template <typename S, typename Element>
@@ -200,11 +199,13 @@ __device__ void load_margin(const SolveArguments<Element>& args, const LanesTile
 }
 
 template <typename S>
-__device__ void sweep_lanes(const LanesPlan& plan, const LanesTile& claimed, const float* weights, float* x) {
+__device__ void sweep_lanes(const LanesPlan& plan, const LanesTile& claimed, const float* weights, const float* zeros,
+                            float* x) {
   constexpr int kChannels = S::kChannels;
   constexpr int kTaps = S::kTaps;
   constexpr int kOutputs = S::kOutputs;
   constexpr int kLanes = S::kLanes;
+  using PixelPack = Pack<float, S::kPitch>;
   using OutputPack = Pack<float, kOutputs>;
 
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
@@ -240,17 +241,22 @@ __device__ void sweep_lanes(const LanesPlan& plan, const LanesTile& claimed, con
     }
   }
 
-  float solved[kOutputs] = {};              // of the step before
-  float above[kTaps - 1][kChannels] = {};   // rows r - 1, r - 2, ... in this column
-  float sums[kTaps][kOutputs] = {};         // of this column and those that follow; the last stays 0
+  // What moves on by a column a step.
+  int column = -skew;
+  float* here = outputs + column * S::kPitch;
+  const float* over[kTaps - 1];
+  INVERSE_FLOW_UNROLL
+  for (int a = 1; a < kTaps; ++a) over[a - 1] = line + column * S::kPitch - a * row_floats;
+
+  float solved[kOutputs] = {};             // of the step before
+  float above[kTaps - 1][kChannels] = {};  // rows r - 1, r - 2, ... in this column
+  float sums[kTaps][kOutputs] = {};        // of this column and those that follow; the last stays 0
   for (int time = 0; time < plan.phases(); ++time) {
     const int phase = time - band * plan.lag;
     if (warp < plan.sweep_warps && phase >= 0 && phase < plan.band_phases) {
       INVERSE_FLOW_UNROLL_BY(1)
       for (int step = 0; step < kLanesPhase; ++step) {
-        const int column = phase * kLanesPhase + step - skew;
         const bool is_inside = static_cast<unsigned>(column) < columns;
-        const int here = column * S::kPitch;
 
         // Upwards the farthest rows first: each takes what the row above it had.
         float left[kChannels];
@@ -266,18 +272,14 @@ __device__ void sweep_lanes(const LanesPlan& plan, const LanesTile& claimed, con
           left[c] = kLanes == 1 ? channel : __shfl_sync(kFullWarp, channel, owner);
           above[0][c] = __shfl_sync(kFullWarp, channel, (owner + kWarp - kLanes) % kWarp);
         }
-        if (is_first) {
+        INVERSE_FLOW_UNROLL
+        for (int a = 1; a < kTaps; ++a) {
+          const float* const source = reads_above && is_inside ? over[a - 1] : zeros;
+          const PixelPack pixel = *reinterpret_cast<const PixelPack*>(source);
           INVERSE_FLOW_UNROLL
-          for (int a = 0; a < kTaps - 1; ++a) {
-            INVERSE_FLOW_UNROLL
-            for (int c = 0; c < kChannels; ++c) {
-              const float* source = line + here - (a + 1) * row_floats + c;
-              above[a][c] = reads_above && is_inside ? *source : 0.0f;
-            }
-          }
+          for (int c = 0; c < kChannels; ++c) above[a - 1][c] = is_first ? pixel.value[c] : above[a - 1][c];
         }
-        OutputPack z{};
-        if (is_inside) z = *reinterpret_cast<const OutputPack*>(outputs + here);
+        const OutputPack z = *reinterpret_cast<const OutputPack*>(is_inside ? here : zeros);
 
         // What is known longest goes in first; only the left neighbour and the row above are news.
         INVERSE_FLOW_UNROLL
@@ -292,15 +294,14 @@ __device__ void sweep_lanes(const LanesPlan& plan, const LanesTile& claimed, con
           for (int c = 0; c < kChannels; ++c) sum += weight[1][k][c] * left[c];
           INVERSE_FLOW_UNROLL
           for (int c = 0; c < kChannels; ++c) sum += weight[kTaps][k][c] * above[0][c];
-          // In the margin z is x already.
-          const float found = column < claimed.left ? z.value[k] : z.value[k] + sum;
-          solved[k] = is_inside ? found : 0.0f;
+          // In the margin z is x already. Left of it all is zero; what is right of the image reaches nobody in it.
+          solved[k] = column < claimed.left ? z.value[k] : z.value[k] + sum;
         }
         if (is_inside) {
           OutputPack packed;
           INVERSE_FLOW_UNROLL
           for (int k = 0; k < kOutputs; ++k) packed.value[k] = solved[k];
-          *reinterpret_cast<OutputPack*>(outputs + here) = packed;
+          *reinterpret_cast<OutputPack*>(here) = packed;
         }
 
         // The sums move one column on, and take in what this step brought.
@@ -321,6 +322,10 @@ __device__ void sweep_lanes(const LanesPlan& plan, const LanesTile& claimed, con
             sums[b - 1][k] = sum;
           }
         }
+        ++column;
+        here += S::kPitch;
+        INVERSE_FLOW_UNROLL
+        for (int a = 1; a < kTaps; ++a) over[a - 1] += S::kPitch;
       }
     }
     if (plan.bands > 1) __syncthreads();  // the band below reads what this phase wrote
@@ -330,7 +335,6 @@ __device__ void sweep_lanes(const LanesPlan& plan, const LanesTile& claimed, con
 template <typename S, typename Element>
 __device__ void store_lanes(const SolveArguments<Element>& args, const LanesTile& claimed, int64_t group, int flips,
                             const float* x) {
-  constexpr int kPack = S::kPitch < 4 ? S::kPitch : 4;
   const ImageView<Element> output(args.output, args.output_strides, args.shape, group, flips);
   const ImageView<float> state(args.state, args.state_strides, args.shape, group, flips);
   const Tile& tile = claimed.tile;
@@ -343,7 +347,7 @@ __device__ void store_lanes(const SolveArguments<Element>& args, const LanesTile
     const int image = static_cast<int>(line / rows);
     const int row = static_cast<int>(line) - image * tile.rows;
     const int place = place_in_tile(args.plan.lanes, claimed, image, row, column);
-    const auto packed = reinterpret_cast<const Pack<float, kPack>*>(x)[place];
+    const auto packed = reinterpret_cast<const Pack<float, S::kPitch>*>(x)[place];
     const int64_t image_row = tile.first_row + row;
     const int64_t image_column = tile.first_column + column;
     Element* const rounded = output.pixel(tile.first_image + image, image_row, image_column);
@@ -375,7 +379,9 @@ __global__ void __launch_bounds__(kLanesThreads, 1)
   float* const weights = reinterpret_cast<float*>(shared);
   float* const bias = reinterpret_cast<float*>(shared + plan.bias_offset);
   float* const x = reinterpret_cast<float*>(shared + plan.image_offset);
+  float* const zeros = reinterpret_cast<float*>(shared + plan.zeros_offset);
   const LanesTile claimed = claim_tile(arguments, reinterpret_cast<int32_t*>(x));
+  if (threadIdx.x < S::kPitch) zeros[threadIdx.x] = 0.0f;
   if (threadIdx.x < kChannels) {
     const int64_t channel = group * kChannels + threadIdx.x;
     bias[threadIdx.x] = args.bias == nullptr ? 0.0f : load_element<float>(args.bias, channel, args.weight_type);
@@ -385,7 +391,7 @@ __global__ void __launch_bounds__(kLanesThreads, 1)
   const Inversion inversion(matrix, matrix + kChannels * kChannels, kChannels);
   if (view.corner != kIdentity) invert_corner(view, inversion);
   fold_taps<int>(view, inversion, args.plan, weights, threadIdx.x, blockDim.x);
-  __syncthreads();  // weights and bias are complete, and the fold's scratch is free for z
+  __syncthreads();  // weights, bias and zeros are complete, and the fold's scratch is free for z
 
   prepare_lanes<S>(args, claimed, group, flips, weights, bias, x);
   if (claimed.above > 0 || claimed.left > 0) {
@@ -393,7 +399,7 @@ __global__ void __launch_bounds__(kLanesThreads, 1)
     load_margin<S>(args, claimed, group, flips, x);
   }
   __syncthreads();  // z and the margin are complete
-  sweep_lanes<S>(plan, claimed, weights, x);
+  sweep_lanes<S>(plan, claimed, weights, zeros, x);
   __syncthreads();  // x is complete
   store_lanes<S>(args, claimed, group, flips, x);
   if (!plan.single_tile()) {

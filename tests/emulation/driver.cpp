@@ -87,11 +87,11 @@ const char* solve(const SolveProblem& problem, const SolvePlan& plan) {
 }
 
 void print(const SolvePlan& plan) {
-  std::cout << "regime " << static_cast<int32_t>(plan.regime) << "\npack " << plan.pack << "\ntile " << plan.tile_h << " " << plan.tile_w << "\ntiles " << plan.tiles_h
-            << " " << plan.tiles_w << "\nimages " << plan.images << "\nthreads " << plan.threads << "\nchannel_threads "
-            << plan.channel_threads << "\ndiagonal_threads " << plan.diagonal_threads << "\nweights_in_shared "
-            << plan.weights_in_shared << "\nfold_in_block " << plan.fold_in_block << "\nshared_bytes "
-            << plan.shared_bytes << "\n";
+  std::cout << "regime " << static_cast<int32_t>(plan.regime) << "\npack " << plan.pack << "\ntile " << plan.tile_h
+            << " " << plan.tile_w << "\ntiles " << plan.tiles_h << " " << plan.tiles_w << "\nimages " << plan.images
+            << "\nthreads " << plan.threads << "\nchannel_threads " << plan.channel_threads << "\ndiagonal_threads "
+            << plan.diagonal_threads << "\nweights_in_shared " << plan.weights_in_shared << "\nfold_in_block "
+            << plan.fold_in_block << "\nshared_bytes " << plan.shared_bytes << "\n";
   if (plan.regime == SolveRegime::kLanes) {
     std::cout << "bands " << plan.lanes.bands << "\nimages_per_warp " << plan.lanes.images_per_warp << "\nphases "
               << plan.lanes.phases() << "\n";

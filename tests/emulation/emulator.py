@@ -68,6 +68,24 @@ def build(folder: Path, kernels: Path = KERNELS, defines: tuple[str, ...] = ()) 
     return program
 
 
+def build_spoilt(folder: Path, planted: dict[str, tuple[str, str, str]]) -> Path:
+    """The driver over a copy of the kernels that holds mistakes, each behind a switch of the case file: by name, the
+    file, the line as it is, and the line as it is wrong."""
+    copy = folder / "csrc"
+    sources = {path: path.read_text() for path in [KERNELS / "params.h", *(KERNELS / "cuda").glob("*.*")]}
+    for name, (file, right, wrong) in planted.items():
+        path = KERNELS / "cuda" / file
+        assert sources[path].count(right) == 1, f"{file} no longer holds the line to spoil for {name}: {right}"
+        sources[path] = sources[path].replace(right, wrong)
+    with exclusively(folder.with_suffix(".lock")):
+        (copy / "cuda").mkdir(parents=True, exist_ok=True)
+        for path, text in sources.items():
+            target = copy / path.relative_to(KERNELS)
+            if not target.exists():
+                target.write_text(text)
+    return build(folder, copy, ("EMULATE_FLOAT_AND_DOUBLE_ONLY",))
+
+
 # ---- Element types ----
 
 
