@@ -53,6 +53,10 @@ class Constants:
     global_latency: float = 479.0
     # The same: a dependent float32 multiply-add.
     multiply_add_latency: float = 4.0
+    # CUDA C++ Programming Guide: a multiprocessor has four schedulers, each issues one instruction a cycle.
+    schedulers: int = 4
+    # Published figures for a shuffle are 22 to 24 cycles.
+    shuffle_latency: float = 23.0
     # docs/kernels-cuda.md counts the barriers; 23 to 40 cycles each were published, for one block to eight warps.
     barrier: float = 32.0
     # A launch in a stream, a node of a graph, and a launch behind which the host waits for the GPU.
@@ -74,6 +78,17 @@ class Constants:
 # Registers a thread, sm_90: the table of docs/kernels-cuda.md.
 SOLVE_REGISTERS = {(True, False): 77, (True, True): 48, (False, False): 88}  # (weights in shared memory, one channel)
 GRADIENT_REGISTERS = {False: 162, True: 128}  # (tensor cores)
+# Of the regime of rows as lanes, sm_90, by (channels of a group, taps of the window): registers a thread, and the
+# instructions of a step, counted in the disassembly of the sweep's loop.
+LANES_REGISTERS = {
+    (1, 2): 61, (2, 2): 61, (3, 2): 72, (4, 2): 80, (1, 3): 60, (2, 3): 87, (3, 3): 110, (4, 3): 124,
+    (1, 5): 80, (2, 5): 157,
+}  # fmt: skip
+LANES_INSTRUCTIONS = {
+    (1, 2): 24, (2, 2): 39, (3, 2): 49, (4, 2): 58, (1, 3): 37, (2, 3): 65, (3, 3): 88, (4, 3): 110,
+    (1, 5): 67, (2, 5): 143,
+}  # fmt: skip
+PIXELS_IN_FLIGHT = 4  # kInFlight of csrc/cuda/solve_lanes.cuh
 STATE_BYTES = 4
 
 
@@ -176,8 +191,58 @@ def fold_cycles(plan: CudaPlan, threads: int, blocks: int, constants: Constants)
     return inversion + max(latency, throughput)
 
 
+def lanes_time(plan: CudaPlan, constants: Constants) -> Time:
+    """The solve of a plan with rows as lanes."""
+    problem, us = plan.problem, 1e-3 / constants.clock_ghz
+    channels = problem.channels // problem.groups
+    kernel = channels, problem.kernel_size[0]
+    resident = resident_blocks(plan.threads, plan.shared_bytes, LANES_REGISTERS[kernel], constants)
+    waves, busy = _waves(plan.blocks, resident, plan.gpu)
+    diagonals = plan.tiles[0] + plan.tiles[1] - 1
+    # Of several tiles, those of one anti-diagonal are at work, on average; the others wait or are not there yet.
+    at_work = plan.blocks / diagonals
+    if diagonals > 1:
+        busy = min(resident, math.ceil(at_work / plan.gpu.multiprocessors))
+    images_of_a_warp = max(1, 32 // plan.channel_threads // plan.tile[0])
+    warps = math.ceil(plan.images / images_of_a_warp) * plan.bands
+    pixels = plan.images * math.prod(plan.tile)
+    rounds = math.ceil(pixels / plan.threads)
+
+    fold = fold_cycles(plan, plan.threads, 1, constants)
+    # Prepare: the channels of a few pixels at a time wait for global memory; a pixel is C² multiply-adds.
+    latency = math.ceil(rounds / PIXELS_IN_FLIGHT) * constants.global_latency
+    prepare = max(latency, busy * pixels * channels**2 / constants.multiply_adds)
+    # Sweep: a step is a shuffle and the multiply-adds of the left neighbour and of the row above, one after the other;
+    # or the instructions of all warps that share a scheduler. Bands meet at a barrier every eight steps.
+    chain = constants.shuffle_latency + (2 * channels + 2) * constants.multiply_add_latency
+    step = max(chain, math.ceil(busy * warps / constants.schedulers) * LANES_INSTRUCTIONS[kernel])
+    barriers = plan.steps / 8 * constants.barrier if plan.bands > 1 else 0.0
+    sweep = plan.steps * step + barriers
+    store = rounds * constants.shared_latency
+
+    image_bytes = problem.batch * problem.channels * problem.height * problem.width * problem.dtype.itemsize
+    moved = image_bytes / constants.memory_bytes_per_us
+    launches = plan.launches - (plan.gradient.launches if plan.gradient else 0)
+    chain_of_tiles: float = waves
+    if diagonals > 1:
+        # A tile waits for its neighbours' flags and loads its margin, each through L2, and its own flag must get there.
+        # It folded and prepared before, in its wave.
+        sweep += 3 * constants.l2_latency
+        store += constants.l2_latency
+        chain_of_tiles = diagonals * max(1.0, at_work / (plan.gpu.multiprocessors * resident))
+    return Time(
+        launches * constants.graph_node_us,
+        fold * waves * us,
+        max(prepare * waves * us, moved),
+        sweep * chain_of_tiles * us,
+        max(store * chain_of_tiles * us, moved),
+    )
+
+
 def solve_time(plan: CudaPlan, constants: Constants) -> Time:
     """The solve of a plan, or the transposed solve of a backward pass."""
+    if plan.bands:
+        return lanes_time(plan, constants)
     problem, us = plan.problem, 1e-3 / constants.clock_ghz
     channels = problem.channels // problem.groups
     taps = min(problem.kernel_size[0], problem.height) * min(problem.kernel_size[1], problem.width)
@@ -324,7 +389,7 @@ def table(cases: Iterable[Case] = CASES, constants: Constants | None = None) -> 
         backward, _ = predict(case, backward=True, constants=constants)
         ratios.append(forward.total / ideal_convolution(case, 1, constants))
         both_ratios.append((forward.total + backward.total) / ideal_convolution(case, 3, constants))
-        where = "shared" if plan.weights_in_shared else "L2"
+        where = "registers" if plan.bands else "shared" if plan.weights_in_shared else "L2"
         tiles = f"{plan.tiles[0]} × {plan.tiles[1]} tiles" if plan.tiles != (1, 1) else f"{plan.images} a block"
         parts = (forward.launches, forward.fold, forward.prepare, forward.sweep, forward.store)
         ratio = published_pattern(case, constants) / forward.total

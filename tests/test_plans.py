@@ -87,11 +87,36 @@ def test_an_image_of_one_block_is_one_launch() -> None:
 
 
 def test_a_large_image_is_a_launch_for_each_diagonal_of_tiles() -> None:
-    plan = cuda((2, 3, 1024, 700), 3, corner="identity")
+    plan = cuda((2, 5, 1024, 700), 3, corner="identity")
     assert plan.regime == "tiles, weights in shared memory"
     assert plan.tiles == (-(-1024 // plan.tile[0]), -(-700 // plan.tile[1]))
     assert plan.launches == sum(plan.tiles) - 1
     assert plan.blocks == 2 * min(plan.tiles)
+
+
+def test_few_channels_have_rows_as_lanes() -> None:
+    plan = cuda((100, 3, 64, 64), 3, corner="unit_triangular")
+    assert plan.regime == "rows as lanes, images in a block"
+    assert "bands of a tile" in str(plan)
+    assert (plan.bands, plan.launches, plan.blocks, plan.scratch_bytes) == (4, 1, 100, 0)
+    assert 64 + 63 <= plan.steps <= 64 + 63 + 3 * 8 + 8
+    # Whole images side by side in a warp.
+    plan = cuda((10000, 1, 10, 10), 3)
+    assert (plan.bands, plan.images, plan.blocks) == (1, 24, -(-10000 // 24))
+    # What has no such kernel is solved as before.
+    for shape, kernel in [((100, 5, 64, 64), 3), ((100, 3, 64, 64), 5), ((100, 3, 64, 64), (3, 2)), ((9, 3, 2, 2), 3)]:
+        assert "lanes" not in cuda(shape, kernel).regime
+    assert "lanes" not in cuda((100, 3, 64, 64), 3, dtype=torch.float64).regime
+
+
+def test_a_large_image_of_few_channels_is_one_launch_and_cleared_flags() -> None:
+    plan = cuda((2, 3, 1024, 700), 3, corner="identity")
+    assert plan.regime == "rows as lanes, tiles"
+    assert plan.tile == (64, 64)
+    assert plan.tiles == (16, 11)
+    assert plan.launches == 2
+    assert plan.blocks == 2 * 16 * 11
+    assert plan.scratch_bytes == 4 * (1 + 2 * 16 * 11)
 
 
 def test_small_images_share_a_block() -> None:

@@ -256,6 +256,20 @@ __device__ void fold_taps(const WeightView& weight, const Inversion& inversion, 
   }
 }
 
+// The fold of a block that needs no launch before it. `scratch`: fold_in_block_bytes of shared memory. The caller puts a
+// barrier behind it.
+template <typename State>
+__device__ void fold_in_block(WeightView weight, const SolvePlan& plan, void* scratch, State* folded) {
+  const Inversion inversion(scratch, weight.channels);
+  if (weight.corner != kIdentity) {
+    unsigned char* const copy = static_cast<unsigned char*>(scratch) + inversion_bytes(weight.channels);
+    weight = stage_weight(weight, reinterpret_cast<State*>(copy));
+    __syncthreads();  // the copy is complete
+    invert_corner(weight, inversion);
+  }
+  fold_taps<int>(weight, inversion, plan, folded, threadIdx.x, blockDim.x);
+}
+
 // ---- The launches before a solve whose blocks do not fold for themselves ----
 
 template <typename State>

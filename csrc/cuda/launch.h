@@ -50,10 +50,11 @@ const char* device_limits(DeviceLimits& limits);
 struct SolveWorkspace {
   int64_t folded;
   int64_t inversions;
-  int64_t bytes;  // 0 when the blocks fold for themselves
+  int64_t bytes;  // 0 when the blocks fold for themselves, and need not wait for each other
 };
 
 inline SolveWorkspace solve_workspace(const Shape& shape, const SolvePlan& plan, int64_t state_bytes) {
+  if (plan.regime == SolveRegime::kLanes) return {0, 0, lanes_workspace_bytes(shape, plan.lanes)};
   if (plan.fold_in_block) return {0, 0, 0};
   const int64_t inverses = shape.corner == kIdentity || plan.fold_shared_bytes > 0 ? 0 : shape.groups;
   SolveWorkspace part{};
@@ -105,6 +106,11 @@ inline int64_t chunks(const Shape& shape, const int64_t* orders) {
 
 // Launches of a solve, and of the gradient behind one.
 inline int64_t solve_launches(const Shape& shape, const SolvePlan& plan, const int64_t* orders) {
+  if (plan.regime == SolveRegime::kLanes) {
+    // All tiles are one launch; the flags by which they wait for each other are cleared before it.
+    return plan.single_tile() ? chunks(shape, orders) * divide_up(shape.batch, kMaxGridX * plan.images)
+                              : chunks(shape, orders) + 1;
+  }
   const int64_t diagonals = plan.tiles_h + plan.tiles_w - 1;
   const int64_t batches = divide_up(shape.batch, kMaxGridX * plan.images);
   return chunks(shape, orders) * (fold_launches(shape, plan) + diagonals * batches);

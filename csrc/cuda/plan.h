@@ -6,15 +6,10 @@
 #include <cstdint>
 
 #include "../params.h"
-#include "host_device.h"
+#include "limits.h"
+#include "plan_lanes.h"
 
 namespace inverse_flow {
-
-struct DeviceLimits {
-  int32_t threads_per_block;  // at most; a multiple of 32
-  int64_t shared_bytes;       // at most, a block, with the opt-in above 48 KiB
-  int32_t multiprocessors;
-};
 
 // Registers: 65536 of them over 640 threads leave 96 each; the solve spills with the 64 that 1024 threads would leave.
 constexpr int32_t kMaxThreads = 640;
@@ -24,10 +19,9 @@ constexpr int32_t kBusyThreads = 256;
 // double precision, repeated a block, would cost more than the launch.
 constexpr int32_t kMaxChannelsFoldedInBlock = 16;
 
-INVERSE_FLOW_HOST_DEVICE constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-INVERSE_FLOW_HOST_DEVICE constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
-
 struct SolvePlan {
+  SolveRegime regime;
+  LanesPlan lanes;  // of kLanes alone
   // Taps that can reach a pixel at all: the kernel clipped to the image.
   int32_t taps_h;
   int32_t taps_w;
@@ -81,11 +75,55 @@ inline int64_t tile_bytes(const SolvePlan& plan, int64_t tile_h, int64_t tile_w,
   return tile_h * row_stride(tile_h, tile_w) * plan.channel_packs * plan.pack * state_bytes;
 }
 
+// Sets what the regimes have in common from the plan of kLanes.
+inline void copy_lanes_plan(const Shape& shape, SolvePlan& plan) {
+  const LanesPlan& lanes = plan.lanes;
+  plan.taps_h = static_cast<int32_t>(shape.kernel_h);
+  plan.taps_w = static_cast<int32_t>(shape.kernel_w);
+  plan.pack = 1;
+  plan.channel_packs = static_cast<int32_t>(shape.channels);
+  plan.tile_h = lanes.tile_h;
+  plan.tile_w = lanes.tile_w;
+  plan.row_stride = lanes.row_stride;
+  plan.tiles_h = lanes.tiles_h;
+  plan.tiles_w = lanes.tiles_w;
+  plan.images = lanes.images;
+  plan.channel_threads = lanes.lanes;
+  plan.diagonal_threads = lanes.tile_h;
+  plan.threads = lanes.threads;
+  plan.weights_in_shared = true;
+  plan.fold_in_block = true;
+  plan.bias_offset = lanes.bias_offset;
+  plan.tile_offset = lanes.image_offset;
+  plan.shared_bytes = lanes.shared_bytes;
+}
+
 }  // namespace plan_detail
+
+// Shared memory of a block that folds for itself: the inversion, and a copy of the group's weights.
+inline int64_t fold_in_block_bytes(const Shape& shape, int64_t state_bytes) {
+  if (shape.corner == kIdentity) return 0;
+  const int64_t weights = shape.channels * shape.channels * shape.kernel_h * shape.kernel_w;
+  return inversion_bytes(shape.channels) + weights * state_bytes;
+}
+
+// kLanes wherever it has a kernel, and plans it; else kBlock.
+inline SolveRegime choose_regime(const Shape& shape, int64_t state_bytes, const DeviceLimits& device,
+                                 LanesPlan& lanes) {
+  if (device.forced_regime == static_cast<int32_t>(SolveRegime::kBlock)) return SolveRegime::kBlock;
+  const bool possible = plan_lanes(shape, state_bytes, fold_in_block_bytes(shape, state_bytes), device, lanes);
+  return possible ? SolveRegime::kLanes : SolveRegime::kBlock;
+}
 
 // False when not even one pixel fits: more channels in a group than the block's shared memory holds.
 inline bool plan_solve(const Shape& shape, int64_t state_bytes, const DeviceLimits& device, SolvePlan& plan) {
   using plan_detail::tile_bytes;
+  plan = {};
+  plan.regime = choose_regime(shape, state_bytes, device, plan.lanes);
+  if (plan.regime == SolveRegime::kLanes) {
+    plan_detail::copy_lanes_plan(shape, plan);
+    return true;
+  }
   const int64_t channels = shape.channels;
   const int64_t max_threads = std::min<int64_t>(device.threads_per_block, kMaxThreads);
   plan.taps_h = static_cast<int32_t>(std::min(shape.kernel_h, shape.height));
@@ -126,10 +164,8 @@ inline bool plan_solve(const Shape& shape, int64_t state_bytes, const DeviceLimi
     tile_w = std::min(side, shape.width);
     if (!fits(side)) return false;
   }
-  // A block that folds for itself works on a copy of the group's weights, where the tile will be.
   const int64_t corner_bytes = shape.corner == kIdentity ? 0 : inversion_bytes(channels);
-  int64_t fold_bytes = corner_bytes;
-  if (shape.corner != kIdentity) fold_bytes += channels * channels * shape.kernel_h * shape.kernel_w * state_bytes;
+  int64_t fold_bytes = fold_in_block_bytes(shape, state_bytes);
   plan.fold_in_block = plan.weights_in_shared && fold_bytes <= budget &&
                        (shape.corner == kIdentity || channels <= kMaxChannelsFoldedInBlock);
   plan.fold_shared_bytes = corner_bytes <= device.shared_bytes ? corner_bytes : 0;

@@ -27,16 +27,16 @@ inline Strides contiguous_strides(const Shape& shape) {
 const char* launch_fold(const FoldArguments<float>& args, int64_t groups, int threads, void* stream);
 const char* launch_fold(const FoldArguments<double>& args, int64_t groups, int threads, void* stream);
 
+// In lanes_*_launch.cu: solves in the regime kLanes.
 template <typename Element>
-const char* run_solve(const SolveProblem& problem, const SolvePlan& plan, void* stream) {
-  using State = typename StateOf<Element>::Type;
-  constexpr int kPack = 16 / sizeof(State);
-  const Shape& shape = problem.shape;
-  const SolveWorkspace parts = solve_workspace(shape, plan, sizeof(State));
-  unsigned char* const workspace = static_cast<unsigned char*>(problem.workspace);
+const char* run_lanes(const SolveProblem& problem, const SolvePlan& plan, void* stream);
 
+// The arguments of a solve, but for the groups, images and tiles of a launch.
+template <typename Element>
+SolveArguments<Element> solve_arguments(const SolveProblem& problem, const SolvePlan& plan) {
+  using State = typename StateOf<Element>::Type;
   SolveArguments<Element> args{};
-  args.shape = shape;
+  args.shape = problem.shape;
   args.plan = plan;
   args.input = static_cast<const Element*>(problem.input);
   args.input_strides = problem.input_strides;
@@ -47,12 +47,26 @@ const char* run_solve(const SolveProblem& problem, const SolvePlan& plan, void* 
     args.state_strides = problem.output_strides;
   } else {
     args.state = static_cast<State*>(problem.state);
-    args.state_strides = contiguous_strides(shape);
+    args.state_strides = contiguous_strides(problem.shape);
     args.write_state = args.state != nullptr;
   }
   args.weight = problem.weight;
   args.bias = problem.bias;
   args.weight_type = problem.weight_type;
+  return args;
+}
+
+template <typename Element>
+const char* run_solve(const SolveProblem& problem, const SolvePlan& plan, void* stream) {
+  using State = typename StateOf<Element>::Type;
+  if constexpr (sizeof(State) == sizeof(float)) {
+    if (plan.regime == SolveRegime::kLanes) return run_lanes<Element>(problem, plan, stream);
+  }
+  constexpr int kPack = 16 / sizeof(State);
+  const Shape& shape = problem.shape;
+  const SolveWorkspace parts = solve_workspace(shape, plan, sizeof(State));
+  unsigned char* const workspace = static_cast<unsigned char*>(problem.workspace);
+  SolveArguments<Element> args = solve_arguments<Element>(problem, plan);
   if (!plan.fold_in_block) args.folded = reinterpret_cast<const State*>(workspace + parts.folded);
 
   void (*kernel)(SolveArguments<Element>) = solve_kernel<Element, kPack, false>;

@@ -278,15 +278,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) solve_kernel(const __grid_cons
   const State* weights = shared_weights;
   if constexpr (kWeightsInShared) {
     if (args.folded == nullptr) {
-      WeightView view = weight_view(args.shape, args.weight, args.weight_type, group, order);
-      const Inversion inversion(x, channels);
-      if (view.corner != kIdentity) {
-        unsigned char* const copy = reinterpret_cast<unsigned char*>(x) + inversion_bytes(channels);
-        view = stage_weight(view, reinterpret_cast<State*>(copy));
-        __syncthreads();  // the copy is complete
-        invert_corner(view, inversion);
-      }
-      fold_taps<int>(view, inversion, args.plan, shared_weights, threadIdx.x, blockDim.x);
+      fold_in_block(weight_view(args.shape, args.weight, args.weight_type, group, order), args.plan, x, shared_weights);
     } else {
       const State* source = args.folded + group * folded_elements;
       for (int64_t i = threadIdx.x; i < folded_elements; i += blockDim.x) shared_weights[i] = load_readonly(source + i);

@@ -174,13 +174,15 @@ class CudaPlan:
         problem: What is asked.
         gpu: The limits that the plan was made for.
         regime: "images in a block" (whole images), "tiles" (an image is cut up), or "nothing to do" for an empty batch;
-            behind a comma, where the folded weights are.
+            behind a comma, where the folded weights are. For few channels a group "rows as lanes", whole images or
+            tiles again: the weights are in registers.
         tile: Rows and columns that a block keeps in shared memory.
         tiles: Tiles of an image, downwards and to the right.
         images: Whole images of a block.
         pack: Channels that are read and written together.
         channel_threads: Threads of a pixel.
         diagonal_threads: Pixels of an anti-diagonal that are solved at once.
+        bands: With rows as lanes, the bands of rows of a tile, each swept by a warp; else 0.
         threads: Threads of a block.
         blocks: Blocks of the largest launch of the solve.
         shared_bytes: Shared memory of a block of the solve.
@@ -189,7 +191,8 @@ class CudaPlan:
         fold_launches: Launches, for each chunk of groups, that fold the corner before the solve; 0 if every block does
             it for itself.
         fold_blocks: Blocks of those launches.
-        steps: Anti-diagonals of a tile: barriers that follow each other in a launch.
+        steps: Steps that follow each other in a block: the anti-diagonals of a tile; with rows as lanes a few more,
+            since a band starts some steps late.
         launches: Launches in all, those of the gradient included.
         scratch_bytes: Memory beside inputs, outputs and gradients.
         gradient: Of a backward pass, what comes behind the transposed solve.
@@ -204,6 +207,7 @@ class CudaPlan:
     pack: int = 0
     channel_threads: int = 0
     diagonal_threads: int = 0
+    bands: int = 0
     threads: int = 0
     blocks: int = 0
     shared_bytes: int = 0
@@ -227,6 +231,7 @@ class CudaPlan:
         rows |= {
             "tile": f"{self.tile[0]} × {self.tile[1]} pixels, {self.tiles[0]} × {self.tiles[1]} of them an image",
             "images of a block": self.images,
+            **({"bands of a tile": self.bands} if self.bands else {}),
             "steps of a tile": self.steps,
             "threads of a block": self.threads,
             "blocks": self.blocks,
@@ -335,9 +340,16 @@ def _explain_cpu(problem: Problem, sizes: tuple[int, ...], corner: int, dtype: s
 
 
 def _explain_cuda(
-    problem: Problem, sizes: tuple[int, ...], orders: tuple[int, ...], corner: int, dtype: str, gpu: GpuProperties
+    problem: Problem,
+    sizes: tuple[int, ...],
+    orders: tuple[int, ...],
+    corner: int,
+    dtype: str,
+    gpu: GpuProperties,
+    forced_regime: int = -1,
 ) -> CudaPlan:
-    limits = (gpu.threads_per_block, gpu.shared_bytes, gpu.multiprocessors)
+    """The plan of csrc/cuda. Tests ask for a SolveRegime of csrc/cuda/limits.h; -1 is the plan's choice."""
+    limits = (gpu.threads_per_block, gpu.shared_bytes, gpu.multiprocessors, forced_regime)
     plan: dict[str, Any] = _C.plan_cuda(sizes, orders, corner, dtype, problem.backward, *limits)
     if not plan.pop("fits"):
         raise RuntimeError(
@@ -345,8 +357,11 @@ def _explain_cuda(
         )
     if not plan:
         return CudaPlan(problem, gpu, "nothing to do")
-    where = "shared memory" if plan["weights_in_shared"] else "global memory"
-    regime = f"{'images in a block' if plan['tiles'] == (1, 1) else 'tiles'}, weights in {where}"
+    regime = "images in a block" if plan["tiles"] == (1, 1) else "tiles"
+    if plan.pop("regime") == "rows as lanes":
+        regime = f"rows as lanes, {regime}"
+    else:
+        regime += f", weights in {'shared' if plan['weights_in_shared'] else 'global'} memory"
     found = plan.pop("gradient", None)
     gradient = None if found is None else GradientPlan(**found)
     if gradient is not None:

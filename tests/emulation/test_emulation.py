@@ -17,11 +17,11 @@ from inverse_flow._checks import CORNERS, ORDERS
 from inverse_flow.plans import CudaPlan, GpuProperties
 
 from .emulator import (
+    ANY_REGIME,
     BOTTOM_LEFT,
     BOTTOM_RIGHT,
     GENERAL,
     IDENTITY,
-    KERNELS,
     STORED,
     TOP_LEFT,
     TOP_RIGHT,
@@ -33,11 +33,11 @@ from .emulator import (
     DriverError,
     Run,
     build,
+    build_spoilt,
     compiler,
     corner_mask,
     decode,
     encode,
-    exclusively,
     execute,
     make_data,
     oracle_gradients,
@@ -347,7 +347,7 @@ def test_one_launch_for_the_shapes_of_the_paper(driver: Path, tmp_path: Path, sh
 
 
 # One of each path of the launches: whole images with and without a fold of their own, several images in a block, tiles,
-# weights in global memory, a corner inverted there, orders of no period.
+# weights in global memory, a corner inverted there, orders of no period, tiles of rows as lanes.
 EXPLAINED = [
     Case(3, (TOP_LEFT,), 5, 6, 7, 3, 3, multiprocessors=2),
     Case(9, (TOP_LEFT, BOTTOM_RIGHT), 2, 4, 5, 2, 3, corner=GENERAL, multiprocessors=2),
@@ -356,12 +356,14 @@ EXPLAINED = [
     Case(2, (TOP_LEFT, BOTTOM_LEFT), 18, 3, 4, 2, 3, corner=GENERAL, shared_bytes=2048),
     Case(2, (TOP_LEFT,), 4, 6, 5, 3, 3, image_type="half", shared_bytes=400),
     Case(1, tuple(int(o) for o in np.random.default_rng(5).integers(0, 4, 300)), 1, 2, 2, 2, 2),
+    Case(2, (TOP_LEFT, BOTTOM_RIGHT), 2, 35, 20, 3, 3, image_type="half", shared_bytes=5000, threads_per_block=64),
 ]
 
 
 @pytest.mark.parametrize("case", EXPLAINED, ids=range(len(EXPLAINED)))
 @pytest.mark.parametrize("operation", ["solve", "backward"])
 def test_explain_tells_what_is_launched(driver: Path, tmp_path: Path, case: Case, operation: str) -> None:
+    case = case.but(forced_regime=ANY_REGIME)
     backward = operation == "backward"
     facts = (check_backward if backward else check_solve)(driver, tmp_path, case.but(seeds=(1,))).facts
     plan = explain(
@@ -478,21 +480,7 @@ PLANTED_WIDE_CASE = Case(2, (TOP_LEFT,), 16, 5, 34, 1, 2, UNIT_TRIANGULAR, seeds
 
 @pytest.fixture(scope="session")
 def spoilt_driver(tmp_path_factory: pytest.TempPathFactory, worker: str) -> Path:
-    """The driver over a copy of the kernels that holds all the mistakes, each behind a switch of the case file."""
-    folder = shared_folder(tmp_path_factory, worker) / "spoilt"
-    copy = folder / "csrc"
-    sources = {path: path.read_text() for path in [KERNELS / "params.h", *(KERNELS / "cuda").glob("*.*")]}
-    for name, (file, right, wrong) in PLANTED.items():
-        path = KERNELS / "cuda" / file
-        assert sources[path].count(right) == 1, f"{file} no longer holds the line to spoil for {name}: {right}"
-        sources[path] = sources[path].replace(right, wrong)
-    with exclusively(folder.with_suffix(".lock")):
-        (copy / "cuda").mkdir(parents=True, exist_ok=True)
-        for path, text in sources.items():
-            target = copy / path.relative_to(KERNELS)
-            if not target.exists():
-                target.write_text(text)
-    return build(folder, copy, ("EMULATE_FLOAT_AND_DOUBLE_ONLY",))
+    return build_spoilt(shared_folder(tmp_path_factory, worker) / "spoilt", PLANTED)
 
 
 def test_without_a_planted_mistake_the_checks_pass(spoilt_driver: Path, tmp_path: Path) -> None:
