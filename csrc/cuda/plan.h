@@ -6,15 +6,13 @@
 #include <cstdint>
 
 #include "../params.h"
-#include "host_device.h"
+#include "limits.h"
+#include "plan_tensor.h"
 
 namespace inverse_flow {
 
-struct DeviceLimits {
-  int32_t threads_per_block;  // at most; a multiple of 32
-  int64_t shared_bytes;       // at most, a block, with the opt-in above 48 KiB
-  int32_t multiprocessors;
-};
+// Which kernel solves: solve.cuh (any problem), solve_tensor.cuh.
+enum class SolveRegime : int32_t { kBlock, kLanes, kTensor };
 
 // Registers: 65536 of them over 640 threads leave 96 each; the solve spills with the 64 that 1024 threads would leave.
 constexpr int32_t kMaxThreads = 640;
@@ -24,10 +22,9 @@ constexpr int32_t kBusyThreads = 256;
 // double precision, repeated a block, would cost more than the launch.
 constexpr int32_t kMaxChannelsFoldedInBlock = 16;
 
-INVERSE_FLOW_HOST_DEVICE constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-INVERSE_FLOW_HOST_DEVICE constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
-
 struct SolvePlan {
+  SolveRegime regime;
+  TensorPlan tensor;  // of kTensor; the fields below that speak of tiles, packs and threads are those of kBlock
   // Taps that can reach a pixel at all: the kernel clipped to the image.
   int32_t taps_h;
   int32_t taps_w;
@@ -58,9 +55,15 @@ struct SolvePlan {
   int64_t shared_bytes;
 
   INVERSE_FLOW_HOST_DEVICE bool single_tile() const { return tiles_h == 1 && tiles_w == 1; }
-  // Folded weights of one group, in elements: taps x channel packs x output channels x pack.
+  // Folded weights of one group: taps x inputs x outputs, both padded with zeros to what the regime reads.
+  INVERSE_FLOW_HOST_DEVICE int64_t folded_inputs() const {
+    return regime == SolveRegime::kTensor ? tensor.padded_inputs() : static_cast<int64_t>(channel_packs) * pack;
+  }
+  INVERSE_FLOW_HOST_DEVICE int64_t folded_outputs(int64_t channels) const {
+    return regime == SolveRegime::kTensor ? tensor.padded_outputs() : channels;
+  }
   INVERSE_FLOW_HOST_DEVICE int64_t folded_elements(int64_t channels) const {
-    return static_cast<int64_t>(taps_h) * taps_w * channel_packs * channels * pack;
+    return static_cast<int64_t>(taps_h) * taps_w * folded_inputs() * folded_outputs(channels);
   }
 };
 
@@ -82,11 +85,21 @@ inline int64_t tile_bytes(const SolvePlan& plan, int64_t tile_h, int64_t tile_w,
 
 }  // namespace plan_detail
 
+// The regime that the cost model (docs/cost-model.md) finds fastest, among those that can be used.
+inline SolveRegime choose_regime(const Shape& shape, int64_t state_bytes, const DeviceLimits& device) {
+  TensorPlan tensor{};
+  const bool tensor_fits = plan_tensor(shape, state_bytes, device, tensor);
+  if (device.forced_regime == static_cast<int32_t>(SolveRegime::kTensor) && tensor_fits) return SolveRegime::kTensor;
+  if (device.forced_regime >= 0) return SolveRegime::kBlock;
+  return tensor_fits && shape.channels >= kMinTensorChannels ? SolveRegime::kTensor : SolveRegime::kBlock;
+}
+
 // False when not even one pixel fits: more channels in a group than the block's shared memory holds.
 inline bool plan_solve(const Shape& shape, int64_t state_bytes, const DeviceLimits& device, SolvePlan& plan) {
   using plan_detail::tile_bytes;
   const int64_t channels = shape.channels;
   const int64_t max_threads = std::min<int64_t>(device.threads_per_block, kMaxThreads);
+  plan.regime = SolveRegime::kBlock;
   plan.taps_h = static_cast<int32_t>(std::min(shape.kernel_h, shape.height));
   plan.taps_w = static_cast<int32_t>(std::min(shape.kernel_w, shape.width));
 
@@ -130,8 +143,6 @@ inline bool plan_solve(const Shape& shape, int64_t state_bytes, const DeviceLimi
                        (shape.corner == kIdentity || channels <= kMaxChannelsFoldedInBlock);
   plan.fold_shared_bytes = fold_bytes <= device.shared_bytes ? fold_bytes : 0;
   plan.fold_threads = static_cast<int32_t>(max_threads);
-  plan.fold_blocks = static_cast<int32_t>(std::clamp<int64_t>(divide_up(device.multiprocessors, shape.groups), 1,
-                                                              divide_up(plan.folded_elements(channels), max_threads)));
   if (!plan.fold_in_block) fold_bytes = 0;
   plan.tile_h = static_cast<int32_t>(tile_h);
   plan.tile_w = static_cast<int32_t>(tile_w);
@@ -156,6 +167,21 @@ inline bool plan_solve(const Shape& shape, int64_t state_bytes, const DeviceLimi
   plan.bias_offset = weight_bytes;
   plan.tile_offset = weight_bytes + bias_bytes;
   plan.shared_bytes = plan.tile_offset + std::max(plan.images * image_tile_bytes, fold_bytes);
+
+  plan.regime = choose_regime(shape, state_bytes, device);
+  if (plan.regime == SolveRegime::kTensor) {
+    plan_tensor(shape, state_bytes, device, plan.tensor);
+    const TensorPlan& tensor = plan.tensor;
+    // The scratch of the inversion lies where pixels and sums will.
+    plan.weights_in_shared = tensor.resident_steps == int64_t{plan.taps_h} * plan.taps_w * tensor.k_steps;
+    plan.fold_in_block = plan.weights_in_shared && plan.fold_shared_bytes <= tensor.shared_bytes - tensor.x_offset &&
+                         (shape.corner == kIdentity || channels <= kMaxChannelsFoldedInBlock);
+    plan.images = tensor.images;
+    plan.threads = tensor.threads;
+    plan.shared_bytes = tensor.shared_bytes;
+  }
+  plan.fold_blocks = static_cast<int32_t>(std::clamp<int64_t>(divide_up(device.multiprocessors, shape.groups), 1,
+                                                              divide_up(plan.folded_elements(channels), max_threads)));
   return true;
 }
 

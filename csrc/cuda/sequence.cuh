@@ -3,6 +3,7 @@
 #pragma once
 
 #include "launch.h"
+#include "solve_tensor.cuh"
 #include "weight_gradient.cuh"
 
 #ifdef __CUDACC__
@@ -56,6 +57,9 @@ const char* run_solve(const SolveProblem& problem, const SolvePlan& plan, void* 
   if (plan.weights_in_shared) {
     kernel = plan.pack == 1 ? solve_kernel<Element, 1, true> : solve_kernel<Element, kPack, true>;
   }
+  if constexpr (sizeof(State) == sizeof(float)) {
+    if (plan.regime == SolveRegime::kTensor) kernel = solve_tensor_kernel<Element>;
+  }
 
   return for_each_group_chunk(
       shape, problem.orders, [&](int64_t first_group, int64_t groups, const GroupOrders& orders) -> const char* {
@@ -75,7 +79,7 @@ const char* run_solve(const SolveProblem& problem, const SolvePlan& plan, void* 
           if (error != nullptr) return error;
         }
         // A tile needs those above and to the left of it, which lie on earlier tile diagonals.
-        for (int64_t diagonal = 0; diagonal < plan.tiles_h + plan.tiles_w - 1; ++diagonal) {
+        for (int64_t diagonal = 0; diagonal < tile_diagonals(plan); ++diagonal) {
           const int64_t first_row = std::max<int64_t>(diagonal - (plan.tiles_w - 1), 0);
           const int64_t tiles = std::min(diagonal, plan.tiles_h - 1) - first_row + 1;
           if (tiles > kMaxGridZ) return "inverse_flow: the image is too large for this GPU's tiles";

@@ -228,17 +228,27 @@ __device__ void sweep(const SolvePlan& plan, int channels, const Tile& tile, con
   }
 }
 
-template <int kPack, typename Element, typename State>
-__device__ void store(const SolveArguments<Element>& args, const Tile& tile, int64_t group, int flips, const State* x) {
-  const SolvePlan& plan = args.plan;
-  const int channels = static_cast<int>(args.shape.channels);
-  const ImageView<Element> output(args.output, args.output_strides, args.shape, group, flips);
-  for_each_pack(tile, plan.channel_packs, args.output_strides, [&](int image, int row, int column, int pack) {
-    const int pixel = (image * plan.tile_h + row) * plan.row_stride + column;
-    const auto packed = reinterpret_cast<const Pack<State, kPack>*>(x)[pixel * plan.channel_packs + pack];
-    const int64_t image_row = tile.first_row + row;
-    const int64_t image_column = tile.first_column + column;
-    Element* rounded = output.pixel(tile.first_image + image, image_row, image_column);
+// Writes packs of channels of a group's pixels, rounded to the output and, where it is wanted, as they are.
+template <typename Element>
+struct PixelStore {
+  using State = typename StateOf<Element>::Type;
+
+  const SolveArguments<Element>& args;
+  int64_t group;
+  int flips;
+  ImageView<Element> output;
+
+  __device__ PixelStore(const SolveArguments<Element>& arguments, int64_t stored_group, int group_flips)
+      : args(arguments),
+        group(stored_group),
+        flips(group_flips),
+        output(arguments.output, arguments.output_strides, arguments.shape, stored_group, group_flips) {}
+
+  template <int kPack>
+  __device__ void operator()(int64_t image, int64_t row, int64_t column, int pack,
+                             const Pack<State, kPack>& packed) const {
+    const int channels = static_cast<int>(args.shape.channels);
+    Element* rounded = output.pixel(image, row, column);
     INVERSE_FLOW_UNROLL
     for (int u = 0; u < kPack; ++u) {
       const int c = pack * kPack + u;
@@ -246,13 +256,24 @@ __device__ void store(const SolveArguments<Element>& args, const Tile& tile, int
     }
     if (args.write_state) {
       const ImageView<State> state(args.state, args.state_strides, args.shape, group, flips);
-      State* exact = state.pixel(tile.first_image + image, image_row, image_column);
+      State* exact = state.pixel(image, row, column);
       INVERSE_FLOW_UNROLL
       for (int u = 0; u < kPack; ++u) {
         const int c = pack * kPack + u;
         if (c < channels) exact[c * args.state_strides.channel] = packed.value[u];
       }
     }
+  }
+};
+
+template <int kPack, typename Element, typename State>
+__device__ void store(const SolveArguments<Element>& args, const Tile& tile, int64_t group, int flips, const State* x) {
+  const SolvePlan& plan = args.plan;
+  const PixelStore<Element> store_pixel(args, group, flips);
+  for_each_pack(tile, plan.channel_packs, args.output_strides, [&](int image, int row, int column, int pack) {
+    const int pixel = (image * plan.tile_h + row) * plan.row_stride + column;
+    const auto packed = reinterpret_cast<const Pack<State, kPack>*>(x)[pixel * plan.channel_packs + pack];
+    store_pixel(tile.first_image + image, tile.first_row + row, tile.first_column + column, pack, packed);
   });
 }
 

@@ -50,7 +50,8 @@ namespace inverse_flow::emulation {
 
 constexpr int kWarpSize = 32;
 constexpr size_t kStackBytes = 128 * 1024;
-constexpr int kPoison = 0xff;  // repeated, a NaN of every type
+constexpr size_t kDepositBytes = 32;  // of a lane, in a warp's exchange
+constexpr int kPoison = 0xff;         // repeated, a NaN of every type
 
 [[noreturn]] inline void fail(const char* message) {
   std::fprintf(stderr, "emulation: %s (block %u %u %u, thread %u)\n", message, blockIdx.x, blockIdx.y, blockIdx.z,
@@ -96,12 +97,15 @@ class Block {
     leave(false);
   }
 
-  // Deposits 8 bytes and returns, once all lanes of the warp have come, what the given lane deposited.
-  uint64_t exchange(uint64_t value, int source_lane) {
+  // Deposits a value and returns, once all lanes of the warp have come, what each of them deposited. Valid until this
+  // thread waits again.
+  template <typename T>
+  const T* gather(const T& value) {
+    static_assert(sizeof(T) <= kDepositBytes);
     Warp& warp = warps_[active_ / kWarpSize];
     const size_t first = active_ / kWarpSize * kWarpSize;
     const size_t lanes = std::min<size_t>(threads_.size() - first, kWarpSize);
-    warp.deposited[active_ - first] = value;
+    std::memcpy(warp.deposited + (active_ - first) * sizeof(T), &value, sizeof(T));
     if (++warp.arrived == lanes) {
       warp.arrived = 0;
       std::memcpy(warp.exchanged, warp.deposited, sizeof(warp.exchanged));
@@ -113,8 +117,10 @@ class Block {
       threads_[active_].waits = Wait::kWarp;
     }
     leave(false);
-    return warp.exchanged[source_lane];
+    return reinterpret_cast<const T*>(warp.exchanged);
   }
+
+  uint64_t exchange(uint64_t value, int source_lane) { return gather(value)[source_lane]; }
 
   size_t active() const { return active_; }
   static Block& current() { return *current_; }
@@ -128,8 +134,8 @@ class Block {
     Wait waits = Wait::kNothing;
   };
   struct Warp {
-    uint64_t deposited[kWarpSize];
-    uint64_t exchanged[kWarpSize];
+    alignas(8) unsigned char deposited[kWarpSize * kDepositBytes];
+    alignas(8) unsigned char exchanged[kWarpSize * kDepositBytes];
     size_t arrived = 0;
   };
 

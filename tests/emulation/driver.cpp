@@ -88,7 +88,12 @@ void print(const SolvePlan& plan) {
             << " " << plan.tiles_w << "\nimages " << plan.images << "\nthreads " << plan.threads << "\nchannel_threads "
             << plan.channel_threads << "\ndiagonal_threads " << plan.diagonal_threads << "\nweights_in_shared "
             << plan.weights_in_shared << "\nfold_in_block " << plan.fold_in_block << "\nshared_bytes "
-            << plan.shared_bytes << "\n";
+            << plan.shared_bytes << "\nregime " << static_cast<int>(plan.regime) << "\n";
+  if (plan.regime != SolveRegime::kTensor) return;
+  const TensorPlan& tensor = plan.tensor;
+  std::cout << "tensor_splits " << tensor.splits << "\ntensor_job_warps " << tensor.job_warps << "\ntensor_k_steps "
+            << tensor.k_steps << "\ntensor_resident_steps " << tensor.resident_steps << "\ntensor_whole_images "
+            << tensor.whole_images << "\n";
 }
 
 void print(const GradientPlan& plan) {
@@ -163,7 +168,8 @@ int main(int argc, char** argv) {
               static_cast<Corner>(input.get("corner")),
               transposed};
   const DeviceLimits limits{static_cast<int32_t>(input.get("threads_per_block")), input.get("shared_bytes"),
-                            static_cast<int32_t>(input.get("multiprocessors"))};
+                            static_cast<int32_t>(input.get("multiprocessors")),
+                            static_cast<int32_t>(input.get("forced_regime"))};
   const bool is_backward = operation == "backward";
 
   SolvePlan plan;

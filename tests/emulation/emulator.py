@@ -34,6 +34,7 @@ FLAGS = [
 FLOAT, DOUBLE, BFLOAT16, HALF = range(4)
 TYPES = {"float": FLOAT, "double": DOUBLE, "bfloat16": BFLOAT16, "half": HALF}
 IDENTITY, UNIT_TRIANGULAR, GENERAL = range(3)
+BLOCK, LANES, TENSOR = range(3)
 TOP_LEFT, TOP_RIGHT, BOTTOM_LEFT, BOTTOM_RIGHT = range(4)
 
 
@@ -121,6 +122,7 @@ class Case:
     threads_per_block: int = 1024
     shared_bytes: int = 99 * 1024
     multiprocessors: int = 1
+    forced_regime: int = -1  # the plan's own choice
     seeds: tuple[int, ...] = (1, 2)
     planted: int = 0  # the mistake to make, in a driver built with mistakes
 
@@ -318,7 +320,7 @@ def header(case: Case, operation: str) -> str:
     }
     for name in ["batch", "channels", "height", "width", "kernel_h", "kernel_w", "corner"]:
         lines[name] = getattr(case, name)
-    for name in ["threads_per_block", "shared_bytes", "multiprocessors"]:
+    for name in ["threads_per_block", "shared_bytes", "multiprocessors", "forced_regime"]:
         lines[name] = getattr(case, name)
     text = ""
     for key, value in lines.items():

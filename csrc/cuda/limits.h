@@ -1,0 +1,21 @@
+// The limits of a device that the plans depend on, and the arithmetic that all of them use.
+#pragma once
+
+#include <cstdint>
+
+#include "host_device.h"
+
+namespace inverse_flow {
+
+struct DeviceLimits {
+  int32_t threads_per_block;  // at most; a multiple of 32
+  int64_t shared_bytes;       // at most, a block, with the opt-in above 48 KiB
+  int32_t multiprocessors;
+  // A SolveRegime to use whether it pays or not, where it can be used at all; -1: the plan's own choice.
+  int32_t forced_regime = -1;
+};
+
+INVERSE_FLOW_HOST_DEVICE constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+INVERSE_FLOW_HOST_DEVICE constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+}  // namespace inverse_flow
