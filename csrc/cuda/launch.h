@@ -65,9 +65,7 @@ inline SolveWorkspace solve_workspace(const Shape& shape, const SolvePlan& plan,
 }
 
 // Half-precision images of several tiles: the later tiles read the earlier ones unrounded.
-inline bool state_needed(const SolvePlan& plan, bool half_precision) {
-  return half_precision && plan.regime == SolveRegime::kBlock && !plan.single_tile();
-}
+inline bool state_needed(const SolvePlan& plan, bool half_precision) { return half_precision && !plan.single_tile(); }
 
 inline int64_t gradient_workspace_elements(const Shape& shape, const GradientPlan& plan) {
   const int64_t channels = shape.groups * shape.channels;
@@ -106,15 +104,11 @@ inline int64_t chunks(const Shape& shape, const int64_t* orders) {
   return count;
 }
 
-// Launches over the tiles of an image, one after the other.
-inline int64_t tile_diagonals(const SolvePlan& plan) {
-  return plan.regime == SolveRegime::kBlock ? plan.tiles_h + plan.tiles_w - 1 : 1;
-}
-
 // Launches of a solve, and of the gradient behind one.
 inline int64_t solve_launches(const Shape& shape, const SolvePlan& plan, const int64_t* orders) {
+  const int64_t diagonals = plan.tiles_h + plan.tiles_w - 1;
   const int64_t batches = divide_up(shape.batch, kMaxGridX * plan.images);
-  return chunks(shape, orders) * (fold_launches(shape, plan) + tile_diagonals(plan) * batches);
+  return chunks(shape, orders) * (fold_launches(shape, plan) + diagonals * batches);
 }
 inline int64_t gradient_launches(const Shape& shape, const int64_t* orders) { return 1 + 2 * chunks(shape, orders); }
 

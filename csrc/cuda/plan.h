@@ -24,7 +24,7 @@ constexpr int32_t kMaxChannelsFoldedInBlock = 16;
 
 struct SolvePlan {
   SolveRegime regime;
-  TensorPlan tensor;  // of kTensor; the fields below that speak of tiles, packs and threads are those of kBlock
+  TensorPlan tensor;  // of kTensor, whose one tile is the image
   // Taps that can reach a pixel at all: the kernel clipped to the image.
   int32_t taps_h;
   int32_t taps_w;
@@ -176,6 +176,12 @@ inline bool plan_solve(const Shape& shape, int64_t state_bytes, const DeviceLimi
     plan.weights_in_shared = tensor.resident_steps == int64_t{plan.taps_h} * plan.taps_w * tensor.k_steps;
     plan.fold_in_block = plan.weights_in_shared && plan.fold_shared_bytes <= tensor.shared_bytes - tensor.x_offset &&
                          (shape.corner == kIdentity || channels <= kMaxChannelsFoldedInBlock);
+    plan.pack = kLaneWeights;
+    plan.channel_packs = static_cast<int32_t>(divide_up(channels, plan.pack));
+    plan.tile_h = static_cast<int32_t>(shape.height);
+    plan.tile_w = static_cast<int32_t>(shape.width);
+    plan.tiles_h = plan.tiles_w = 1;
+    plan.channel_threads = plan.diagonal_threads = 0;
     plan.images = tensor.images;
     plan.threads = tensor.threads;
     plan.shared_bytes = tensor.shared_bytes;

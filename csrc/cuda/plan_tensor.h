@@ -34,6 +34,7 @@ struct TensorPlan {
   int32_t images;        // of a block
   int32_t splits;        // warps that share the k-steps of one job (output tile x kJobTiles tiles of pixels)
   int32_t job_warps;     // jobs that are done at a time
+  int32_t finish_warps;  // further warps, which add up the splits' sums meanwhile; 0: all warps do that
   int32_t threads;
   int32_t resident_steps;  // k-steps, of all taps from the nearest on, whose weights are in shared memory
   // x in shared memory, in floats: pixel (row, column) of an image begins at
@@ -55,6 +56,7 @@ struct TensorPlan {
   int64_t sums_offset;
   int64_t shared_bytes;
 
+  INVERSE_FLOW_HOST_DEVICE int32_t product_warps() const { return splits * job_warps; }
   INVERSE_FLOW_HOST_DEVICE int64_t padded_outputs() const { return static_cast<int64_t>(output_tiles) * kMmaOutputs; }
   INVERSE_FLOW_HOST_DEVICE int64_t padded_inputs() const { return static_cast<int64_t>(k_steps) * kMmaInputs; }
   // Where the weight of output o and input c of the tap at `position` lies: k-step, output tile, lane, and the order
@@ -172,7 +174,10 @@ inline bool plan_tensor(const Shape& shape, int64_t state_bytes, const DeviceLim
     while (images > 1 && !lay_out(images, false, whole_limit)) --images;
     if (!lay_out(images, false, budget)) return false;
   }
-  plan.threads = plan.splits * plan.job_warps * 32;
+  // As many as a diagonal has packs of channels for, of those that are left.
+  const int64_t packs = images * diagonal * divide_up(shape.channels, int64_t{kLaneWeights});
+  plan.finish_warps = static_cast<int32_t>(std::min(divide_up(packs, 32), max_warps - plan.product_warps()));
+  plan.threads = (plan.product_warps() + plan.finish_warps) * 32;
   plan.resident_steps = static_cast<int32_t>(std::min(steps, (budget - plan.shared_bytes) / step_bytes));
   plan.bias_offset = plan.resident_steps * step_bytes;
   plan.taps_offset = plan.bias_offset + bias_bytes;

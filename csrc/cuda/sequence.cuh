@@ -79,7 +79,7 @@ const char* run_solve(const SolveProblem& problem, const SolvePlan& plan, void* 
           if (error != nullptr) return error;
         }
         // A tile needs those above and to the left of it, which lie on earlier tile diagonals.
-        for (int64_t diagonal = 0; diagonal < tile_diagonals(plan); ++diagonal) {
+        for (int64_t diagonal = 0; diagonal < plan.tiles_h + plan.tiles_w - 1; ++diagonal) {
           const int64_t first_row = std::max<int64_t>(diagonal - (plan.tiles_w - 1), 0);
           const int64_t tiles = std::min(diagonal, plan.tiles_h - 1) - first_row + 1;
           if (tiles > kMaxGridZ) return "inverse_flow: the image is too large for this GPU's tiles";

@@ -94,19 +94,32 @@ __device__ Tile block_tile(const SolveArguments<Element>& args) {
   return tile;
 }
 
-// Calls body(image, row, column, pack) for every pack of channels of every pixel of the tile, neighbouring threads
-// on neighbouring memory: columns if the rows are contiguous, channels in channels_last images.
+// One pack of channels of one pixel of the tile, of all that there are in the order of memory: neighbours are columns
+// if the rows are contiguous, channels in channels_last images.
+struct TilePack {
+  int image;
+  int row;
+  int column;
+  int pack;
+
+  __device__ TilePack(const Tile& tile, int packs, const Strides& strides, int item) {
+    const int pixels = tile.rows * tile.columns;
+    const bool channels_first = strides.channel == 1 && packs > 1;
+    image = item / (packs * pixels);
+    const int rest = item - image * packs * pixels;
+    pack = channels_first ? rest % packs : rest / pixels;
+    const int pixel = channels_first ? rest / packs : rest % pixels;
+    row = pixel / tile.columns;
+    column = pixel - row * tile.columns;
+  }
+};
+
+// Calls body(image, row, column, pack) for every pack of channels of every pixel of the tile.
 template <typename Body>
 __device__ void for_each_pack(const Tile& tile, int packs, const Strides& strides, Body body) {
-  const int pixels = tile.rows * tile.columns;
-  const bool channels_first = strides.channel == 1 && packs > 1;
-  for (int item = threadIdx.x; item < tile.images * packs * pixels; item += blockDim.x) {
-    const int image = item / (packs * pixels);
-    const int rest = item - image * packs * pixels;
-    const int pack = channels_first ? rest % packs : rest / pixels;
-    const int pixel = channels_first ? rest / packs : rest % pixels;
-    const int row = pixel / tile.columns;
-    body(image, row, pixel - row * tile.columns, pack);
+  for (int item = threadIdx.x; item < tile.images * packs * tile.rows * tile.columns; item += blockDim.x) {
+    const TilePack at(tile, packs, strides, item);
+    body(at.image, at.row, at.column, at.pack);
   }
 }
 

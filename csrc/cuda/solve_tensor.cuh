@@ -11,8 +11,9 @@
 // memory: [weights: k-step, output tile, lane, 4] [bias] [taps] [x: image, diagonal, row, channel] [sums: split, pixel,
 // channel]. x_d overwrites bias - y_d. Zeros lie where taps reach out of the image. Of images that do not fit, the last
 // diagonals alone are kept, in a ring; then y of the next diagonal is loaded, and x of this one stored, at every step.
+// Where warps are left over, they add up the sums, load and store, while the others are ahead already.
 // Barriers, two a diagonal: x of the diagonal before is complete and its sums have been read; the splits' sums are
-// complete and y has been read. Before the sweep: weights and bias (the fold's scratch becomes x); zeros; y.
+// complete and y has been read. Before the sweep: the fold's scratch becomes x; zeros and bias; weights and y.
 // Operations: 3 products of 1024 multiply-adds a k-step, output tile and pixel tile. Bytes: images once; of weights a
 // diagonal, those of the taps that reach into the image; of x, 256 a product tile and output tile.
 #pragma once
@@ -24,6 +25,8 @@ namespace inverse_flow {
 
 // Packs of channels of a diagonal that a thread holds in registers between their load and the end of the step.
 constexpr int kStagedPacks = 2;
+// The same, while whole images are loaded: loads under way at a time.
+constexpr int kLoadedPacks = 4;
 
 // A tap: the distance of its diagonal, and its row.
 struct Tap {
@@ -146,25 +149,20 @@ __device__ void accumulate(JobSums& sums, const TensorOperands& from, const Tens
     first_step = position * plan.k_steps;
   };
   enter_tap();
-  Pack<float, kLaneWeights> next = load_fragment(from, plan, first_step + chunk, output_tile);
-  INVERSE_FLOW_UNROLL_BY(1)
-  while (index < end) {
-    const Pack<float, kLaneWeights> weights = next;
-    float x[kTiles][2];
+  Pack<float, kLaneWeights> weights;
+  float x[kTiles][2];
+  const auto load = [&] {
+    weights = load_fragment(from, plan, first_step + chunk, output_tile);
     INVERSE_FLOW_UNROLL
     for (int i = 0; i < kTiles; ++i) {
       const float* const pixel = source + columns[i] + chunk * kMmaInputs;
       x[i][0] = pixel[0];
       x[i][1] = pixel[4];
     }
-    if (++chunk == plan.k_steps) {
-      chunk = 0;
-      ++tap_index;
-      if (index + 1 < end) enter_tap();
-    }
-    // The next weights are on their way while these are used.
-    if (++index < end) next = load_fragment(from, plan, first_step + chunk, output_tile);
-
+  };
+  load();
+  INVERSE_FLOW_UNROLL_BY(1)
+  while (index < end) {
     uint32_t big_weights[4];
     uint32_t small_weights[4];
     INVERSE_FLOW_UNROLL
@@ -175,6 +173,15 @@ __device__ void accumulate(JobSums& sums, const TensorOperands& from, const Tens
     for (int i = 0; i < kTiles; ++i) {
       split_tf32(x[i][0], big_x[i][0], small_x[i][0]);
       split_tf32(x[i][1], big_x[i][1], small_x[i][1]);
+    }
+    // The next operands are on their way while these are multiplied.
+    if (++index < end) {
+      if (++chunk == plan.k_steps) {
+        chunk = 0;
+        ++tap_index;
+        enter_tap();
+      }
+      load();
     }
     INVERSE_FLOW_UNROLL
     for (int i = 0; i < kTiles; ++i) multiply_tf32(sums.big[i], big_weights, big_x[i]);
@@ -275,19 +282,16 @@ __global__ void __launch_bounds__(kTensorThreads, 1)
     const Inversion inversion(matrix, matrix + channels * channels, channels);
     if (view.corner != kIdentity) invert_corner(view, inversion);
     fold_taps<int>(view, inversion, args.plan, shared_weights, thread, threads);
+    __syncthreads();  // the fold's scratch is free for x
   } else {
-    const auto* source = reinterpret_cast<const Pack<float, 4>*>(folded);
-    const int count = plan.resident_steps * plan.output_tiles * kFragmentElements / 4;
-    for (int i = thread; i < count; i += threads) {
-      reinterpret_cast<Pack<float, 4>*>(shared_weights)[i] = load_readonly(source + i);
-    }
+    const int count = plan.resident_steps * plan.output_tiles * kFragmentElements;
+    for (int i = thread * 4; i < count; i += threads * 4) copy_to_shared(shared_weights + i, folded + i);
   }
-  __syncthreads();  // weights, bias and taps are complete, and the fold's scratch is free for x
 
   for (int i = thread; i < plan.images * plan.image_stride / 4; i += threads) {
     reinterpret_cast<Pack<float, 4>*>(x)[i] = {};
   }
-  __syncthreads();  // zeros everywhere
+  __syncthreads();  // zeros, bias and taps are complete
 
   // ---- y ----
   const ImageView<const Element> input(args.input, args.input_strides, args.shape, group, flips);
@@ -304,9 +308,24 @@ __global__ void __launch_bounds__(kTensorThreads, 1)
     pack_at(diagonal.slot, at.image, at.row, at.pack) = values;
   };
   if (plan.whole_images) {
-    for_each_pack(tile, packs, args.input_strides, [&](int image, int row, int column, int pack) {
-      pack_at(row + column, image, row, pack) = load_pack(image, row, column, pack);
-    });
+    const int items = tile.images * packs * tile.rows * tile.columns;
+    for (int first = thread; first < items; first += kLoadedPacks * threads) {
+      Pack<float, 4> loaded[kLoadedPacks];
+      INVERSE_FLOW_UNROLL
+      for (int i = 0; i < kLoadedPacks; ++i) {
+        if (first + i * threads < items) {
+          const TilePack at(tile, packs, args.input_strides, first + i * threads);
+          loaded[i] = load_pack(at.image, at.row, at.column, at.pack);
+        }
+      }
+      INVERSE_FLOW_UNROLL
+      for (int i = 0; i < kLoadedPacks; ++i) {
+        if (first + i * threads < items) {
+          const TilePack at(tile, packs, args.input_strides, first + i * threads);
+          pack_at(at.row + at.column, at.image, at.row, at.pack) = loaded[i];
+        }
+      }
+    }
   } else {
     const Diagonal first = diagonal_at(tile, plan, 0);
     for (int item = thread; item < first.columns * packs; item += threads) {
@@ -314,26 +333,31 @@ __global__ void __launch_bounds__(kTensorThreads, 1)
       keep(first, at, load_place(first, at));
     }
   }
-  __syncthreads();  // y is there
+  wait_for_copies();
+  __syncthreads();  // weights and y are complete
 
   // ---- The sweep ----
   const PixelStore<Element> store(args, group, flips);
   const TensorOperands operands{shared_weights, folded, x, taps};
   const int warp = thread / kWarp;
   const int split = warp / plan.job_warps;
+  const bool multiplies = split < plan.splits;
   const int first_job = warp - split * plan.job_warps;
+  // The threads that load, add up and store, and the place of this one among them.
+  const int finishers = plan.finish_warps > 0 ? plan.finish_warps * kWarp : threads;
+  const int finisher = thread - (threads - finishers);
   const int near_end = static_cast<int>(taps_nearer(taps_h, taps_w, 2));
   const int diagonals = tile.rows + tile.columns - 1;
   for (int number = 0; number < diagonals; ++number) {
     const Diagonal diagonal = diagonal_at(tile, plan, number);
-    const bool streams = !plan.whole_images && number + 1 < diagonals;
+    const bool streams = !plan.whole_images && number + 1 < diagonals && finisher >= 0;
     const Diagonal following = diagonal_at(tile, plan, number + 1);
     const int following_items = following.columns * packs;
     Pack<float, 4> staged[kStagedPacks];
     if (streams) {
       INVERSE_FLOW_UNROLL
       for (int i = 0; i < kStagedPacks; ++i) {
-        const int item = thread + i * threads;
+        const int item = finisher + i * finishers;
         if (item < following_items) staged[i] = load_place(following, PackPlace(following, packs, item));
       }
     }
@@ -344,9 +368,9 @@ __global__ void __launch_bounds__(kTensorThreads, 1)
     const int jobs = plan.output_tiles * ((diagonal.columns + kJobTiles * kMmaPixels - 1) / (kJobTiles * kMmaPixels));
     JobSums sums;
     sums.clear();
-    if (first_job < jobs) accumulate_tiles(sums, operands, plan, diagonal, ahead, split, first_job);
+    if (multiplies && first_job < jobs) accumulate_tiles(sums, operands, plan, diagonal, ahead, split, first_job);
     __syncthreads();  // x of the diagonal before is there, and the sums may be overwritten
-    for (int job = first_job; job < jobs; job += plan.job_warps) {
+    for (int job = first_job; multiplies && job < jobs; job += plan.job_warps) {
       if (job != first_job) sums.clear();
       const bool is_begun = job == first_job;
       const TapRange rest{is_begun ? 1 : 0, is_begun ? near : reaching, false};
@@ -356,16 +380,16 @@ __global__ void __launch_bounds__(kTensorThreads, 1)
     if (streams) {
       INVERSE_FLOW_UNROLL
       for (int i = 0; i < kStagedPacks; ++i) {
-        const int item = thread + i * threads;
+        const int item = finisher + i * finishers;
         if (item < following_items) keep(following, PackPlace(following, packs, item), staged[i]);
       }
-      for (int item = thread + kStagedPacks * threads; item < following_items; item += threads) {
+      for (int item = finisher + kStagedPacks * finishers; item < following_items; item += finishers) {
         const PackPlace at(following, packs, item);
         keep(following, at, load_place(following, at));
       }
     }
     __syncthreads();  // the sums are complete, y has been read, and y of the next diagonal is there
-    for (int item = thread; item < diagonal.columns * packs; item += threads) {
+    for (int item = finisher; finisher >= 0 && item < diagonal.columns * packs; item += finishers) {
       const PackPlace at(diagonal, packs, item);
       Pack<float, 4> total{};
       for (int s = 0; s < plan.splits; ++s) {

@@ -15,7 +15,7 @@ import torch
 from . import _C
 from ._checks import FLOAT_DTYPES, ORDERS, Order, parse_corner, parse_orders
 
-__all__ = ["H200", "CpuPlan", "CudaPlan", "GpuProperties", "GradientPlan", "Problem", "explain"]
+__all__ = ["H200", "CpuPlan", "CudaPlan", "GpuProperties", "GradientPlan", "Problem", "TensorPlan", "explain"]
 
 KIB = 1024
 
@@ -160,20 +160,43 @@ class GradientPlan:
 
 
 @dataclass(frozen=True)
+class TensorPlan:
+    """How the tensor cores solve one anti-diagonal, a matrix product of 16 × 8 × 8 tiles.
+
+    Attributes:
+        output_tiles: Tiles of 16 output channels.
+        k_steps: Steps of 8 input channels, a tap.
+        resident_steps: Of all taps, the steps whose weights are in shared memory; the others are read through L2.
+        splits: Warps that share the steps of one job: a tile of outputs and up to four tiles of pixels.
+        job_warps: Jobs that a block does at a time.
+        finish_warps: Further warps, which add up the sums, load and store meanwhile; 0 where all warps do that.
+        whole_images: Whether whole images are in shared memory; else a ring of the last diagonals.
+    """
+
+    output_tiles: int
+    k_steps: int
+    resident_steps: int
+    splits: int
+    job_warps: int
+    finish_warps: int
+    whole_images: bool
+
+
+@dataclass(frozen=True)
 class CudaPlan:
     """How a GPU would do it.
 
     Attributes:
         problem: What is asked.
         gpu: The limits that the plan was made for.
-        regime: "images in a block" (whole images), "tiles" (an image is cut up), or "nothing to do" for an empty batch;
-            behind a comma, where the folded weights are.
+        regime: "images in a block" (whole images), "tiles" (an image is cut up), "tensor cores" (whole images, or a ring
+            of their diagonals), or "nothing to do" for an empty batch; behind a comma, where the folded weights are.
         tile: Rows and columns that a block keeps in shared memory.
         tiles: Tiles of an image, downwards and to the right.
         images: Whole images of a block.
         pack: Channels that are read and written together.
-        channel_threads: Threads of a pixel.
-        diagonal_threads: Pixels of an anti-diagonal that are solved at once.
+        channel_threads: Threads of a pixel; 0 on tensor cores.
+        diagonal_threads: Pixels of an anti-diagonal that are solved at once; 0 on tensor cores.
         threads: Threads of a block.
         blocks: Blocks of the largest launch of the solve.
         shared_bytes: Shared memory of a block of the solve.
@@ -186,6 +209,7 @@ class CudaPlan:
         launches: Launches in all, those of the gradient included.
         scratch_bytes: Memory beside inputs, outputs and gradients.
         gradient: Of a backward pass, what comes behind the transposed solve.
+        tensor: On tensor cores, how they share the work.
     """
 
     problem: Problem
@@ -208,6 +232,7 @@ class CudaPlan:
     launches: int = 0
     scratch_bytes: int = 0
     gradient: GradientPlan | None = field(default=None)
+    tensor: TensorPlan | None = field(default=None)
 
     def __str__(self) -> str:
         rows: dict[str, object] = {
@@ -228,6 +253,11 @@ class CudaPlan:
             "launches": self.launches,
             "scratch": _bytes(self.scratch_bytes),
         }
+        if self.tensor is not None:
+            rows["matrix products"] = (
+                f"{self.tensor.output_tiles} tiles of outputs, {self.tensor.splits} warps a job, "
+                f"{self.tensor.job_warps} jobs at a time"
+            )
         if self.gradient is not None:
             part = self.gradient
             rows["gradient"] = (
@@ -337,14 +367,26 @@ def _explain_cuda(
         )
     if not plan:
         return CudaPlan(problem, gpu, "nothing to do")
-    where = "shared memory" if plan["weights_in_shared"] else "global memory"
-    regime = f"{'images in a block' if plan['tiles'] == (1, 1) else 'tiles'}, weights in {where}"
+    regime = _regime(plan.pop("regime"), plan)
     found = plan.pop("gradient", None)
     gradient = None if found is None else GradientPlan(**found)
     if gradient is not None:
         plan["launches"] += gradient.launches
         plan["scratch_bytes"] += gradient.scratch_bytes
-    return CudaPlan(problem, gpu, regime, **plan, gradient=gradient)
+    part = plan.pop("tensor", None)
+    tensor = None if part is None else TensorPlan(**part)
+    return CudaPlan(problem, gpu, regime, **plan, gradient=gradient, tensor=tensor)
+
+
+def _regime(code: int, plan: dict[str, Any]) -> str:
+    """The SolveRegime of csrc/cuda/plan.h in words, and where the folded weights are."""
+    where = "shared memory" if plan["weights_in_shared"] else "global memory"
+    if code == 2:
+        if plan["tensor"]["resident_steps"] and not plan["weights_in_shared"]:
+            where = "shared and global memory"
+        pixels = "whole images" if plan["tensor"]["whole_images"] else "a ring of diagonals"
+        return f"tensor cores, {pixels}, weights in {where}"
+    return f"{'images in a block' if plan['tiles'] == (1, 1) else 'tiles'}, weights in {where}"
 
 
 def _check_shape(shape: Sequence[int]) -> tuple[int, int, int, int]:

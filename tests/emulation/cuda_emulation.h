@@ -122,6 +122,13 @@ class Block {
 
   uint64_t exchange(uint64_t value, int source_lane) { return gather(value)[source_lane]; }
 
+  // What this thread may do later, and does at last.
+  void put_off(std::function<void()> action) { threads_[active_].put_off.push_back(std::move(action)); }
+  void make_up_for() {
+    for (const auto& action : threads_[active_].put_off) action();
+    threads_[active_].put_off.clear();
+  }
+
   size_t active() const { return active_; }
   static Block& current() { return *current_; }
 
@@ -132,6 +139,7 @@ class Block {
     std::unique_ptr<unsigned char[]> stack;
     void* fake_stack = nullptr;
     Wait waits = Wait::kNothing;
+    std::vector<std::function<void()>> put_off;
   };
   struct Warp {
     alignas(8) unsigned char deposited[kWarpSize * kDepositBytes];
