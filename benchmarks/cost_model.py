@@ -63,8 +63,8 @@ class Constants:
     l2_bandwidth: float = 64.0
     # Assumed: bytes that all multiprocessors together get from the L2 cache.
     l2_bytes_per_us: float = 5.5e6
-    # NVIDIA H200 data sheet: 495 TFLOP/s in TF32 without sparsity, of which mma.sync is said to reach 60 %; multiply-adds
-    # a cycle and multiprocessor. And how long one of them takes (published: 17 to 33 cycles).
+    # NVIDIA H200 data sheet: 495 TFLOP/s in TF32 without sparsity, of which mma.sync is said to reach 60 %: multiply-adds
+    # a cycle and multiprocessor. And how long a product takes (published: 17 to 33 cycles).
     tensor_multiply_adds: float = 568.0
     tensor_latency: float = 25.0
     # Assumed: bytes of L2 traffic of one value that a diagonal moves alone, out of a row.
@@ -81,6 +81,8 @@ STATE_BYTES = 4
 # csrc/cuda/plan_tensor.h: tiles of one matrix product, tiles of pixels of a job; products of a float32 one (3xTF32).
 OUTPUT_TILE, INPUT_TILE, PIXEL_TILE, JOB_TILES = 16, 8, 8, 4
 PRODUCTS = 3
+# csrc/cuda/solve_tensor.cuh: packs that a thread stages in registers, and that it loads at a time.
+STAGED_PACKS, LOADED_PACKS = 2, 4
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,9 @@ def tensor_step_cycles(
     first_streamed = tensor.resident_steps / tensor.k_steps  # in taps
 
     fragment = OUTPUT_TILE * INPUT_TILE * STATE_BYTES
-    product = OUTPUT_TILE * INPUT_TILE * PIXEL_TILE / (constants.tensor_multiply_adds / 4)  # a quarter has its own cores
+    product = (
+        OUTPUT_TILE * INPUT_TILE * PIXEL_TILE / (constants.tensor_multiply_adds / 4)
+    )  # a quarter has its own cores
 
     def phase(count: int, streamed: float) -> tuple[float, float]:
         """Of `count` taps, `streamed` of them through L2: cycles and bytes."""
@@ -191,9 +195,13 @@ def tensor_step_cycles(
         first = constants.l2_latency if streamed >= count else constants.shared_latency
         pipeline = own * max(2 * constants.tensor_latency, warps_a_quarter * job_tiles * PRODUCTS * product)
         through_l2 = tensor.output_tiles * groups * tensor.k_steps * fragment * streamed
-        shared = tensor.output_tiles * groups * (
-            steps * job_tiles * INPUT_TILE * PIXEL_TILE * STATE_BYTES
-            + (count - streamed) * tensor.k_steps * fragment
+        shared = (
+            tensor.output_tiles
+            * groups
+            * (
+                steps * job_tiles * INPUT_TILE * PIXEL_TILE * STATE_BYTES
+                + (count - streamed) * tensor.k_steps * fragment
+            )
         )
         bandwidth = max(shared / constants.shared_bandwidth, through_l2 / constants.l2_bandwidth) * busy
         return first + 12.0 + max(pipeline, bandwidth), through_l2
@@ -202,11 +210,16 @@ def tensor_step_cycles(
     streamed_near = min(float(near), max(0.0, 1.0 + near - max(first_streamed, 1.0)))
     ahead, ahead_bytes = phase(reaching - near, streamed_far + max(0.0, 1.0 - first_streamed))
     waiting, near_bytes = phase(near, streamed_near)
-    # The splits' sums: written, read side by side, and x written.
-    channel_packs = math.ceil(problem.channels / problem.groups / plan.pack)
-    additions = math.ceil(plan.images * length * channel_packs / plan.threads)
-    finish = constants.shared_latency * (1 + additions * math.ceil(tensor.splits / constants.loads_in_flight) + 1)
-    return ahead + waiting + finish + 2 * constants.barrier, ahead_bytes + near_bytes
+    # The splits' sums: written, read side by side, and x written; by warps that do nothing else, if there are any.
+    finishers = (tensor.finish_warps or plan.threads // 32) * 32
+    additions = math.ceil(plan.images * length * math.ceil(problem.channels / problem.groups / plan.pack) / finishers)
+    finish = constants.shared_latency * (additions * math.ceil(tensor.splits / constants.loads_in_flight) + 1)
+    # Of a ring, y that does not fit the registers of those threads is waited for.
+    late = 0.0 if tensor.whole_images else max(0, additions - STAGED_PACKS) * constants.global_latency
+    waiting += constants.shared_latency
+    if tensor.finish_warps:
+        return max(ahead, finish) + max(waiting, late) + 2 * constants.barrier, ahead_bytes + near_bytes
+    return ahead + finish + waiting + late + 2 * constants.barrier, ahead_bytes + near_bytes
 
 
 def tensor_time(plan: CudaPlan, tensor: TensorPlan, constants: Constants) -> Time:
@@ -229,7 +242,7 @@ def tensor_time(plan: CudaPlan, tensor: TensorPlan, constants: Constants) -> Tim
     items = plan.images * problem.height * problem.width * math.ceil(problem.channels / problem.groups / plan.pack)
     if not tensor.whole_images:
         items = plan.images * math.ceil(problem.channels / problem.groups / plan.pack)
-    latency = math.ceil(items / plan.threads) * constants.global_latency
+    latency = math.ceil(items / (plan.threads * LOADED_PACKS)) * constants.global_latency
     zeros = plan.shared_bytes - resident_bytes
     prepare = max(waves * (latency + zeros / constants.shared_bandwidth) * us, moved)
 

@@ -20,6 +20,9 @@ constexpr int32_t kLaneWeights = kFragmentElements / 32;
 constexpr int32_t kTensorThreads = 512;
 // Tiles of pixels that one warp serves with the same weights.
 constexpr int32_t kJobTiles = 4;
+// Warps that multiply, where that many can share the jobs: three a quarter of a multiprocessor hide each other's
+// latency, and leave warps for finishing.
+constexpr int64_t kProductWarps = 12;
 // More warps than this on one sum cost more in adding up than they save.
 constexpr int32_t kMaxSplits = 8;
 // Fewer channels would leave most of a 16 x 8 fragment empty.
@@ -161,10 +164,13 @@ inline bool plan_tensor(const Shape& shape, int64_t state_bytes, const DeviceLim
 
   // Whole images where all weights fit beside them or half of the memory is left for weights; else a ring.
   const auto lay_out = [&](int64_t images, bool whole_images, int64_t limit) {
-    const int64_t jobs = plan.output_tiles * divide_up(images * diagonal, static_cast<int64_t>(kJobTiles) * kMmaPixels);
-    plan.splits = static_cast<int32_t>(std::clamp<int64_t>(max_warps / jobs, 1, kMaxSplits));
-    plan.job_warps = static_cast<int32_t>(std::min(jobs, max_warps / plan.splits));
-    return plan_detail::lay_out_pixels(shape, taps_h, taps_w, images, whole_images, limit, plan);
+    const int64_t jobs = plan.output_tiles * divide_up(images * diagonal, int64_t{kJobTiles} * kMmaPixels);
+    const int64_t splits = std::clamp<int64_t>(std::min(max_warps, kProductWarps) / jobs, 1, kMaxSplits);
+    for (plan.splits = static_cast<int32_t>(splits); plan.splits > 0; --plan.splits) {
+      plan.job_warps = static_cast<int32_t>(std::min(jobs, max_warps / plan.splits));
+      if (plan_detail::lay_out_pixels(shape, taps_h, taps_w, images, whole_images, limit, plan)) return true;
+    }
+    return false;
   };
   const int64_t whole_limit = std::max(budget / 2, budget - steps * step_bytes);
   int64_t images = wanted;

@@ -122,7 +122,7 @@ class Case:
     threads_per_block: int = 1024
     shared_bytes: int = 99 * 1024
     multiprocessors: int = 1
-    forced_regime: int = -1  # the plan's own choice
+    forced_regime: int = BLOCK  # -1: the plan's own choice
     seeds: tuple[int, ...] = (1, 2)
     planted: int = 0  # the mistake to make, in a driver built with mistakes
 
