@@ -63,8 +63,8 @@ class Constants:
     l2_bandwidth: float = 64.0
     # Assumed: bytes that all multiprocessors together get from the L2 cache.
     l2_bytes_per_us: float = 5.5e6
-    # NVIDIA H200 data sheet: 495 TFLOP/s in TF32 without sparsity, of which mma.sync is said to reach 60 %: multiply-adds
-    # a cycle and multiprocessor. And how long a product takes (published: 17 to 33 cycles).
+    # NVIDIA H200 data sheet: 495 TFLOP/s in TF32 without sparsity, of which mma.sync is said to reach 60 %. Here in
+    # multiply-adds a cycle of a multiprocessor; and how long a product takes (published: 17 to 33 cycles).
     tensor_multiply_adds: float = 568.0
     tensor_latency: float = 25.0
     # Assumed: bytes of L2 traffic of one value that a diagonal moves alone, out of a row.

@@ -190,7 +190,8 @@ class CudaPlan:
         problem: What is asked.
         gpu: The limits that the plan was made for.
         regime: "images in a block" (whole images), "tiles" (an image is cut up), "tensor cores" (whole images, or a
-            ring of their diagonals), or "nothing to do" for an empty batch; behind a comma, where the folded weights are.
+            ring of their diagonals), or "nothing to do" for an empty batch; behind a comma, where the folded weights
+            are.
         tile: Rows and columns that a block keeps in shared memory.
         tiles: Tiles of an image, downwards and to the right.
         images: Whole images of a block.
