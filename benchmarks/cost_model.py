@@ -25,7 +25,7 @@ import torch
 from common import geometric_mean
 
 from inverse_flow import explain
-from inverse_flow.plans import H200, CudaPlan, GpuProperties, GradientPlan
+from inverse_flow.plans import H200, CudaPlan, GpuProperties, GradientPlan, TensorPlan
 
 MARKS = ("<!-- predicted: begin -->\n", "<!-- predicted: end -->\n")
 
@@ -65,11 +65,15 @@ class Constants:
     synchronised_launch_us: float = 7.0  # assumed: the launch and a round trip to the host
     # Assumed: bytes a cycle that a multiprocessor gets from the L2 cache.
     l2_bandwidth: float = 64.0
-    # NVIDIA H200 data sheet: 495 dense TFLOP/s in TF32, so 1024 multiply-adds a cycle; of which the warp's own mma
-    # instruction is assumed to reach 60 %.
-    tensor_multiply_adds: float = 0.6 * 1024
-    # Assumed: a shuffle or reduction of a warp, and a division in double precision.
-    shuffle: float = 25.0
+    # Assumed: bytes that all multiprocessors together get from the L2 cache.
+    l2_bytes_per_us: float = 5.5e6
+    # NVIDIA H200 data sheet: 495 TFLOP/s in TF32 without sparsity, of which mma.sync is said to reach 60 %. Here in
+    # multiply-adds a cycle of a multiprocessor; and how long a product takes (published: 17 to 33 cycles).
+    tensor_multiply_adds: float = 568.0
+    tensor_latency: float = 25.0
+    # Assumed: bytes of L2 traffic of one value that a diagonal moves alone, out of a row.
+    sector_bytes: float = 32.0
+    # Assumed: a division in double precision.
     double_division: float = 150.0
     # Assumed: loads that a thread has under way at a time where the code does not wait for each.
     loads_in_flight: float = 4.0
@@ -89,7 +93,13 @@ LANES_INSTRUCTIONS = {
     (1, 5): 67, (2, 5): 143,
 }  # fmt: skip
 PIXELS_IN_FLIGHT = 4  # kInFlight of csrc/cuda/solve_lanes.cuh
+TENSOR_REGISTERS = 128
 STATE_BYTES = 4
+# csrc/cuda/plan_tensor.h: tiles of one matrix product, tiles of pixels of a job; products of a float32 one (3xTF32).
+OUTPUT_TILE, INPUT_TILE, PIXEL_TILE, JOB_TILES = 16, 8, 8, 4
+PRODUCTS = 3
+# csrc/cuda/solve_tensor.cuh: packs that a thread stages in registers, and that it loads at a time.
+STAGED_PACKS, LOADED_PACKS = 2, 4
 
 
 @dataclass(frozen=True)
@@ -158,7 +168,7 @@ def inversion_cycles(corner: str, channels: int, threads: int, constants: Consta
     cycles = math.ceil(channels**2 / threads / 8) * constants.global_latency
     if corner == "general":
         rounds = math.ceil(channels**2 / threads)
-        step = 2 * constants.barrier + 2 * constants.shuffle + constants.double_division
+        step = 2 * constants.barrier + 2 * constants.shuffle_latency + constants.double_division
         return cycles + channels * (step + (2 + rounds) * 2 * constants.shared_latency)
     # Levels of two products: a thread's entries one after the other, of `size` terms at most.
     size = 2
@@ -239,10 +249,108 @@ def lanes_time(plan: CudaPlan, constants: Constants) -> Time:
     )
 
 
+def tensor_step_cycles(
+    plan: CudaPlan, tensor: TensorPlan, number: int, busy: float, constants: Constants
+) -> tuple[float, float]:
+    """Cycles of one diagonal on tensor cores, and the bytes of weights that it reads through L2."""
+    problem = plan.problem
+    rows, columns = problem.height, problem.width
+    taps = [min(problem.kernel_size[0], rows), min(problem.kernel_size[1], columns)]
+    length = min(number, rows - 1) - max(0, number - columns + 1) + 1
+    tiles = math.ceil(plan.images * length / PIXEL_TILE)
+    groups = math.ceil(tiles / JOB_TILES)
+    job_tiles = math.ceil(tiles / groups)
+    rounds = math.ceil(tensor.output_tiles * groups / tensor.job_warps)
+    warps = min(tensor.job_warps, tensor.output_tiles * groups) * tensor.splits
+    distances = sorted(a + b for a in range(taps[0]) for b in range(taps[1]))
+    near = sum(1 for distance in distances if 1 == distance <= number)
+    reaching = sum(1 for distance in distances if distance <= number)
+    first_streamed = tensor.resident_steps / tensor.k_steps  # in taps
+
+    fragment = OUTPUT_TILE * INPUT_TILE * STATE_BYTES
+    product = (
+        OUTPUT_TILE * INPUT_TILE * PIXEL_TILE / (constants.tensor_multiply_adds / 4)
+    )  # a quarter has its own cores
+
+    def phase(count: int, streamed: float) -> tuple[float, float]:
+        """Of `count` taps, `streamed` of them through L2: cycles and bytes."""
+        steps = count * tensor.k_steps
+        if steps == 0:
+            return 0.0, 0.0
+        own = rounds * math.ceil(steps / tensor.splits)
+        # The first loads and their split; then two products into one sum wait for each other, or the cores are busy.
+        warps_a_quarter = math.ceil(warps / 4) * busy
+        first = constants.l2_latency if streamed >= count else constants.shared_latency
+        pipeline = own * max(2 * constants.tensor_latency, warps_a_quarter * job_tiles * PRODUCTS * product)
+        through_l2 = tensor.output_tiles * groups * tensor.k_steps * fragment * streamed
+        shared = (
+            tensor.output_tiles
+            * groups
+            * (
+                steps * job_tiles * INPUT_TILE * PIXEL_TILE * STATE_BYTES
+                + (count - streamed) * tensor.k_steps * fragment
+            )
+        )
+        bandwidth = max(shared / constants.shared_bandwidth, through_l2 / constants.l2_bandwidth) * busy
+        return first + 12.0 + max(pipeline, bandwidth), through_l2
+
+    streamed_far = max(0.0, reaching - max(first_streamed, 1.0 + near))
+    streamed_near = min(float(near), max(0.0, 1.0 + near - max(first_streamed, 1.0)))
+    ahead, ahead_bytes = phase(reaching - near, streamed_far + max(0.0, 1.0 - first_streamed))
+    waiting, near_bytes = phase(near, streamed_near)
+    # The splits' sums: written, read side by side, and x written; by warps that do nothing else, if there are any.
+    finishers = (tensor.finish_warps or plan.threads // 32) * 32
+    additions = math.ceil(plan.images * length * math.ceil(problem.channels / problem.groups / plan.pack) / finishers)
+    finish = constants.shared_latency * (additions * math.ceil(tensor.splits / constants.loads_in_flight) + 1)
+    # Of a ring, y that does not fit the registers of those threads is waited for.
+    late = 0.0 if tensor.whole_images else max(0, additions - STAGED_PACKS) * constants.global_latency
+    waiting += constants.shared_latency
+    if tensor.finish_warps:
+        return max(ahead, finish) + max(waiting, late) + 2 * constants.barrier, ahead_bytes + near_bytes
+    return ahead + finish + waiting + late + 2 * constants.barrier, ahead_bytes + near_bytes
+
+
+def tensor_time(plan: CudaPlan, tensor: TensorPlan, constants: Constants) -> Time:
+    """The solve of a plan on tensor cores."""
+    problem, us = plan.problem, 1e-3 / constants.clock_ghz
+    resident = resident_blocks(plan.threads, plan.shared_bytes, TENSOR_REGISTERS, constants)
+    waves, busy = _waves(plan.blocks, resident, plan.gpu)
+    steps = [tensor_step_cycles(plan, tensor, number, busy, constants) for number in range(plan.steps)]
+    taps = min(problem.kernel_size[0], problem.height) * min(problem.kernel_size[1], problem.width)
+    resident_bytes = tensor.output_tiles * tensor.resident_steps * OUTPUT_TILE * INPUT_TILE * STATE_BYTES
+
+    if plan.fold_launches:
+        fold = fold_cycles(plan, 640, plan.fold_blocks // problem.groups, constants)
+        fold += waves * (constants.l2_latency + resident_bytes / constants.l2_bandwidth * busy)
+    else:
+        fold = fold_cycles(plan, plan.threads, 1, constants) * waves
+
+    values = problem.batch * problem.channels * problem.height * problem.width
+    moved = values * problem.dtype.itemsize / constants.memory_bytes_per_us
+    items = plan.images * problem.height * problem.width * math.ceil(problem.channels / problem.groups / plan.pack)
+    if not tensor.whole_images:
+        items = plan.images * math.ceil(problem.channels / problem.groups / plan.pack)
+    latency = math.ceil(items / (plan.threads * LOADED_PACKS)) * constants.global_latency
+    zeros = plan.shared_bytes - resident_bytes
+    prepare = max(waves * (latency + zeros / constants.shared_bandwidth) * us, moved)
+
+    through_l2 = plan.blocks * sum(weights for _, weights in steps)
+    if not tensor.whole_images:
+        through_l2 += 2 * values * constants.sector_bytes
+    sweep = max(waves * sum(cycles for cycles, _ in steps) * us, through_l2 / constants.l2_bytes_per_us)
+    assert taps > 1
+    return Time(
+        (plan.launches - (plan.gradient.launches if plan.gradient else 0)) * constants.graph_node_us,
+        fold * us, prepare, sweep, moved,
+    )  # fmt: skip
+
+
 def solve_time(plan: CudaPlan, constants: Constants) -> Time:
     """The solve of a plan, or the transposed solve of a backward pass."""
     if plan.bands:
         return lanes_time(plan, constants)
+    if plan.tensor is not None:
+        return tensor_time(plan, plan.tensor, constants)
     problem, us = plan.problem, 1e-3 / constants.clock_ghz
     channels = problem.channels // problem.groups
     taps = min(problem.kernel_size[0], problem.height) * min(problem.kernel_size[1], problem.width)
@@ -339,7 +447,7 @@ def gradient_time(plan: CudaPlan, gradient: GradientPlan, constants: Constants) 
         return time
     # Lanes of a warp add up the blocks' sums, eight loads of each under way at a time.
     lanes = min(32, 2 ** math.ceil(math.log2(max(gradient.splits / 8, 1))))
-    loads = math.ceil(gradient.splits / lanes / 8) * constants.l2_latency + math.log2(lanes) * constants.shuffle
+    loads = math.ceil(gradient.splits / lanes / 8) * constants.l2_latency + math.log2(lanes) * constants.shuffle_latency
     entries = problem.channels * (problem.channels // problem.groups * math.prod(problem.kernel_size) + 1)
     rounds = math.ceil(entries * lanes / (plan.gpu.multiprocessors * constants.threads))
     return time + max(rounds * loads * us, gradient.scratch_bytes / constants.memory_bytes_per_us)
@@ -390,6 +498,9 @@ def table(cases: Iterable[Case] = CASES, constants: Constants | None = None) -> 
         ratios.append(forward.total / ideal_convolution(case, 1, constants))
         both_ratios.append((forward.total + backward.total) / ideal_convolution(case, 3, constants))
         where = "registers" if plan.bands else "shared" if plan.weights_in_shared else "L2"
+        if plan.tensor is not None:
+            steps = math.ceil(plan.folded_bytes / (plan.tensor.output_tiles * OUTPUT_TILE * INPUT_TILE * STATE_BYTES))
+            where = f"tensor, {plan.tensor.resident_steps / steps:.0%} shared"
         tiles = f"{plan.tiles[0]} × {plan.tiles[1]} tiles" if plan.tiles != (1, 1) else f"{plan.images} a block"
         parts = (forward.launches, forward.fold, forward.prepare, forward.sweep, forward.store)
         ratio = published_pattern(case, constants) / forward.total

@@ -74,7 +74,7 @@ py::dict plan_cuda(const Sizes& sizes, const std::vector<int64_t>& orders, int64
     scratch += shape.batch * shape.groups * shape.channels * shape.height * shape.width * state_bytes;
   }
   const bool lanes = plan.regime == SolveRegime::kLanes;
-  found["regime"] = lanes ? "rows as lanes" : "block";
+  found["regime"] = static_cast<int32_t>(plan.regime);
   found["tile"] = py::make_tuple(plan.tile_h, plan.tile_w);
   found["tiles"] = py::make_tuple(plan.tiles_h, plan.tiles_w);
   found["images"] = plan.images;
@@ -95,6 +95,18 @@ py::dict plan_cuda(const Sizes& sizes, const std::vector<int64_t>& orders, int64
                                                    : 0;
   found["bands"] = lanes ? plan.lanes.bands : 0;
   found["scratch_bytes"] = scratch;
+  if (plan.regime == SolveRegime::kTensor) {
+    const TensorPlan& tensor = plan.tensor;
+    py::dict part;
+    part["output_tiles"] = tensor.output_tiles;
+    part["k_steps"] = tensor.k_steps;
+    part["resident_steps"] = tensor.resident_steps;
+    part["splits"] = tensor.splits;
+    part["job_warps"] = tensor.job_warps;
+    part["finish_warps"] = tensor.finish_warps;
+    part["whole_images"] = tensor.whole_images;
+    found["tensor"] = part;
+  }
   if (!backward) return found;
 
   // The gradient is that of the plain solve; its plan does not depend on which of the two is transposed.

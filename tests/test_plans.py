@@ -76,12 +76,12 @@ def test_half_precision_has_the_state_of_float32() -> None:
 
 
 def test_an_image_of_one_block_is_one_launch() -> None:
-    plan = cuda((100, 12, 32, 32), 3, corner="unit_triangular")
+    plan = cuda((100, 8, 32, 32), 3, corner="unit_triangular")
     assert plan.regime == "images in a block, weights in shared memory"
     assert (plan.tile, plan.tiles, plan.images) == ((32, 32), (1, 1), 1)
     assert (plan.launches, plan.fold_launches, plan.steps) == (1, 0, 63)
     assert plan.blocks == 100
-    assert plan.shared_bytes == 4 * (12 * 32 * 32 + 9 * 12 * 12 + 12)
+    assert plan.shared_bytes == 4 * (8 * 32 * 32 + 9 * 8 * 8 + 8)
     assert plan.scratch_bytes == 0
     assert plan.gradient is None
 
@@ -131,7 +131,27 @@ def test_many_channels_fold_before_the_solve() -> None:
     plan = cuda((100, 17, 8, 8), 3)
     assert (plan.launches, plan.fold_launches) == (2, 1)
     assert plan.scratch_bytes >= 4 * 9 * 17 * 17
-    assert cuda((100, 96, 4, 4), 3).regime == "images in a block, weights in global memory"
+
+
+def test_from_nine_channels_on_tensor_cores() -> None:
+    assert cuda((100, 8, 16, 16), 3).tensor is None
+    assert cuda((100, 12, 16, 16), 3, dtype=torch.float64).tensor is None
+    assert cuda((100, 12, 16, 16), 1).tensor is None
+    plan = cuda((100, 24, 16, 16), 3)
+    assert plan.regime == "tensor cores, whole images, weights in shared memory"
+    assert plan.tensor is not None
+    assert (plan.tensor.output_tiles, plan.tensor.k_steps, plan.tensor.resident_steps) == (2, 3, 27)
+    assert (plan.tile, plan.tiles, plan.steps, plan.blocks) == ((16, 16), (1, 1), 31, 100)
+    assert plan.threads == 32 * (plan.tensor.splits * plan.tensor.job_warps + plan.tensor.finish_warps)
+    assert "2 tiles of outputs" in str(plan)
+    plan = cuda((100, 96, 4, 4), 3)
+    assert plan.regime == "tensor cores, whole images, weights in shared and global memory"
+    assert plan.images == 2
+    plan = cuda((100, 96, 32, 32), 3)
+    assert plan.regime == "tensor cores, a ring of diagonals, weights in shared and global memory"
+    assert plan.launches == plan.fold_launches + 1
+    # An image whose diagonals do not fit is cut into tiles.
+    assert cuda((2, 64, 300, 300), 3).tensor is None
 
 
 def test_the_backward_pass_on_a_gpu() -> None:

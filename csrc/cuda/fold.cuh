@@ -14,7 +14,8 @@
 // column were copied away, after the update. A singular corner gives NaN everywhere.
 //
 // Folded weights of a group lie as [tap a * taps_w + b][pack of input channels][output channel][pack], tap (0, 0)
-// holding M^-1 itself: threads of neighbouring output channels then read neighbouring packs of 16 bytes.
+// holding M^-1 itself: threads of neighbouring output channels then read neighbouring packs of 16 bytes. For the tensor
+// cores they lie as the lanes of a warp read them (TensorPlan::fragment_place).
 #pragma once
 
 #include "element.cuh"
@@ -238,19 +239,25 @@ __device__ void fold_taps(const WeightView& weight, const Inversion& inversion, 
                           Index thread, Index threads) {
   const Index channels = weight.channels;
   const Index taps = static_cast<Index>(plan.taps_h) * plan.taps_w;
-  const Index padded = static_cast<Index>(plan.channel_packs) * plan.pack;
+  const Index padded = static_cast<Index>(plan.folded_inputs());
+  const Index outputs = static_cast<Index>(plan.folded_outputs(channels));
   // The tap is the fastest digit: so it is in the weight's memory.
-  for (Index entry = thread; entry < channels * padded * taps; entry += threads) {
+  for (Index entry = thread; entry < outputs * padded * taps; entry += threads) {
     const Index pair = entry / taps;
     const Index tap = entry - pair * taps;
     const Index o = pair / padded;
     const Index c = pair - o * padded;
     const int a = static_cast<int>(tap / plan.taps_w);
     const int b = static_cast<int>(tap - static_cast<Index>(a) * plan.taps_w);
-    const Index pack = c / plan.pack;
-    const Index place = ((tap * plan.channel_packs + pack) * channels + o) * plan.pack + (c - pack * plan.pack);
+    Index place;
+    if (plan.regime == SolveRegime::kTensor) {
+      place = static_cast<Index>(plan.tensor.fragment_place(tap_position(plan.taps_h, plan.taps_w, a, b), o, c));
+    } else {
+      const Index pack = c / plan.pack;
+      place = ((tap * plan.channel_packs + pack) * channels + o) * plan.pack + (c - pack * plan.pack);
+    }
     folded[place] =
-        c < channels
+        c < channels && o < channels
             ? static_cast<State>(folded_entry(weight, inversion, static_cast<int>(o), static_cast<int>(c), a, b))
             : State(0);
   }

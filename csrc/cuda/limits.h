@@ -11,13 +11,15 @@ namespace inverse_flow {
 enum class SolveRegime : int32_t {
   kBlock = 0,  // solve.cuh: a block on a tile, its threads on the channels and pixels of a diagonal
   kLanes = 1,  // solve_lanes.cuh: a warp on a band of rows, a few lanes on each row
+  kTensor = 2,  // solve_tensor.cuh: a block on whole images, each diagonal a matrix product on tensor cores
 };
 
 struct DeviceLimits {
   int32_t threads_per_block;  // at most; a multiple of 32
   int64_t shared_bytes;       // at most, a block, with the opt-in above 48 KiB
   int32_t multiprocessors;
-  int32_t forced_regime = -1;  // a SolveRegime that the tests ask for; -1: the plan's choice
+  // A SolveRegime to use whether it pays or not, where it can be used at all, else kBlock; -1: the plan's own choice.
+  int32_t forced_regime = -1;
 };
 
 INVERSE_FLOW_HOST_DEVICE constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

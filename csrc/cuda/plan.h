@@ -8,6 +8,7 @@
 #include "../params.h"
 #include "limits.h"
 #include "plan_lanes.h"
+#include "plan_tensor.h"
 
 namespace inverse_flow {
 
@@ -21,7 +22,8 @@ constexpr int32_t kMaxChannelsFoldedInBlock = 16;
 
 struct SolvePlan {
   SolveRegime regime;
-  LanesPlan lanes;  // of kLanes alone
+  LanesPlan lanes;    // of kLanes alone
+  TensorPlan tensor;  // of kTensor alone
   // Taps that can reach a pixel at all: the kernel clipped to the image.
   int32_t taps_h;
   int32_t taps_w;
@@ -52,9 +54,15 @@ struct SolvePlan {
   int64_t shared_bytes;
 
   INVERSE_FLOW_HOST_DEVICE bool single_tile() const { return tiles_h == 1 && tiles_w == 1; }
-  // Folded weights of one group, in elements: taps x channel packs x output channels x pack.
+  // Folded weights of one group: taps x inputs x outputs, both padded with zeros to what the regime reads.
+  INVERSE_FLOW_HOST_DEVICE int64_t folded_inputs() const {
+    return regime == SolveRegime::kTensor ? tensor.padded_inputs() : static_cast<int64_t>(channel_packs) * pack;
+  }
+  INVERSE_FLOW_HOST_DEVICE int64_t folded_outputs(int64_t channels) const {
+    return regime == SolveRegime::kTensor ? tensor.padded_outputs() : channels;
+  }
   INVERSE_FLOW_HOST_DEVICE int64_t folded_elements(int64_t channels) const {
-    return static_cast<int64_t>(taps_h) * taps_w * channel_packs * channels * pack;
+    return static_cast<int64_t>(taps_h) * taps_w * folded_inputs() * folded_outputs(channels);
   }
 };
 
@@ -107,23 +115,41 @@ inline int64_t fold_in_block_bytes(const Shape& shape, int64_t state_bytes) {
   return inversion_bytes(shape.channels) + weights * state_bytes;
 }
 
-// kLanes wherever it has a kernel, and plans it; else kBlock.
-inline SolveRegime choose_regime(const Shape& shape, int64_t state_bytes, const DeviceLimits& device,
-                                 LanesPlan& lanes) {
-  if (device.forced_regime == static_cast<int32_t>(SolveRegime::kBlock)) return SolveRegime::kBlock;
-  const bool possible = plan_lanes(shape, state_bytes, fold_in_block_bytes(shape, state_bytes), device, lanes);
-  return possible ? SolveRegime::kLanes : SolveRegime::kBlock;
+namespace plan_detail {
+
+// Who folds: every block for itself, if the corner is small and `scratch_bytes` of its memory are enough, or a launch.
+inline void plan_fold(const Shape& shape, int64_t state_bytes, int64_t scratch_bytes, const DeviceLimits& device,
+                      SolvePlan& plan) {
+  const int64_t threads = std::min<int64_t>(device.threads_per_block, kMaxThreads);
+  const int64_t corner_bytes = shape.corner == kIdentity ? 0 : inversion_bytes(shape.channels);
+  plan.fold_in_block = plan.weights_in_shared && fold_in_block_bytes(shape, state_bytes) <= scratch_bytes &&
+                       (shape.corner == kIdentity || shape.channels <= kMaxChannelsFoldedInBlock);
+  plan.fold_shared_bytes = corner_bytes <= device.shared_bytes ? corner_bytes : 0;
+  plan.fold_threads = static_cast<int32_t>(threads);
+  plan.fold_blocks = static_cast<int32_t>(std::clamp<int64_t>(divide_up(device.multiprocessors, shape.groups), 1,
+                                                              divide_up(plan.folded_elements(shape.channels), threads)));
 }
 
-// False when not even one pixel fits: more channels in a group than the block's shared memory holds.
-inline bool plan_solve(const Shape& shape, int64_t state_bytes, const DeviceLimits& device, SolvePlan& plan) {
-  using plan_detail::tile_bytes;
-  plan = {};
-  plan.regime = choose_regime(shape, state_bytes, device, plan.lanes);
-  if (plan.regime == SolveRegime::kLanes) {
-    plan_detail::copy_lanes_plan(shape, plan);
-    return true;
-  }
+// Sets what the regimes have in common from the plan of kTensor.
+inline void copy_tensor_plan(const Shape& shape, int64_t state_bytes, const DeviceLimits& device, SolvePlan& plan) {
+  const TensorPlan& tensor = plan.tensor;
+  plan.taps_h = static_cast<int32_t>(std::min(shape.kernel_h, shape.height));
+  plan.taps_w = static_cast<int32_t>(std::min(shape.kernel_w, shape.width));
+  plan.pack = kLaneWeights;
+  plan.channel_packs = static_cast<int32_t>(divide_up(shape.channels, kLaneWeights));
+  plan.tile_h = static_cast<int32_t>(shape.height);
+  plan.tile_w = static_cast<int32_t>(shape.width);
+  plan.tiles_h = plan.tiles_w = 1;
+  plan.images = tensor.images;
+  plan.threads = tensor.threads;
+  plan.weights_in_shared = tensor.resident_steps == int64_t{plan.taps_h} * plan.taps_w * tensor.k_steps;
+  plan.shared_bytes = tensor.shared_bytes;
+  // The scratch lies where pixels and sums will.
+  plan_fold(shape, state_bytes, tensor.shared_bytes - tensor.x_offset, device, plan);
+}
+
+// The plan of kBlock; false when not even one pixel fits.
+inline bool plan_block(const Shape& shape, int64_t state_bytes, const DeviceLimits& device, SolvePlan& plan) {
   const int64_t channels = shape.channels;
   const int64_t max_threads = std::min<int64_t>(device.threads_per_block, kMaxThreads);
   plan.taps_h = static_cast<int32_t>(std::min(shape.kernel_h, shape.height));
@@ -164,15 +190,8 @@ inline bool plan_solve(const Shape& shape, int64_t state_bytes, const DeviceLimi
     tile_w = std::min(side, shape.width);
     if (!fits(side)) return false;
   }
-  const int64_t corner_bytes = shape.corner == kIdentity ? 0 : inversion_bytes(channels);
-  int64_t fold_bytes = fold_in_block_bytes(shape, state_bytes);
-  plan.fold_in_block = plan.weights_in_shared && fold_bytes <= budget &&
-                       (shape.corner == kIdentity || channels <= kMaxChannelsFoldedInBlock);
-  plan.fold_shared_bytes = corner_bytes <= device.shared_bytes ? corner_bytes : 0;
-  plan.fold_threads = static_cast<int32_t>(max_threads);
-  plan.fold_blocks = static_cast<int32_t>(std::clamp<int64_t>(divide_up(device.multiprocessors, shape.groups), 1,
-                                                              divide_up(plan.folded_elements(channels), max_threads)));
-  if (!plan.fold_in_block) fold_bytes = 0;
+  plan_fold(shape, state_bytes, budget, device, plan);
+  const int64_t fold_bytes = plan.fold_in_block ? fold_in_block_bytes(shape, state_bytes) : 0;
   plan.tile_h = static_cast<int32_t>(tile_h);
   plan.tile_w = static_cast<int32_t>(tile_w);
   plan.row_stride = plan_detail::row_stride(tile_h, tile_w);
@@ -197,6 +216,41 @@ inline bool plan_solve(const Shape& shape, int64_t state_bytes, const DeviceLimi
   plan.tile_offset = weight_bytes + bias_bytes;
   plan.shared_bytes = plan.tile_offset + std::max(plan.images * image_tile_bytes, fold_bytes);
   return true;
+}
+
+}  // namespace plan_detail
+
+// The regime that the cost model (docs/cost-model.md) finds fastest, among those that can be used.
+inline SolveRegime choose_regime(const Shape& shape, int64_t state_bytes, const DeviceLimits& device, SolvePlan& plan) {
+  const auto wants = [&](SolveRegime regime) {
+    return device.forced_regime < 0 || device.forced_regime == static_cast<int32_t>(regime);
+  };
+  const bool is_forced = device.forced_regime >= 0;
+  if (wants(SolveRegime::kLanes) &&
+      plan_lanes(shape, state_bytes, fold_in_block_bytes(shape, state_bytes), device, plan.lanes)) {
+    return SolveRegime::kLanes;
+  }
+  if (wants(SolveRegime::kTensor) && (is_forced || shape.channels >= kMinTensorChannels) &&
+      plan_tensor(shape, state_bytes, device, plan.tensor)) {
+    return SolveRegime::kTensor;
+  }
+  return SolveRegime::kBlock;
+}
+
+// False when not even one pixel fits: more channels in a group than the block's shared memory holds.
+inline bool plan_solve(const Shape& shape, int64_t state_bytes, const DeviceLimits& device, SolvePlan& plan) {
+  plan = {};
+  plan.regime = choose_regime(shape, state_bytes, device, plan);
+  switch (plan.regime) {
+    case SolveRegime::kLanes:
+      plan_detail::copy_lanes_plan(shape, plan);
+      return true;
+    case SolveRegime::kTensor:
+      plan_detail::copy_tensor_plan(shape, state_bytes, device, plan);
+      return true;
+    default:
+      return plan_detail::plan_block(shape, state_bytes, device, plan);
+  }
 }
 
 }  // namespace inverse_flow

@@ -28,7 +28,7 @@ constexpr int64_t kGradientSharedBytes = 48 * 1024;
 constexpr int32_t kFragmentOutputs = 16;
 constexpr int32_t kFragmentInputs = 8;
 constexpr int32_t kFragmentPixels = 8;
-constexpr int32_t kTensorThreads = 256;  // of a block: 128 registers each with two blocks
+constexpr int32_t kGradientTensorThreads = 256;  // of a block: 128 registers each with two blocks
 // Taps of a warp: a 3 x 3 window. Its 36 accumulators, and as many totals, fill half the registers.
 constexpr int32_t kFragmentTaps = 9;
 // From 16 channels the three TF32 products of padded channels take less time than one product in float32 does.
@@ -142,7 +142,7 @@ inline bool shrink_window(GradientPlan& plan) {
 inline bool lay_out_gradient(GradientPlan& plan, const Shape& shape, int64_t state_bytes, const DeviceLimits& device) {
   const int64_t strips_w = divide_up(plan.taps_w, plan.strip);
   const int64_t max_threads =
-      std::min<int64_t>(device.threads_per_block, plan.tensor_cores ? kTensorThreads : kGradientThreads);
+      std::min<int64_t>(device.threads_per_block, plan.tensor_cores ? kGradientTensorThreads : kGradientThreads);
   const int64_t wanted_splits = splits_wanted(plan, shape, device);
 
   const int64_t tile_pixels = plan.tensor_cores ? kTensorTilePixels : kGradientTilePixels;
@@ -214,7 +214,7 @@ inline double tensor_cycles(const GradientPlan& plan, const Shape& shape, const 
 // Channels and window of a block: of all that fit its warps, those that take the least time. Larger blocks load less
 // and smaller ones keep more multiprocessors busy, which decides where memory allows few splits.
 inline GradientPlan choose_fragments(const GradientPlan& start, const Shape& shape, const DeviceLimits& device) {
-  const int64_t max_warps = std::min(device.threads_per_block, kTensorThreads) / 32;
+  const int64_t max_warps = std::min(device.threads_per_block, kGradientTensorThreads) / 32;
   const int64_t outputs = divide_up(shape.channels, kFragmentOutputs);
   const int64_t inputs = divide_up(shape.channels, kFragmentInputs);
   GradientPlan best{};

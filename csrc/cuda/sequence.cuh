@@ -4,7 +4,7 @@
 
 #include "combine_gradients.cuh"
 #include "launch.h"
-#include "solve.cuh"
+#include "solve_tensor.cuh"
 #include "weight_gradient.cuh"
 #include "weight_gradient_tensor.cuh"
 
@@ -72,6 +72,9 @@ const char* run_solve(const SolveProblem& problem, const SolvePlan& plan, void* 
   void (*kernel)(SolveArguments<Element>) = solve_kernel<Element, kPack, false>;
   if (plan.weights_in_shared) {
     kernel = plan.pack == 1 ? solve_kernel<Element, 1, true> : solve_kernel<Element, kPack, true>;
+  }
+  if constexpr (sizeof(State) == sizeof(float)) {
+    if (plan.regime == SolveRegime::kTensor) kernel = solve_tensor_kernel<Element>;
   }
 
   return for_each_group_chunk(

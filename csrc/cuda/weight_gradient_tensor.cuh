@@ -4,7 +4,7 @@
 //
 // A warp owns 16 outputs x 8 inputs and the up to kFragmentTaps taps of the block's window: every tap is the same tile
 // of right, read a fixed distance away. Eight pixels are a step: a lane loads four values of left, once for all taps,
-// and two of right for each tap, splits them (mma_tf32.cuh) and multiplies three times. Pixels are counted without
+// and two of right for each tap, splits them (mma.cuh) and multiplies three times. Pixels are counted without
 // margin; `positions` says where in right each stands. Teams of warps take every teams-th step. Sums are kept a tile at
 // a time before they join the total, as the tensor core rounds each of its additions towards zero. Barriers: after a
 // tile is loaded, after it was used, two for each halving of the teams, and after the sums are
@@ -15,7 +15,7 @@
 #pragma once
 
 #include "gradient_tile.cuh"
-#include "mma_tf32.cuh"
+#include "mma.cuh"
 
 namespace inverse_flow {
 
@@ -35,7 +35,7 @@ __device__ inline void place_pixels(const GradientPlan& plan, float* left, int32
 }
 
 template <typename State>
-__global__ void __launch_bounds__(kTensorThreads, 2)
+__global__ void __launch_bounds__(kGradientTensorThreads, 2)
     weight_gradient_tensor_kernel(const __grid_constant__ GradientArguments<State> args) {
   static_assert(sizeof(State) == sizeof(float));
   const GradientPlan& plan = args.plan;
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kTensorThreads, 2)
   const int input_fragments = plan.block_inputs / kFragmentInputs;
   const int first_input = item % input_fragments * kFragmentInputs;
   const int first_output = item / input_fragments * kFragmentOutputs;
-  // Names as in mma_tf32.cuh.
+  // Names as in mma.cuh.
   const int g = lane / 4;
   const int t = lane % 4;
 
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kTensorThreads, 2)
         int later_place = positions[pixel + 4] * plan.right_pitch + first_input + g;
         INVERSE_FLOW_UNROLL
         for (int v = 0; v < kFragmentTaps; ++v) {
-          if (v < taps) multiply_add(sum[v], a, Split<2>({right[place], right[later_place]}));
+          if (v < taps) multiply_split(sum[v], a, Split<2>({right[place], right[later_place]}));
           const int distance = plan.right_pitch + ((row_ends >> v & 1) != 0 ? row_jump : 0);
           place -= distance;
           later_place -= distance;

@@ -15,7 +15,7 @@ import torch
 from . import _C
 from ._checks import FLOAT_DTYPES, ORDERS, Order, parse_corner, parse_orders
 
-__all__ = ["H200", "CpuPlan", "CudaPlan", "GpuProperties", "GradientPlan", "Problem", "explain"]
+__all__ = ["H200", "CpuPlan", "CudaPlan", "GpuProperties", "GradientPlan", "Problem", "TensorPlan", "explain"]
 
 KIB = 1024
 
@@ -167,21 +167,44 @@ class GradientPlan:
 
 
 @dataclass(frozen=True)
+class TensorPlan:
+    """How the tensor cores solve one anti-diagonal, a matrix product of 16 × 8 × 8 tiles.
+
+    Attributes:
+        output_tiles: Tiles of 16 output channels.
+        k_steps: Steps of 8 input channels, a tap.
+        resident_steps: Of all taps, the steps whose weights are in shared memory; the others are read through L2.
+        splits: Warps that share the steps of one job: a tile of outputs and up to four tiles of pixels.
+        job_warps: Jobs that a block does at a time.
+        finish_warps: Further warps, which add up the sums, load and store meanwhile; 0 where all warps do that.
+        whole_images: Whether whole images are in shared memory; else a ring of the last diagonals.
+    """
+
+    output_tiles: int
+    k_steps: int
+    resident_steps: int
+    splits: int
+    job_warps: int
+    finish_warps: int
+    whole_images: bool
+
+
+@dataclass(frozen=True)
 class CudaPlan:
     """How a GPU would do it.
 
     Attributes:
         problem: What is asked.
         gpu: The limits that the plan was made for.
-        regime: "images in a block" (whole images), "tiles" (an image is cut up), or "nothing to do" for an empty batch;
-            behind a comma, where the folded weights are. For few channels a group "rows as lanes", whole images or
-            tiles again: the weights are in registers.
+        regime: "images in a block" (whole images), "tiles" (an image is cut up), "tensor cores" (whole images, or a
+            ring of their diagonals), or "nothing to do" for an empty batch; behind a comma, where the folded weights
+            are. For few channels a group "rows as lanes", whole images or tiles again: the weights are in registers.
         tile: Rows and columns that a block keeps in shared memory.
         tiles: Tiles of an image, downwards and to the right.
         images: Whole images of a block.
         pack: Channels that are read and written together.
-        channel_threads: Threads of a pixel.
-        diagonal_threads: Pixels of an anti-diagonal that are solved at once.
+        channel_threads: Threads of a pixel; 0 on tensor cores.
+        diagonal_threads: Pixels of an anti-diagonal that are solved at once; 0 on tensor cores.
         bands: With rows as lanes, the bands of rows of a tile, each swept by a warp; else 0.
         threads: Threads of a block.
         blocks: Blocks of the largest launch of the solve.
@@ -196,6 +219,7 @@ class CudaPlan:
         launches: Launches in all, those of the gradient included.
         scratch_bytes: Memory beside inputs, outputs and gradients.
         gradient: Of a backward pass, what comes behind the transposed solve.
+        tensor: On tensor cores, how they share the work.
     """
 
     problem: Problem
@@ -219,6 +243,7 @@ class CudaPlan:
     launches: int = 0
     scratch_bytes: int = 0
     gradient: GradientPlan | None = field(default=None)
+    tensor: TensorPlan | None = field(default=None)
 
     def __str__(self) -> str:
         rows: dict[str, object] = {
@@ -240,6 +265,11 @@ class CudaPlan:
             "launches": self.launches,
             "scratch": _bytes(self.scratch_bytes),
         }
+        if self.tensor is not None:
+            rows["matrix products"] = (
+                f"{self.tensor.output_tiles} tiles of outputs, {self.tensor.splits} warps a job, "
+                f"{self.tensor.job_warps} jobs at a time"
+            )
         if self.gradient is not None:
             part = self.gradient
             rows["gradient"] = (
@@ -357,17 +387,31 @@ def _explain_cuda(
         )
     if not plan:
         return CudaPlan(problem, gpu, "nothing to do")
-    regime = "images in a block" if plan["tiles"] == (1, 1) else "tiles"
-    if plan.pop("regime") == "rows as lanes":
-        regime = f"rows as lanes, {regime}"
-    else:
-        regime += f", weights in {'shared' if plan['weights_in_shared'] else 'global'} memory"
+    regime = _regime(plan.pop("regime"), plan)
     found = plan.pop("gradient", None)
     gradient = None if found is None else GradientPlan(**found)
     if gradient is not None:
         plan["launches"] += gradient.launches
         plan["scratch_bytes"] += gradient.scratch_bytes
-    return CudaPlan(problem, gpu, regime, **plan, gradient=gradient)
+    part = plan.pop("tensor", None)
+    tensor = None if part is None else TensorPlan(**part)
+    return CudaPlan(problem, gpu, regime, **plan, gradient=gradient, tensor=tensor)
+
+
+# SolveRegime of csrc/cuda/limits.h.
+LANES, TENSOR = 1, 2
+
+
+def _regime(code: int, plan: dict[str, Any]) -> str:
+    """The SolveRegime in words, and where the folded weights are."""
+    where = "shared memory" if plan["weights_in_shared"] else "global memory"
+    if code == TENSOR:
+        if plan["tensor"]["resident_steps"] and not plan["weights_in_shared"]:
+            where = "shared and global memory"
+        pixels = "whole images" if plan["tensor"]["whole_images"] else "a ring of diagonals"
+        return f"tensor cores, {pixels}, weights in {where}"
+    pixels = "images in a block" if plan["tiles"] == (1, 1) else "tiles"
+    return f"rows as lanes, {pixels}" if code == LANES else f"{pixels}, weights in {where}"
 
 
 def _check_shape(shape: Sequence[int]) -> tuple[int, int, int, int]:

@@ -137,6 +137,13 @@ class Block {
     return reinterpret_cast<const T*>(warp.exchanged);
   }
 
+  // What this thread may do later, and does at last.
+  void put_off(std::function<void()> action) { threads_[active_].put_off.push_back(std::move(action)); }
+  void make_up_for() {
+    for (const auto& action : threads_[active_].put_off) action();
+    threads_[active_].put_off.clear();
+  }
+
   size_t active() const { return active_; }
   static Block& current() { return *current_; }
 
@@ -148,6 +155,7 @@ class Block {
     void* fake_stack = nullptr;
     Wait waits = Wait::kNothing;
     int64_t yields = 0;
+    std::vector<std::function<void()>> put_off;
   };
   struct Warp {
     alignas(8) unsigned char deposited[kWarpSize * kDepositBytes];

@@ -96,6 +96,13 @@ void print(const SolvePlan& plan) {
     std::cout << "bands " << plan.lanes.bands << "\nimages_per_warp " << plan.lanes.images_per_warp << "\nphases "
               << plan.lanes.phases() << "\n";
   }
+  if (plan.regime == SolveRegime::kTensor) {
+    const TensorPlan& tensor = plan.tensor;
+    std::cout << "tensor_splits " << tensor.splits << "\ntensor_job_warps " << tensor.job_warps
+              << "\ntensor_finish_warps " << tensor.finish_warps << "\ntensor_output_tiles " << tensor.output_tiles
+              << "\ntensor_k_steps " << tensor.k_steps << "\ntensor_resident_steps " << tensor.resident_steps
+              << "\ntensor_whole_images " << tensor.whole_images << "\n";
+  }
 }
 
 void print(const GradientPlan& plan) {

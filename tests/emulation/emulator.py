@@ -36,7 +36,7 @@ TYPES = {"float": FLOAT, "double": DOUBLE, "bfloat16": BFLOAT16, "half": HALF}
 IDENTITY, UNIT_TRIANGULAR, GENERAL = range(3)
 TOP_LEFT, TOP_RIGHT, BOTTOM_LEFT, BOTTOM_RIGHT = range(4)
 # SolveRegime of csrc/cuda/limits.h.
-ANY_REGIME, BLOCK, LANES = -1, 0, 1
+ANY_REGIME, BLOCK, LANES, TENSOR = -1, 0, 1, 2
 
 
 def compiler() -> str | None:

@@ -5,6 +5,7 @@ Every run is repeated with another order of threads and blocks, and must come ou
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -18,11 +19,13 @@ from inverse_flow.plans import CudaPlan, GpuProperties
 
 from .emulator import (
     ANY_REGIME,
+    BLOCK,
     BOTTOM_LEFT,
     BOTTOM_RIGHT,
     GENERAL,
     IDENTITY,
     STORED,
+    TENSOR,
     TOP_LEFT,
     TOP_RIGHT,
     TYPES,
@@ -336,8 +339,9 @@ PAPER_SHAPES = [
 def test_one_launch_for_the_shapes_of_the_paper(driver: Path, tmp_path: Path, shared_kib: int, kernel: int) -> None:
     for channels, side in PAPER_SHAPES:
         case = Case(
-            100, (TOP_LEFT,), channels, side, side, kernel, kernel, shared_bytes=shared_kib * 1024, multiprocessors=132
-        )
+            100, (TOP_LEFT,), channels, side, side, kernel, kernel, shared_bytes=shared_kib * 1024, multiprocessors=132,
+            forced_regime=-1,
+        )  # fmt: skip
         facts = run(driver, tmp_path, case, make_data(case), "plan").facts
         assert facts["tiles"] == [1, 1], (channels, side)
         assert facts["shared_bytes"][0] <= shared_kib * 1024
@@ -347,7 +351,8 @@ def test_one_launch_for_the_shapes_of_the_paper(driver: Path, tmp_path: Path, sh
 
 
 # One of each path of the launches: whole images with and without a fold of their own, several images in a block, tiles,
-# weights in global memory, a corner inverted there, orders of no period, tiles of rows as lanes.
+# weights in global memory, a corner inverted there, orders of no period, tiles of rows as lanes; tensor cores, with whole
+# images and a ring.
 EXPLAINED = [
     Case(3, (TOP_LEFT,), 5, 6, 7, 3, 3, multiprocessors=2),
     Case(9, (TOP_LEFT, BOTTOM_RIGHT), 2, 4, 5, 2, 3, corner=GENERAL, multiprocessors=2),
@@ -357,6 +362,8 @@ EXPLAINED = [
     Case(2, (TOP_LEFT,), 4, 6, 5, 3, 3, image_type="half", shared_bytes=400),
     Case(1, tuple(int(o) for o in np.random.default_rng(5).integers(0, 4, 300)), 1, 2, 2, 2, 2),
     Case(2, (TOP_LEFT, BOTTOM_RIGHT), 2, 35, 20, 3, 3, image_type="half", shared_bytes=5000, threads_per_block=64),
+    Case(9, (TOP_LEFT, BOTTOM_RIGHT), 10, 4, 5, 2, 3, corner=GENERAL, multiprocessors=3),
+    Case(2, (TOP_RIGHT,), 18, 7, 9, 3, 3, image_type="half", shared_bytes=20000),
 ]
 
 
@@ -385,6 +392,10 @@ def test_explain_tells_what_is_launched(driver: Path, tmp_path: Path, case: Case
     assert facts["weights_in_shared"] == [plan.weights_in_shared]
     assert facts["fold_in_block"] == [plan.fold_launches == 0]
     assert facts["launches"] == [plan.launches]
+    assert facts["regime"] == [BLOCK if plan.tensor is None else TENSOR]
+    if plan.tensor is not None:
+        for name, value in dataclasses.asdict(plan.tensor).items():
+            assert facts[f"tensor_{name}"] == [value], name
     if not backward:
         return
     gradient = plan.gradient
@@ -458,9 +469,9 @@ PLANTED = {
         "if (!PLANTED(8)) __syncthreads();",
     ),
     "small part left out of a split product": (
-        "mma_tf32.cuh",
-        "multiply_add_tf32(sum, a.big, b.small);",
-        "if (!PLANTED(9)) multiply_add_tf32(sum, a.big, b.small);",
+        "mma.cuh",
+        "multiply_tf32(sum, a.big, b.small);",
+        "if (!PLANTED(9)) multiply_tf32(sum, a.big, b.small);",
     ),
     "missing barrier where teams meet": (
         "gradient_tile.cuh",
@@ -471,6 +482,43 @@ PLANTED = {
         "solve.cuh",
         "__syncthreads();  // z is complete",
         "if (!PLANTED(6) || threadIdx.x != 3) __syncthreads();",
+    ),
+}
+PLANTED |= {
+    "tensor cores: missing barrier": (
+        "solve_tensor.cuh",
+        "__syncthreads();  // x of the diagonal before is there, and the sums may be overwritten",
+        "if (!PLANTED(11)) __syncthreads();",
+    ),
+    "tensor cores: missing barrier before the sums": (
+        "solve_tensor.cuh",
+        "__syncthreads();  // the sums are complete, y has been read, and y of the next diagonal is there",
+        "if (!PLANTED(12)) __syncthreads();",
+    ),
+    "tensor cores: the small part of x is dropped": (
+        "solve_tensor.cuh",
+        "multiply_tf32(sums.small[i], weights.big, x[i].small);",
+        "if (!PLANTED(13)) multiply_tf32(sums.small[i], weights.big, x[i].small);",
+    ),
+    "tensor cores: the small part of the weights is dropped": (
+        "solve_tensor.cuh",
+        "multiply_tf32(sums.small[i], weights.small, x[i].big);",
+        "if (!PLANTED(14)) multiply_tf32(sums.small[i], weights.small, x[i].big);",
+    ),
+    "tensor cores: weights that nobody waited for": (
+        "solve_tensor.cuh",
+        "wait_for_copies();",
+        "if (!PLANTED(15)) wait_for_copies();",
+    ),
+    "tensor cores: a ring of one diagonal too few": (
+        "solve_tensor.cuh",
+        "if (slot < 0) slot += plan.slots;",
+        "if (slot < 0) slot += plan.slots - (PLANTED(16) ? 1 : 0);",
+    ),
+    "tensor cores: an operand that is not rounded": (
+        "mma.cuh",
+        "big[i] = round_to_tf32(values[i]);",
+        "big[i] = PLANTED(17) ? float_bits(values[i]) : round_to_tf32(values[i]);",
     ),
 }
 PLANTED_CASE = Case(2, (TOP_LEFT, BOTTOM_RIGHT), 3, 5, 6, 3, 3, GENERAL, seeds=(1, 2, 3))
