@@ -74,7 +74,7 @@ class Constants:
 
 
 # Registers a thread, sm_90: the table of docs/kernels-cuda.md.
-SOLVE_REGISTERS = {(True, False): 90, (True, True): 68, (False, False): 86}  # (weights in shared memory, one channel)
+SOLVE_REGISTERS = {(True, False): 92, (True, True): 65, (False, False): 84}  # (weights in shared memory, one channel)
 GRADIENT_REGISTERS = 72
 TENSOR_REGISTERS = 128
 STATE_BYTES = 4
