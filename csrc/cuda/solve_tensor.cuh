@@ -184,7 +184,13 @@ __device__ void accumulate(JobSums& sums, const TensorOperands& from, const Tens
       load();
     }
     INVERSE_FLOW_UNROLL
-    for (int i = 0; i < kTiles; ++i) multiply_tf32(sums.big[i], big_weights, big_x[i]);
+    for (int i = 0; i < kTiles; ++i) {
+      // Tensor cores truncate: a long sum is rounded to nearest here instead.
+      float product[4] = {};
+      multiply_tf32(product, big_weights, big_x[i]);
+      INVERSE_FLOW_UNROLL
+      for (int v = 0; v < 4; ++v) sums.big[i][v] += product[v];
+    }
     INVERSE_FLOW_UNROLL
     for (int i = 0; i < kTiles; ++i) multiply_tf32(sums.small[i], small_weights, big_x[i]);
     INVERSE_FLOW_UNROLL
