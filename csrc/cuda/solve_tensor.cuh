@@ -177,7 +177,13 @@ __device__ void accumulate(JobSums& sums, const TensorOperands& from, const Tens
       load();
     }
     INVERSE_FLOW_UNROLL
-    for (int i = 0; i < kTiles; ++i) multiply_tf32(sums.big[i], weights.big, x[i].big);
+    for (int i = 0; i < kTiles; ++i) {
+      // Tensor cores truncate: a long sum is rounded to nearest here instead.
+      float product[4] = {};
+      multiply_tf32(product, weights.big, x[i].big);
+      INVERSE_FLOW_UNROLL
+      for (int v = 0; v < 4; ++v) sums.big[i][v] += product[v];
+    }
     INVERSE_FLOW_UNROLL
     for (int i = 0; i < kTiles; ++i) multiply_tf32(sums.small[i], weights.small, x[i].big);
     INVERSE_FLOW_UNROLL
