@@ -246,8 +246,8 @@ PLANTED = {
     ),
     "the rows above are read one off": (
         "solve_lanes.cuh",
-        "line + here - a * row_floats",
-        "line + here - (PLANTED(3) && a > 1 ? a - 1 : a) * row_floats",
+        "line + column * S::kPitch - a * row_floats;",
+        "line + column * S::kPitch - (PLANTED(3) && a > 1 ? a - 1 : a) * row_floats;",
     ),
     "no wait for the tile to the left": (
         "solve_lanes.cuh",
