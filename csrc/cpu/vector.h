@@ -49,12 +49,14 @@ struct EightOf;
 template <>
 struct EightOf<float> {
   using type = Float8;
+  using step = int32_t;
   using index = Int8x32;
   typedef float memory __attribute__((vector_size(32), aligned(4), may_alias));
 };
 template <>
 struct EightOf<double> {
   using type = Double8;
+  using step = int64_t;
   using index = Int8x64;
   typedef double memory __attribute__((vector_size(64), aligned(8), may_alias));
 };
