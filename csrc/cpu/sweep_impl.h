@@ -108,7 +108,7 @@ INVERSE_FLOW_INLINE void for_blocks(int64_t channels, bool backwards, F f) {
   const int64_t blocks = (channels + kMost - 1) / kMost;
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t first = (backwards ? blocks - 1 - i : i) * kMost;
-    with_width<kMost>(smaller(kMost, channels - first), [&](auto width) { f(first, width); });
+    with_width<kMost>(smaller(kMost, channels - first), [&](auto width) INVERSE_FLOW_INLINED { f(first, width); });
   }
 }
 
@@ -124,7 +124,8 @@ static __attribute__((noinline)) void solve_steps(const Weights<T>& weights, con
   const bool general = weights.corner && shape.corner == kGeneral;
   const bool upper = triangular && shape.transposed;
   // One block of channels at one step; kIn fixes the number of channels where a block holds all of them.
-  const auto solve_block = [&](int64_t s, int64_t first, auto width, auto in) {
+  // Captures are copies: what is captured by reference would be read again after every store.
+  const auto solve_block = [=](int64_t s, int64_t first, auto width, auto in) INVERSE_FLOW_INLINED {
     constexpr int kOut = decltype(width)::value;
     constexpr int kIn = decltype(in)::value;
     const int64_t in_channels = kIn > 0 ? kIn : channels;
@@ -153,7 +154,7 @@ static __attribute__((noinline)) void solve_steps(const Weights<T>& weights, con
       store_sums<T>(sum, x + first * channel_state, channel_state);
     }
   };
-  const auto multiply_corner = [&](int64_t s) {
+  const auto multiply_corner = [=](int64_t s) {
     for_blocks<kOutputBlock>(channels, false, [&](int64_t first, auto width) {
       Sums<T, decltype(width)::value, kVectors> sum = {};
       add_products<T, 0>(sum, rest, lanes, channels, weights.corner + first * channels);
@@ -161,7 +162,7 @@ static __attribute__((noinline)) void solve_steps(const Weights<T>& weights, con
     });
   };
   if (channels <= kOutputBlock) {
-    with_width<kOutputBlock>(channels, [&](auto width) {
+    with_width<kOutputBlock>(channels, [&](auto width) INVERSE_FLOW_INLINED {
       for (int64_t s = 0; s < steps; ++s) {
         solve_block(s, 0, width, width);
         if (general) multiply_corner(s);
@@ -170,7 +171,7 @@ static __attribute__((noinline)) void solve_steps(const Weights<T>& weights, con
     return;
   }
   for (int64_t s = 0; s < steps; ++s) {
-    for_blocks<kOutputBlock>(channels, upper, [&](int64_t first, auto width) {
+    for_blocks<kOutputBlock>(channels, upper, [&](int64_t first, auto width) INVERSE_FLOW_INLINED {
       solve_block(s, first, width, Constant<0>{});
     });
     if (general) multiply_corner(s);

@@ -7,7 +7,8 @@
 #else
 #define INVERSE_FLOW_SHUFFLE(Index, a, b, ...) __builtin_shuffle(a, b, Index{__VA_ARGS__})
 #endif
-#define INVERSE_FLOW_INLINE static inline __attribute__((always_inline))
+#define INVERSE_FLOW_INLINED __attribute__((always_inline))
+#define INVERSE_FLOW_INLINE static inline INVERSE_FLOW_INLINED
 
 // Compute vectors. The loads and stores are unaligned ones: a tap of a skewed line starts anywhere.
 template <class T>
