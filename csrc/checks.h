@@ -57,10 +57,10 @@ inline Shape check_problem(const Tensor& image, const Tensor& weight, const std:
   const int64_t groups = static_cast<int64_t>(orders.size());
   STD_TORCH_CHECK(groups >= 1 && channels >= 1 && channels % groups == 0, "inverse_flow: ", channels,
                   " channels do not divide into ", groups, " groups (one per entry of orders)");
-  STD_TORCH_CHECK(weight_size[0] == channels && weight_size[1] == channels / groups && weight_size[2] >= 1 &&
-                      weight_size[3] >= 1,
-                  "inverse_flow: the weight must be (", channels, ", ", channels / groups, ", kH, kW), got (",
-                  weight_size[0], ", ", weight_size[1], ", ", weight_size[2], ", ", weight_size[3], ")");
+  STD_TORCH_CHECK(
+      weight_size[0] == channels && weight_size[1] == channels / groups && weight_size[2] >= 1 && weight_size[3] >= 1,
+      "inverse_flow: the weight must be (", channels, ", ", channels / groups, ", kH, kW), got (", weight_size[0], ", ",
+      weight_size[1], ", ", weight_size[2], ", ", weight_size[3], ")");
   STD_TORCH_CHECK(size[2] >= 1 && size[3] >= 1, "inverse_flow: images must have at least one pixel, got ", size[2],
                   " x ", size[3]);
   STD_TORCH_CHECK(corner >= kIdentity && corner <= kGeneral, "inverse_flow: corner must be 0, 1 or 2, got ", corner);

@@ -110,7 +110,8 @@ void run(const Shape& shape, const std::vector<int64_t>& orders, const Prepared<
                                          band + 1 < plan.units ? halos.data() + job * halo : nullptr,
                                          band > 0 ? &steps_done[job - 1] : nullptr, &steps_done[job]};
           group_of_set[job] = group;
-          kernels.rows(problems[group], image, band, plan.lanes, plan.stretch, neighbours, scratch.get(), gradients(job));
+          kernels.rows(problems[group], image, band, plan.lanes, plan.stretch, neighbours, scratch.get(),
+                       gradients(job));
         }
       }
     });

@@ -71,8 +71,7 @@ void for_output_blocks(int64_t channels, F f) {
 template <class T>
 Weights<T> Prepared<T>::group(const Shape& shape, int64_t group) const {
   const int64_t pairs = shape.channels * shape.channels;
-  return {taps.data() + group * pairs * (shape.taps() - 1),
-          corner.empty() ? nullptr : corner.data() + group * pairs,
+  return {taps.data() + group * pairs * (shape.taps() - 1), corner.empty() ? nullptr : corner.data() + group * pairs,
           bias.empty() ? nullptr : bias.data() + group * shape.channels};
 }
 

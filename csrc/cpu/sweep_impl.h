@@ -2,8 +2,9 @@
 // sweep_portable.cpp).
 //
 //   for each line (sweep.h), for each step of it:
-//     r = y - bias - sum over taps of W_tap * x at (step - tap)      micro-kernel `accumulate`, taps x channels
-//     x = M^-1 r                                                     the same micro-kernel with one tap
+//     r = y - bias - sum over taps of W_tap * x at (step - tap)      micro-kernel `add_products`, taps x channels
+//     x = M^-1 r                                                     unit triangular: on the sums, in registers;
+//                                                                    general: the same micro-kernel with one tap
 //   and, for the weight gradient, once a slab of lines is solved:
 //     dW_tap -= sum over steps and lanes of u at (step - tap) * other
 //
@@ -611,7 +612,7 @@ static void sweep_images(const Problem<IO, T>& problem, int64_t first_image, int
     for_lines(problem.other, first, last, 0, shape.width,
               [&](const ptrdiff_t* start, int64_t step, int64_t steps, ptrdiff_t at) {
                 pack<IO, T>(problem.other, start, lanes, channels, step, steps, nullptr, scratch.other + at, lane_count,
-                             step_state);
+                            step_state);
               });
     subtract_sums(slab, channels, lane_count, step_state, (last - first) * shape.width, lane_count, gradients.bias);
     for (int64_t t = 0; t <= tap_count; ++t) {
