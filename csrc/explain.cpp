@@ -32,7 +32,7 @@ py::dict plan_cpu_as(const Shape& shape, int64_t threads, bool backward) {
   found["isa"] = cpu::isa_name(cpu::isa_in_use());
   found["workers"] = 0;
   if (shape.batch == 0) return found;
-  const cpu::Plan plan = cpu::make_plan(shape, kernels.min_lanes, kernels.max_lanes, threads);
+  const cpu::Plan plan = cpu::make_plan(shape, kernels.min_lanes, kernels.max_lanes, sizeof(T), threads);
   cpu::Problem<IO, T> problem{};
   problem.shape = shape;
   problem.with_gradient = backward;
