@@ -32,7 +32,7 @@ constexpr int32_t kGradientTensorThreads = 256;  // of a block: 128 registers ea
 // Taps of a warp: a 3 x 3 window. Its 36 accumulators, and as many totals, fill half the registers.
 constexpr int32_t kFragmentTaps = 9;
 // From 16 channels the three TF32 products of padded channels take less time than one product in float32 does.
-constexpr int64_t kMinTensorChannels = 16;
+constexpr int64_t kMinGradientTensorChannels = 16;
 constexpr int64_t kTensorTilePixels = 256;
 // Two blocks fit the 228 KiB of a multiprocessor of compute capability 9.0.
 constexpr int64_t kTensorSharedBytes = 100 * 1024;
@@ -249,7 +249,7 @@ inline GradientPlan plan_weight_gradient(const Shape& shape, int64_t state_bytes
   plan.taps_h = static_cast<int32_t>(std::min(shape.kernel_h, shape.height));
   plan.taps_w = static_cast<int32_t>(std::min(shape.kernel_w, shape.width));
 
-  if (state_bytes == 4 && shape.channels >= kMinTensorChannels) {
+  if (state_bytes == 4 && shape.channels >= kMinGradientTensorChannels) {
     GradientPlan tensor = plan;
     tensor.tensor_cores = true;
     tensor.strip = 1;
