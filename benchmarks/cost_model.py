@@ -80,20 +80,20 @@ class Constants:
 
 
 # Registers a thread, sm_90: the table of docs/kernels-cuda.md.
-SOLVE_REGISTERS = {(True, False): 77, (True, True): 48, (False, False): 88}  # (weights in shared memory, one channel)
+SOLVE_REGISTERS = {(True, False): 77, (True, True): 56, (False, False): 84}  # (weights in shared memory, one channel)
 GRADIENT_REGISTERS = {False: 162, True: 128}  # (tensor cores)
 # Of the regime of rows as lanes, sm_90, by (channels of a group, taps of the window): registers a thread, and the
 # instructions of a step, counted in the disassembly of the sweep's loop.
 LANES_REGISTERS = {
-    (1, 2): 61, (2, 2): 61, (3, 2): 72, (4, 2): 80, (1, 3): 60, (2, 3): 87, (3, 3): 110, (4, 3): 124,
-    (1, 5): 80, (2, 5): 157,
+    (1, 2): 66, (2, 2): 64, (3, 2): 70, (4, 2): 75, (1, 3): 64, (2, 3): 87, (3, 3): 107, (4, 3): 123,
+    (1, 5): 79, (2, 5): 158,
 }  # fmt: skip
 LANES_INSTRUCTIONS = {
     (1, 2): 24, (2, 2): 39, (3, 2): 49, (4, 2): 58, (1, 3): 37, (2, 3): 65, (3, 3): 88, (4, 3): 110,
     (1, 5): 67, (2, 5): 143,
 }  # fmt: skip
 PIXELS_IN_FLIGHT = 4  # kInFlight of csrc/cuda/solve_lanes.cuh
-TENSOR_REGISTERS = 128
+TENSOR_REGISTERS = 119
 STATE_BYTES = 4
 # csrc/cuda/plan_tensor.h: tiles of one matrix product, tiles of pixels of a job; products of a float32 one (3xTF32).
 OUTPUT_TILE, INPUT_TILE, PIXEL_TILE, JOB_TILES = 16, 8, 8, 4

@@ -69,7 +69,7 @@ def test_predictions_follow_the_constants(scripts: SimpleNamespace) -> None:
     assert model.predict(model.Case(100, 12, 64))[0].total > time.total
 
 
-BLOCK = 0  # SolveRegime of csrc/cuda/limits.h
+BLOCK = 0  # SolveRegime of csrc/cuda/device_limits.h
 
 
 @pytest.mark.parametrize(("channels", "kernel"), [(1, 2), (4, 2), (1, 3), (3, 3), (4, 3), (1, 5), (2, 5)])

@@ -263,8 +263,8 @@ __device__ void fold_taps(const WeightView& weight, const Inversion& inversion, 
   }
 }
 
-// The fold of a block that needs no launch before it. `scratch`: fold_in_block_bytes of shared memory. The caller puts a
-// barrier behind it.
+// The fold of a block that needs no launch before it. `scratch`: fold_in_block_bytes of shared memory. The caller puts
+// a barrier behind it.
 template <typename State>
 __device__ void fold_in_block(WeightView weight, const SolvePlan& plan, void* scratch, State* folded) {
   const Inversion inversion(scratch, weight.channels);

@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "../params.h"
-#include "limits.h"
+#include "device_limits.h"
 #include "plan_lanes.h"
 #include "plan_tensor.h"
 
@@ -126,8 +126,8 @@ inline void plan_fold(const Shape& shape, int64_t state_bytes, int64_t scratch_b
                        (shape.corner == kIdentity || shape.channels <= kMaxChannelsFoldedInBlock);
   plan.fold_shared_bytes = corner_bytes <= device.shared_bytes ? corner_bytes : 0;
   plan.fold_threads = static_cast<int32_t>(threads);
-  plan.fold_blocks = static_cast<int32_t>(std::clamp<int64_t>(divide_up(device.multiprocessors, shape.groups), 1,
-                                                              divide_up(plan.folded_elements(shape.channels), threads)));
+  plan.fold_blocks = static_cast<int32_t>(std::clamp<int64_t>(
+      divide_up(device.multiprocessors, shape.groups), 1, divide_up(plan.folded_elements(shape.channels), threads)));
 }
 
 // Sets what the regimes have in common from the plan of kTensor.
@@ -143,9 +143,10 @@ inline void copy_tensor_plan(const Shape& shape, int64_t state_bytes, const Devi
   plan.images = tensor.images;
   plan.threads = tensor.threads;
   plan.weights_in_shared = tensor.resident_steps == int64_t{plan.taps_h} * plan.taps_w * tensor.k_steps;
-  plan.shared_bytes = tensor.shared_bytes;
-  // The scratch lies where pixels and sums will.
-  plan_fold(shape, state_bytes, tensor.shared_bytes - tensor.x_offset, device, plan);
+  // The scratch of the fold lies where pixels and sums will.
+  plan_fold(shape, state_bytes, device.shared_bytes - tensor.x_offset, device, plan);
+  const int64_t fold_bytes = plan.fold_in_block ? fold_in_block_bytes(shape, state_bytes) : 0;
+  plan.shared_bytes = std::max(tensor.shared_bytes, tensor.x_offset + fold_bytes);
 }
 
 // The plan of kBlock; false when not even one pixel fits.

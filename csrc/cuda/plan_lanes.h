@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "../params.h"
-#include "limits.h"
+#include "device_limits.h"
 
 namespace inverse_flow {
 

@@ -378,7 +378,7 @@ def _explain_cuda(
     gpu: GpuProperties,
     forced_regime: int = -1,
 ) -> CudaPlan:
-    """The plan of csrc/cuda. Tests ask for a SolveRegime of csrc/cuda/limits.h; -1 is the plan's choice."""
+    """The plan of csrc/cuda. Tests ask for a SolveRegime of csrc/cuda/device_limits.h; -1 is the plan's choice."""
     limits = (gpu.threads_per_block, gpu.shared_bytes, gpu.multiprocessors, forced_regime)
     plan: dict[str, Any] = _C.plan_cuda(sizes, orders, corner, dtype, problem.backward, *limits)
     if not plan.pop("fits"):
@@ -398,7 +398,7 @@ def _explain_cuda(
     return CudaPlan(problem, gpu, regime, **plan, gradient=gradient, tensor=tensor)
 
 
-# SolveRegime of csrc/cuda/limits.h.
+# SolveRegime of csrc/cuda/device_limits.h.
 LANES, TENSOR = 1, 2
 
 

@@ -35,7 +35,7 @@ FLOAT, DOUBLE, BFLOAT16, HALF = range(4)
 TYPES = {"float": FLOAT, "double": DOUBLE, "bfloat16": BFLOAT16, "half": HALF}
 IDENTITY, UNIT_TRIANGULAR, GENERAL = range(3)
 TOP_LEFT, TOP_RIGHT, BOTTOM_LEFT, BOTTOM_RIGHT = range(4)
-# SolveRegime of csrc/cuda/limits.h.
+# SolveRegime of csrc/cuda/device_limits.h.
 ANY_REGIME, BLOCK, LANES, TENSOR = -1, 0, 1, 2
 
 

@@ -9,8 +9,8 @@ namespace inverse_flow {
 
 // How a solve is laid over the GPU.
 enum class SolveRegime : int32_t {
-  kBlock = 0,  // solve.cuh: a block on a tile, its threads on the channels and pixels of a diagonal
-  kLanes = 1,  // solve_lanes.cuh: a warp on a band of rows, a few lanes on each row
+  kBlock = 0,   // solve.cuh: a block on a tile, its threads on the channels and pixels of a diagonal
+  kLanes = 1,   // solve_lanes.cuh: a warp on a band of rows, a few lanes on each row
   kTensor = 2,  // solve_tensor.cuh: a block on whole images, each diagonal a matrix product on tensor cores
 };
 
