@@ -25,7 +25,7 @@ import torch
 from common import geometric_mean
 
 from inverse_flow import explain
-from inverse_flow.plans import H200, CudaPlan, GpuProperties, GradientPlan
+from inverse_flow.plans import H200, CudaPlan, GpuProperties, GradientPlan, TensorPlan
 
 MARKS = ("<!-- predicted: begin -->\n", "<!-- predicted: end -->\n")
 
@@ -53,6 +53,10 @@ class Constants:
     global_latency: float = 479.0
     # The same: a dependent float32 multiply-add.
     multiply_add_latency: float = 4.0
+    # CUDA C++ Programming Guide: a multiprocessor has four schedulers, each issues one instruction a cycle.
+    schedulers: int = 4
+    # Published figures for a shuffle are 22 to 24 cycles.
+    shuffle_latency: float = 23.0
     # docs/kernels-cuda.md counts the barriers; 23 to 40 cycles each were published, for one block to eight warps.
     barrier: float = 32.0
     # A launch in a stream, a node of a graph, and a launch behind which the host waits for the GPU.
@@ -61,14 +65,41 @@ class Constants:
     synchronised_launch_us: float = 7.0  # assumed: the launch and a round trip to the host
     # Assumed: bytes a cycle that a multiprocessor gets from the L2 cache.
     l2_bandwidth: float = 64.0
+    # Assumed: bytes that all multiprocessors together get from the L2 cache.
+    l2_bytes_per_us: float = 5.5e6
+    # NVIDIA H200 data sheet: 495 TFLOP/s in TF32 without sparsity, of which mma.sync is said to reach 60 %. Here in
+    # multiply-adds a cycle of a multiprocessor; and how long a product takes (published: 17 to 33 cycles).
+    tensor_multiply_adds: float = 568.0
+    tensor_latency: float = 25.0
+    # Assumed: bytes of L2 traffic of one value that a diagonal moves alone, out of a row.
+    sector_bytes: float = 32.0
+    # Assumed: a division in double precision.
+    double_division: float = 150.0
     # Assumed: loads that a thread has under way at a time where the code does not wait for each.
     loads_in_flight: float = 4.0
 
 
 # Registers a thread, sm_90: the table of docs/kernels-cuda.md.
-SOLVE_REGISTERS = {(True, False): 90, (True, True): 68, (False, False): 86}  # (weights in shared memory, one channel)
-GRADIENT_REGISTERS = 72
+SOLVE_REGISTERS = {(True, False): 77, (True, True): 56, (False, False): 84}  # (weights in shared memory, one channel)
+GRADIENT_REGISTERS = {False: 162, True: 128}  # (tensor cores)
+# Of the regime of rows as lanes, sm_90, by (channels of a group, taps of the window): registers a thread, and the
+# instructions of a step, counted in the disassembly of the sweep's loop.
+LANES_REGISTERS = {
+    (1, 2): 66, (2, 2): 64, (3, 2): 70, (4, 2): 75, (1, 3): 64, (2, 3): 87, (3, 3): 107, (4, 3): 123,
+    (1, 5): 79, (2, 5): 158,
+}  # fmt: skip
+LANES_INSTRUCTIONS = {
+    (1, 2): 24, (2, 2): 39, (3, 2): 49, (4, 2): 58, (1, 3): 37, (2, 3): 65, (3, 3): 88, (4, 3): 110,
+    (1, 5): 67, (2, 5): 143,
+}  # fmt: skip
+PIXELS_IN_FLIGHT = 4  # kInFlight of csrc/cuda/solve_lanes.cuh
+TENSOR_REGISTERS = 119
 STATE_BYTES = 4
+# csrc/cuda/plan_tensor.h: tiles of one matrix product, tiles of pixels of a job; products of a float32 one (3xTF32).
+OUTPUT_TILE, INPUT_TILE, PIXEL_TILE, JOB_TILES = 16, 8, 8, 4
+PRODUCTS = 3
+# csrc/cuda/solve_tensor.cuh: packs that a thread stages in registers, and that it loads at a time.
+STAGED_PACKS, LOADED_PACKS = 2, 4
 
 
 @dataclass(frozen=True)
@@ -129,26 +160,197 @@ def _waves(blocks: int, resident: int, gpu: GpuProperties) -> tuple[int, float]:
     return waves, min(resident, math.ceil(blocks / gpu.multiprocessors))
 
 
+def inversion_cycles(corner: str, channels: int, threads: int, constants: Constants) -> float:
+    """Inverting the corner, in one block."""
+    if corner == "identity":
+        return 0.0
+    # The corner comes from memory, eight loads of a thread at a time.
+    cycles = math.ceil(channels**2 / threads / 8) * constants.global_latency
+    if corner == "general":
+        rounds = math.ceil(channels**2 / threads)
+        step = 2 * constants.barrier + 2 * constants.shuffle_latency + constants.double_division
+        return cycles + channels * (step + (2 + rounds) * 2 * constants.shared_latency)
+    # Levels of two products: a thread's entries one after the other, of `size` terms at most.
+    size = 2
+    while size < channels:
+        entries = channels / 2 * size
+        rounds = math.ceil(entries / threads)
+        latency = rounds * (constants.shared_latency + size * 2 * constants.multiply_add_latency)
+        throughput = entries * size / 2 / constants.double_multiply_adds
+        cycles += 2 * (constants.barrier + max(latency, throughput))
+        size *= 2
+    return cycles
+
+
 def fold_cycles(plan: CudaPlan, threads: int, blocks: int, constants: Constants) -> float:
     """Inverting the corner and folding the taps, in one block of ``blocks`` that share the entries of a group."""
     channels = plan.problem.channels // plan.problem.groups
-    if plan.problem.corner == "identity":
-        inversion, terms = 0.0, 1.0
-    else:
-        barriers = 3 if plan.problem.corner == "general" else 2
-        rounds = math.ceil(channels**2 / threads)
-        inversion = channels * (barriers * constants.barrier + (1 + rounds) * 2 * constants.shared_latency)
-        terms = channels if plan.problem.corner == "general" else channels / 2
+    corner = plan.problem.corner
+    inversion = inversion_cycles(corner, channels, threads, constants)
+    terms = {"identity": 1.0, "unit_triangular": channels / 2, "general": channels}[corner]
     entries = plan.folded_bytes // plan.problem.groups / STATE_BYTES
     rounds = math.ceil(entries / (threads * blocks))
-    # The entry's terms: a load of the weight, from the L1 cache, each.
-    latency = rounds * (constants.global_latency + terms * constants.l1_latency / constants.loads_in_flight)
+    if plan.fold_launches or corner == "identity":
+        # The entry's terms: a load of the weight, from the L1 cache, each.
+        latency = rounds * (constants.global_latency + terms * constants.l1_latency / constants.loads_in_flight)
+    else:
+        # A copy of the weights in shared memory, eight loads of a thread at a time; then from there.
+        latency = math.ceil(entries / threads / 8) * constants.global_latency + constants.barrier
+        latency += rounds * (1 + terms / constants.loads_in_flight) * constants.shared_latency
     throughput = rounds * threads * terms / constants.double_multiply_adds
     return inversion + max(latency, throughput)
 
 
+def lanes_time(plan: CudaPlan, constants: Constants) -> Time:
+    """The solve of a plan with rows as lanes."""
+    problem, us = plan.problem, 1e-3 / constants.clock_ghz
+    channels = problem.channels // problem.groups
+    kernel = channels, problem.kernel_size[0]
+    resident = resident_blocks(plan.threads, plan.shared_bytes, LANES_REGISTERS[kernel], constants)
+    waves, busy = _waves(plan.blocks, resident, plan.gpu)
+    diagonals = plan.tiles[0] + plan.tiles[1] - 1
+    # Of several tiles, those of one anti-diagonal are at work, on average; the others wait or are not there yet.
+    at_work = plan.blocks / diagonals
+    if diagonals > 1:
+        busy = min(resident, math.ceil(at_work / plan.gpu.multiprocessors))
+    images_of_a_warp = max(1, 32 // plan.channel_threads // plan.tile[0])
+    warps = math.ceil(plan.images / images_of_a_warp) * plan.bands
+    pixels = plan.images * math.prod(plan.tile)
+    rounds = math.ceil(pixels / plan.threads)
+
+    fold = fold_cycles(plan, plan.threads, 1, constants)
+    # Prepare: the channels of a few pixels at a time wait for global memory; a pixel is C² multiply-adds.
+    latency = math.ceil(rounds / PIXELS_IN_FLIGHT) * constants.global_latency
+    prepare = max(latency, busy * pixels * channels**2 / constants.multiply_adds)
+    # Sweep: a step is a shuffle and the multiply-adds of the left neighbour and of the row above, one after the other;
+    # or the instructions of all warps that share a scheduler. Bands meet at a barrier every eight steps.
+    chain = constants.shuffle_latency + (2 * channels + 2) * constants.multiply_add_latency
+    step = max(chain, math.ceil(busy * warps / constants.schedulers) * LANES_INSTRUCTIONS[kernel])
+    barriers = plan.steps / 8 * constants.barrier if plan.bands > 1 else 0.0
+    sweep = plan.steps * step + barriers
+    store = rounds * constants.shared_latency
+
+    image_bytes = problem.batch * problem.channels * problem.height * problem.width * problem.dtype.itemsize
+    moved = image_bytes / constants.memory_bytes_per_us
+    launches = plan.launches - (plan.gradient.launches if plan.gradient else 0)
+    chain_of_tiles: float = waves
+    if diagonals > 1:
+        # A tile waits for its neighbours' flags and loads its margin, each through L2, and its own flag must get there.
+        # It folded and prepared before, in its wave.
+        sweep += 3 * constants.l2_latency
+        store += constants.l2_latency
+        chain_of_tiles = diagonals * max(1.0, at_work / (plan.gpu.multiprocessors * resident))
+    return Time(
+        launches * constants.graph_node_us,
+        fold * waves * us,
+        max(prepare * waves * us, moved),
+        sweep * chain_of_tiles * us,
+        max(store * chain_of_tiles * us, moved),
+    )
+
+
+def tensor_step_cycles(
+    plan: CudaPlan, tensor: TensorPlan, number: int, busy: float, constants: Constants
+) -> tuple[float, float]:
+    """Cycles of one diagonal on tensor cores, and the bytes of weights that it reads through L2."""
+    problem = plan.problem
+    rows, columns = problem.height, problem.width
+    taps = [min(problem.kernel_size[0], rows), min(problem.kernel_size[1], columns)]
+    length = min(number, rows - 1) - max(0, number - columns + 1) + 1
+    tiles = math.ceil(plan.images * length / PIXEL_TILE)
+    groups = math.ceil(tiles / JOB_TILES)
+    job_tiles = math.ceil(tiles / groups)
+    rounds = math.ceil(tensor.output_tiles * groups / tensor.job_warps)
+    warps = min(tensor.job_warps, tensor.output_tiles * groups) * tensor.splits
+    distances = sorted(a + b for a in range(taps[0]) for b in range(taps[1]))
+    near = sum(1 for distance in distances if 1 == distance <= number)
+    reaching = sum(1 for distance in distances if distance <= number)
+    first_streamed = tensor.resident_steps / tensor.k_steps  # in taps
+
+    fragment = OUTPUT_TILE * INPUT_TILE * STATE_BYTES
+    product = (
+        OUTPUT_TILE * INPUT_TILE * PIXEL_TILE / (constants.tensor_multiply_adds / 4)
+    )  # a quarter has its own cores
+
+    def phase(count: int, streamed: float) -> tuple[float, float]:
+        """Of `count` taps, `streamed` of them through L2: cycles and bytes."""
+        steps = count * tensor.k_steps
+        if steps == 0:
+            return 0.0, 0.0
+        own = rounds * math.ceil(steps / tensor.splits)
+        # The first loads and their split; then two products into one sum wait for each other, or the cores are busy.
+        warps_a_quarter = math.ceil(warps / 4) * busy
+        first = constants.l2_latency if streamed >= count else constants.shared_latency
+        pipeline = own * max(2 * constants.tensor_latency, warps_a_quarter * job_tiles * PRODUCTS * product)
+        through_l2 = tensor.output_tiles * groups * tensor.k_steps * fragment * streamed
+        shared = (
+            tensor.output_tiles
+            * groups
+            * (
+                steps * job_tiles * INPUT_TILE * PIXEL_TILE * STATE_BYTES
+                + (count - streamed) * tensor.k_steps * fragment
+            )
+        )
+        bandwidth = max(shared / constants.shared_bandwidth, through_l2 / constants.l2_bandwidth) * busy
+        return first + 12.0 + max(pipeline, bandwidth), through_l2
+
+    streamed_far = max(0.0, reaching - max(first_streamed, 1.0 + near))
+    streamed_near = min(float(near), max(0.0, 1.0 + near - max(first_streamed, 1.0)))
+    ahead, ahead_bytes = phase(reaching - near, streamed_far + max(0.0, 1.0 - first_streamed))
+    waiting, near_bytes = phase(near, streamed_near)
+    # The splits' sums: written, read side by side, and x written; by warps that do nothing else, if there are any.
+    finishers = (tensor.finish_warps or plan.threads // 32) * 32
+    additions = math.ceil(plan.images * length * math.ceil(problem.channels / problem.groups / plan.pack) / finishers)
+    finish = constants.shared_latency * (additions * math.ceil(tensor.splits / constants.loads_in_flight) + 1)
+    # Of a ring, y that does not fit the registers of those threads is waited for.
+    late = 0.0 if tensor.whole_images else max(0, additions - STAGED_PACKS) * constants.global_latency
+    waiting += constants.shared_latency
+    if tensor.finish_warps:
+        return max(ahead, finish) + max(waiting, late) + 2 * constants.barrier, ahead_bytes + near_bytes
+    return ahead + finish + waiting + late + 2 * constants.barrier, ahead_bytes + near_bytes
+
+
+def tensor_time(plan: CudaPlan, tensor: TensorPlan, constants: Constants) -> Time:
+    """The solve of a plan on tensor cores."""
+    problem, us = plan.problem, 1e-3 / constants.clock_ghz
+    resident = resident_blocks(plan.threads, plan.shared_bytes, TENSOR_REGISTERS, constants)
+    waves, busy = _waves(plan.blocks, resident, plan.gpu)
+    steps = [tensor_step_cycles(plan, tensor, number, busy, constants) for number in range(plan.steps)]
+    taps = min(problem.kernel_size[0], problem.height) * min(problem.kernel_size[1], problem.width)
+    resident_bytes = tensor.output_tiles * tensor.resident_steps * OUTPUT_TILE * INPUT_TILE * STATE_BYTES
+
+    if plan.fold_launches:
+        fold = fold_cycles(plan, 640, plan.fold_blocks // problem.groups, constants)
+        fold += waves * (constants.l2_latency + resident_bytes / constants.l2_bandwidth * busy)
+    else:
+        fold = fold_cycles(plan, plan.threads, 1, constants) * waves
+
+    values = problem.batch * problem.channels * problem.height * problem.width
+    moved = values * problem.dtype.itemsize / constants.memory_bytes_per_us
+    items = plan.images * problem.height * problem.width * math.ceil(problem.channels / problem.groups / plan.pack)
+    if not tensor.whole_images:
+        items = plan.images * math.ceil(problem.channels / problem.groups / plan.pack)
+    latency = math.ceil(items / (plan.threads * LOADED_PACKS)) * constants.global_latency
+    zeros = plan.shared_bytes - resident_bytes
+    prepare = max(waves * (latency + zeros / constants.shared_bandwidth) * us, moved)
+
+    through_l2 = plan.blocks * sum(weights for _, weights in steps)
+    if not tensor.whole_images:
+        through_l2 += 2 * values * constants.sector_bytes
+    sweep = max(waves * sum(cycles for cycles, _ in steps) * us, through_l2 / constants.l2_bytes_per_us)
+    assert taps > 1
+    return Time(
+        (plan.launches - (plan.gradient.launches if plan.gradient else 0)) * constants.graph_node_us,
+        fold * us, prepare, sweep, moved,
+    )  # fmt: skip
+
+
 def solve_time(plan: CudaPlan, constants: Constants) -> Time:
     """The solve of a plan, or the transposed solve of a backward pass."""
+    if plan.bands:
+        return lanes_time(plan, constants)
+    if plan.tensor is not None:
+        return tensor_time(plan, plan.tensor, constants)
     problem, us = plan.problem, 1e-3 / constants.clock_ghz
     channels = problem.channels // problem.groups
     taps = min(problem.kernel_size[0], problem.height) * min(problem.kernel_size[1], problem.width)
@@ -207,32 +409,48 @@ def solve_time(plan: CudaPlan, constants: Constants) -> Time:
 
 
 def gradient_time(plan: CudaPlan, gradient: GradientPlan, constants: Constants) -> float:
-    """Microseconds of the three launches of the gradient, without the launches themselves."""
+    """Microseconds of the launches of the gradient, without the launches themselves."""
     problem, us = plan.problem, 1e-3 / constants.clock_ghz
-    image_bytes = problem.batch * problem.channels * problem.height * problem.width * STATE_BYTES
-    bias_sum = image_bytes / constants.memory_bytes_per_us + constants.global_latency * us
-
-    resident = resident_blocks(gradient.threads, gradient.shared_bytes, GRADIENT_REGISTERS, constants)
+    outputs, inputs = gradient.channels
+    taps = math.prod(gradient.window)
+    rows, columns = gradient.tile
+    pixels = gradient.images * rows * columns
+    registers = GRADIENT_REGISTERS[gradient.tensor_cores]
+    resident = resident_blocks(gradient.threads, gradient.shared_bytes, registers, constants)
     waves, busy = _waves(gradient.blocks, resident, plan.gpu)
     tiles = math.ceil(gradient.tiles / gradient.splits)
-    rows, columns = gradient.tile
-    teams = max(1, gradient.threads // (math.prod(gradient.channels) * gradient.window[0]))
-    pixels = math.ceil(rows / teams) * columns
-    values = (
-        rows * columns * gradient.channels[0] + (rows + gradient.window[0] - 1) * (columns + 3) * gradient.channels[1]
-    )
-    load = math.ceil(values / gradient.threads) * constants.global_latency / constants.loads_in_flight
-    # Two loads from shared memory and four multiply-adds a pixel.
-    latency = pixels * 4 * constants.multiply_add_latency
-    warps = gradient.threads / 32
-    throughput = busy * warps * pixels * max(2 * 128 / constants.shared_bandwidth, 4 * 32 / constants.multiply_adds)
-    sums = waves * tiles * (load + max(latency, throughput) + 2 * constants.barrier) * us
-    read = 2 * image_bytes * math.ceil(problem.channels / problem.groups / gradient.channels[0])
-    sums = max(sums, read / constants.memory_bytes_per_us)
 
-    # One thread an entry adds up the blocks' sums.
-    combine = gradient.splits * constants.l2_latency / constants.loads_in_flight * us
-    return bias_sum + sums + combine
+    # The tile: packs of four channels, two of them of a thread under way at a time.
+    margin = gradient.images * (rows + gradient.window[0] - 1) * (columns + gradient.window[1] - 1)
+    values = pixels * outputs + margin * inputs
+    load = math.ceil(values / 4 / gradient.threads / 2) * constants.global_latency
+    loaded_bytes = (pixels * (outputs + inputs)) * STATE_BYTES
+    load = max(load, busy * loaded_bytes / constants.l2_bandwidth)
+    if gradient.tensor_cores:
+        # Three products; a lane loads four words for a step and two for each tap of it.
+        multiply_adds = 3 * pixels * outputs * inputs * taps
+        warp_steps = pixels / 8 * (outputs / 16) * (inputs / 8)
+        words = warp_steps * (4 + 2 * taps) * 32 * STATE_BYTES / constants.shared_bandwidth
+        sums = max(busy * multiply_adds / constants.tensor_multiply_adds, busy * words)
+    else:
+        # A thread: a pack of left and one of right for a strip of three taps.
+        side = min(4, problem.channels // problem.groups)
+        items = outputs / side * inputs / side * gradient.window[0] * math.ceil(gradient.window[1] / 3)
+        segments = gradient.images * rows * math.ceil(columns / 8)
+        a_thread = math.ceil(segments / gradient.teams) * min(columns, 8)
+        latency = a_thread * (constants.shared_latency / 2 + side * side * 3)  # a warp's own multiply-adds, one a cycle
+        multiply_adds = pixels * items * side * side * 3
+        words = pixels * items * 2 * side * STATE_BYTES / constants.shared_bandwidth
+        sums = max(latency, busy * multiply_adds / constants.multiply_adds, busy * words)
+    time = waves * tiles * (load + sums + 2 * constants.barrier) * us
+    if gradient.splits == 1:
+        return time
+    # Lanes of a warp add up the blocks' sums, eight loads of each under way at a time.
+    lanes = min(32, 2 ** math.ceil(math.log2(max(gradient.splits / 8, 1))))
+    loads = math.ceil(gradient.splits / lanes / 8) * constants.l2_latency + math.log2(lanes) * constants.shuffle_latency
+    entries = problem.channels * (problem.channels // problem.groups * math.prod(problem.kernel_size) + 1)
+    rounds = math.ceil(entries * lanes / (plan.gpu.multiprocessors * constants.threads))
+    return time + max(rounds * loads * us, gradient.scratch_bytes / constants.memory_bytes_per_us)
 
 
 def predict(case: Case, *, backward: bool = False, constants: Constants | None = None) -> tuple[Time, CudaPlan]:
@@ -279,7 +497,10 @@ def table(cases: Iterable[Case] = CASES, constants: Constants | None = None) -> 
         backward, _ = predict(case, backward=True, constants=constants)
         ratios.append(forward.total / ideal_convolution(case, 1, constants))
         both_ratios.append((forward.total + backward.total) / ideal_convolution(case, 3, constants))
-        where = "shared" if plan.weights_in_shared else "L2"
+        where = "registers" if plan.bands else "shared" if plan.weights_in_shared else "L2"
+        if plan.tensor is not None:
+            steps = math.ceil(plan.folded_bytes / (plan.tensor.output_tiles * OUTPUT_TILE * INPUT_TILE * STATE_BYTES))
+            where = f"tensor, {plan.tensor.resident_steps / steps:.0%} shared"
         tiles = f"{plan.tiles[0]} × {plan.tiles[1]} tiles" if plan.tiles != (1, 1) else f"{plan.images} a block"
         parts = (forward.launches, forward.fold, forward.prepare, forward.sweep, forward.store)
         ratio = published_pattern(case, constants) / forward.total

@@ -5,7 +5,9 @@
 
 Every call gets an empty batch. What is timed is then Python, autograd, PyTorch's dispatcher, the checks, and what the
 kernels do before the first image: preparing the weight. Calls are timed in turn in this one process. F.conv2d takes
-part as the measure of what PyTorch's own operators cost. On a GPU nothing is launched for an empty batch.
+part as the measure of what PyTorch's own operators cost, and a Function in Python that saves and returns what ours
+does and computes nothing, as the measure of what ``autograd.grad`` costs by itself. On a GPU nothing is launched for an
+empty batch.
 """
 
 from __future__ import annotations
@@ -28,6 +30,25 @@ from inverse_flow.functional import inverse_conv2d
 CHANNELS, SIZE, KERNEL = 3, 8, 3
 # Microseconds, on the CPU.
 TARGETS = {"functional, no grad": 15.0, "functional, backward": 25.0}
+# What a backward pass costs above this one is ours.
+BARE_BACKWARD = "bare Function, backward"
+
+
+class BareFunction(torch.autograd.Function):
+    """Saves, and hands back, what the solve does; computes nothing."""
+
+    @staticmethod
+    def forward(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return input.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(output, *inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, ...]:
+        _, weight, bias = ctx.saved_tensors
+        return grad_output, weight, bias
 
 
 def check(input: Tensor, weight: Tensor, bias: Tensor) -> None:
@@ -82,6 +103,7 @@ def candidates(device: torch.device) -> dict[str, Work]:
             lambda: ops.solve_backward(grad, plain[0], plain[1], (0,), UNIT_TRIANGULAR, False)
         ),
         "functional, backward": backward(solve(*leaves), leaves),
+        BARE_BACKWARD: backward(BareFunction.apply(*leaves), leaves),
         "module, backward": backward(layer_output, (input, *layer.parameters())),
         "conv2d, backward": backward(convolved, leaves),
     }
@@ -122,6 +144,8 @@ def main() -> int:
         medians = {row["call"]: row["median_us"] for row in rows}
         for name, target in TARGETS.items():
             print(f"{name}: {medians[name]:.1f} µs (target at most {target:.0f})")
+        ours = medians["functional, backward"] - medians[BARE_BACKWARD]
+        print(f"functional, backward, above a bare Function: {ours:.1f} µs")
     if arguments.json:
         settings = {"channels": CHANNELS, "size": SIZE, "kernel": KERNEL, "targets_us": TARGETS}
         write_json(arguments.json, "overhead", arguments.device, settings, {"rows": rows})

@@ -324,7 +324,8 @@ def report(path: Path) -> None:
     table = [HEADER, ["---", *["---:"] * (len(HEADER) - 1)], *rows(summary)]
     lines = [
         "",
-        f"{content['hardware']['cpu']}, {settings['threads']} threads ({settings['clock']} time), torch {content['versions']['torch']}; "
+        f"{content['hardware']['cpu']}, {settings['threads']} threads ({settings['clock']} time), "
+        f"torch {content['versions']['torch']}; "
         f"{content['data']}, {content['train_images']} training images; L = {settings['levels']}, "
         f"K = {settings['depth']}, width {settings['hidden']}; {settings['steps']} steps of {settings['batch_size']}, "
         f"learning rate {settings['learning_rate']:g}, a tenth of it after {settings['decay_at']:.0%}; finish "

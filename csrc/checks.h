@@ -32,7 +32,8 @@ inline void check_types(const Tensor& image, const Tensor& weight) {
 }
 
 inline Strides strides_of(const Tensor& image) {
-  return {image.stride(0), image.stride(1), image.stride(2), image.stride(3)};
+  const auto strides = image.strides();
+  return {strides[0], strides[1], strides[2], strides[3]};
 }
 
 inline void check_same_images(const Tensor& a, const Tensor& b) {
@@ -49,16 +50,19 @@ inline Shape check_problem(const Tensor& image, const Tensor& weight, const std:
   STD_TORCH_CHECK(weight.dim() == 4, "inverse_flow: the weight must be (C, C / groups, kH, kW), got ", weight.dim(),
                   " dimensions");
   check_types(image, weight);
-  const int64_t channels = image.size(1);
+  // Each question to a tensor is a call across the stable ABI: ask once.
+  const auto size = image.sizes();
+  const auto weight_size = weight.sizes();
+  const int64_t channels = size[1];
   const int64_t groups = static_cast<int64_t>(orders.size());
   STD_TORCH_CHECK(groups >= 1 && channels >= 1 && channels % groups == 0, "inverse_flow: ", channels,
                   " channels do not divide into ", groups, " groups (one per entry of orders)");
   STD_TORCH_CHECK(
-      weight.size(0) == channels && weight.size(1) == channels / groups && weight.size(2) >= 1 && weight.size(3) >= 1,
-      "inverse_flow: the weight must be (", channels, ", ", channels / groups, ", kH, kW), got (", weight.size(0), ", ",
-      weight.size(1), ", ", weight.size(2), ", ", weight.size(3), ")");
-  STD_TORCH_CHECK(image.size(2) >= 1 && image.size(3) >= 1, "inverse_flow: images must have at least one pixel, got ",
-                  image.size(2), " x ", image.size(3));
+      weight_size[0] == channels && weight_size[1] == channels / groups && weight_size[2] >= 1 && weight_size[3] >= 1,
+      "inverse_flow: the weight must be (", channels, ", ", channels / groups, ", kH, kW), got (", weight_size[0], ", ",
+      weight_size[1], ", ", weight_size[2], ", ", weight_size[3], ")");
+  STD_TORCH_CHECK(size[2] >= 1 && size[3] >= 1, "inverse_flow: images must have at least one pixel, got ", size[2],
+                  " x ", size[3]);
   STD_TORCH_CHECK(corner >= kIdentity && corner <= kGeneral, "inverse_flow: corner must be 0, 1 or 2, got ", corner);
   for (const int64_t order : orders) {
     STD_TORCH_CHECK(order >= kTopLeft && order <= kBottomRight, "inverse_flow: an order must be 0 to 3, got ", order);
@@ -67,8 +71,8 @@ inline Shape check_problem(const Tensor& image, const Tensor& weight, const std:
     STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == channels && bias->scalar_type() == weight.scalar_type(),
                     "inverse_flow: the bias must be (", channels, ",) and of the weight's dtype");
   }
-  return {image.size(0),  groups,         channels / groups,           image.size(2), image.size(3),
-          weight.size(2), weight.size(3), static_cast<Corner>(corner), transposed};
+  return {size[0],        groups,         channels / groups,           size[2],   size[3],
+          weight_size[2], weight_size[3], static_cast<Corner>(corner), transposed};
 }
 
 }  // namespace inverse_flow

@@ -32,7 +32,7 @@ py::dict plan_cpu_as(const Shape& shape, int64_t threads, bool backward) {
   found["isa"] = cpu::isa_name(cpu::isa_in_use());
   found["workers"] = 0;
   if (shape.batch == 0) return found;
-  const cpu::Plan plan = cpu::make_plan(shape, kernels.min_lanes, kernels.max_lanes, threads);
+  const cpu::Plan plan = cpu::make_plan(shape, kernels.min_lanes, kernels.max_lanes, sizeof(T), threads);
   cpu::Problem<IO, T> problem{};
   problem.shape = shape;
   problem.with_gradient = backward;
@@ -57,11 +57,12 @@ py::dict plan_cpu(const Sizes& sizes, int64_t corner, const std::string& type, i
 }
 
 py::dict plan_cuda(const Sizes& sizes, const std::vector<int64_t>& orders, int64_t corner, const std::string& type,
-                   bool backward, int32_t threads_per_block, int64_t shared_bytes, int32_t multiprocessors) {
+                   bool backward, int32_t threads_per_block, int64_t shared_bytes, int32_t multiprocessors,
+                   int32_t forced_regime) {
   const Shape shape = shape_of(sizes, corner, backward);
   const int64_t state_bytes = type == "float64" ? 8 : 4;
   const bool half_precision = type == "bfloat16" || type == "float16";
-  const DeviceLimits limits{threads_per_block, shared_bytes, multiprocessors};
+  const DeviceLimits limits{threads_per_block, shared_bytes, multiprocessors, forced_regime};
   SolvePlan plan{};
   py::dict found;
   found["fits"] = plan_solve(shape, state_bytes, limits, plan);
@@ -72,6 +73,8 @@ py::dict plan_cuda(const Sizes& sizes, const std::vector<int64_t>& orders, int64
   if (half_precision && (backward || state_needed(plan, half_precision))) {
     scratch += shape.batch * shape.groups * shape.channels * shape.height * shape.width * state_bytes;
   }
+  const bool lanes = plan.regime == SolveRegime::kLanes;
+  found["regime"] = static_cast<int32_t>(plan.regime);
   found["tile"] = py::make_tuple(plan.tile_h, plan.tile_w);
   found["tiles"] = py::make_tuple(plan.tiles_h, plan.tiles_w);
   found["images"] = plan.images;
@@ -79,29 +82,48 @@ py::dict plan_cuda(const Sizes& sizes, const std::vector<int64_t>& orders, int64
   found["channel_threads"] = plan.channel_threads;
   found["diagonal_threads"] = plan.diagonal_threads;
   found["threads"] = plan.threads;
-  found["blocks"] = divide_up(shape.batch, plan.images) * shape.groups * diagonal_tiles;
+  found["blocks"] =
+      divide_up(shape.batch, plan.images) * shape.groups * (lanes ? plan.tiles_h * plan.tiles_w : diagonal_tiles);
   found["shared_bytes"] = plan.shared_bytes;
   found["weights_in_shared"] = plan.weights_in_shared;
   found["fold_launches"] = fold_launches(shape, plan);
   found["fold_blocks"] = plan.fold_in_block ? 0 : plan.fold_blocks * shape.groups;
   found["folded_bytes"] = plan.folded_elements(shape.channels) * shape.groups * state_bytes;
   found["launches"] = solve_launches(shape, plan, orders.data());
-  found["steps"] = plan.taps_h * plan.taps_w > 1 ? plan.tile_h + plan.tile_w - 1 : 0;
+  found["steps"] = lanes                           ? plan.lanes.phases() * kLanesPhase
+                   : plan.taps_h * plan.taps_w > 1 ? plan.tile_h + plan.tile_w - 1
+                                                   : 0;
+  found["bands"] = lanes ? plan.lanes.bands : 0;
   found["scratch_bytes"] = scratch;
+  if (plan.regime == SolveRegime::kTensor) {
+    const TensorPlan& tensor = plan.tensor;
+    py::dict part;
+    part["output_tiles"] = tensor.output_tiles;
+    part["k_steps"] = tensor.k_steps;
+    part["resident_steps"] = tensor.resident_steps;
+    part["splits"] = tensor.splits;
+    part["job_warps"] = tensor.job_warps;
+    part["finish_warps"] = tensor.finish_warps;
+    part["whole_images"] = tensor.whole_images;
+    found["tensor"] = part;
+  }
   if (!backward) return found;
 
   // The gradient is that of the plain solve; its plan does not depend on which of the two is transposed.
   const GradientPlan gradient = plan_weight_gradient(shape, state_bytes, limits);
   py::dict second;
+  second["tensor_cores"] = gradient.tensor_cores;
   second["channels"] = py::make_tuple(gradient.block_outputs, gradient.block_inputs);
-  second["window"] = py::make_tuple(gradient.window_h, gradient.window_w);
+  second["window"] = py::make_tuple(gradient.window_h, gradient.window_w * gradient.strip);
+  second["images"] = gradient.images;
   second["tile"] = py::make_tuple(gradient.tile_h, gradient.tile_w);
+  second["tiles"] = gradient.pixel_tiles();
+  second["teams"] = gradient.teams;
   second["threads"] = gradient.threads;
   second["splits"] = gradient.splits;
-  second["tiles"] = gradient.pixel_tiles(shape.batch);
   second["blocks"] = gradient.splits * gradient.blocks() * shape.groups;
   second["shared_bytes"] = gradient.shared_bytes;
-  second["launches"] = gradient_launches(shape, orders.data());
+  second["launches"] = gradient_launches(shape, gradient, orders.data());
   second["scratch_bytes"] = gradient_workspace_elements(shape, gradient) * state_bytes;
   found["gradient"] = second;
   return found;

@@ -17,7 +17,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from inverse_flow import reference
+from inverse_flow import plans, reference
 
 from .conftest import HAS_CUDA
 
@@ -67,6 +67,25 @@ def test_predictions_follow_the_constants(scripts: SimpleNamespace) -> None:
     assert backward.gradient > 0
     assert backward.launches == pytest.approx(constants.graph_node_us * backward_plan.launches)
     assert model.predict(model.Case(100, 12, 64))[0].total > time.total
+
+
+BLOCK = 0  # SolveRegime of csrc/cuda/device_limits.h
+
+
+@pytest.mark.parametrize(("channels", "kernel"), [(1, 2), (4, 2), (1, 3), (3, 3), (4, 3), (1, 5), (2, 5)])
+def test_rows_as_lanes_are_chosen_where_they_are_predicted_to_win(
+    scripts: SimpleNamespace, channels: int, kernel: int
+) -> None:
+    model = scripts.cost_model
+    for batch, size in [(1, 8), (100, 8), (100, 14), (100, 32), (1000, 32), (100, 64), (1, 256), (8, 256), (1, 1024)]:
+        case = model.Case(batch, channels, size, kernel)
+        lanes, plan = model.predict(case)
+        assert plan.regime.startswith("rows as lanes")
+        sizes = (batch, 1, channels, size, size, kernel, kernel)
+        block_plan = plans._explain_cuda(plan.problem, sizes, (0,), 1, "float32", plan.gpu, BLOCK)
+        assert not block_plan.bands
+        assert lanes.total < model.solve_time(block_plan, model.Constants()).total, case
+        assert min(lanes.fold, lanes.prepare, lanes.sweep, lanes.store) > 0
 
 
 def test_resident_blocks(scripts: SimpleNamespace) -> None:

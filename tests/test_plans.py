@@ -76,22 +76,47 @@ def test_half_precision_has_the_state_of_float32() -> None:
 
 
 def test_an_image_of_one_block_is_one_launch() -> None:
-    plan = cuda((100, 12, 32, 32), 3, corner="unit_triangular")
+    plan = cuda((100, 8, 32, 32), 3, corner="unit_triangular")
     assert plan.regime == "images in a block, weights in shared memory"
     assert (plan.tile, plan.tiles, plan.images) == ((32, 32), (1, 1), 1)
     assert (plan.launches, plan.fold_launches, plan.steps) == (1, 0, 63)
     assert plan.blocks == 100
-    assert plan.shared_bytes == 4 * (12 * 32 * 32 + 9 * 12 * 12 + 12)
+    assert plan.shared_bytes == 4 * (8 * 32 * 32 + 9 * 8 * 8 + 8)
     assert plan.scratch_bytes == 0
     assert plan.gradient is None
 
 
 def test_a_large_image_is_a_launch_for_each_diagonal_of_tiles() -> None:
-    plan = cuda((2, 3, 1024, 700), 3, corner="identity")
+    plan = cuda((2, 5, 1024, 700), 3, corner="identity")
     assert plan.regime == "tiles, weights in shared memory"
     assert plan.tiles == (-(-1024 // plan.tile[0]), -(-700 // plan.tile[1]))
     assert plan.launches == sum(plan.tiles) - 1
     assert plan.blocks == 2 * min(plan.tiles)
+
+
+def test_few_channels_have_rows_as_lanes() -> None:
+    plan = cuda((100, 3, 64, 64), 3, corner="unit_triangular")
+    assert plan.regime == "rows as lanes, images in a block"
+    assert "bands of a tile" in str(plan)
+    assert (plan.bands, plan.launches, plan.blocks, plan.scratch_bytes) == (4, 1, 100, 0)
+    assert 64 + 63 <= plan.steps <= 64 + 63 + 3 * 8 + 8
+    # Whole images side by side in a warp.
+    plan = cuda((10000, 1, 10, 10), 3)
+    assert (plan.bands, plan.images, plan.blocks) == (1, 24, -(-10000 // 24))
+    # What has no such kernel is solved as before.
+    for shape, kernel in [((100, 5, 64, 64), 3), ((100, 3, 64, 64), 5), ((100, 3, 64, 64), (3, 2)), ((9, 3, 2, 2), 3)]:
+        assert "lanes" not in cuda(shape, kernel).regime
+    assert "lanes" not in cuda((100, 3, 64, 64), 3, dtype=torch.float64).regime
+
+
+def test_a_large_image_of_few_channels_is_one_launch_and_cleared_flags() -> None:
+    plan = cuda((2, 3, 1024, 700), 3, corner="identity")
+    assert plan.regime == "rows as lanes, tiles"
+    assert plan.tile == (64, 64)
+    assert plan.tiles == (16, 11)
+    assert plan.launches == 2
+    assert plan.blocks == 2 * 16 * 11
+    assert plan.scratch_bytes == 4 * (1 + 2 * 16 * 11)
 
 
 def test_small_images_share_a_block() -> None:
@@ -106,21 +131,64 @@ def test_many_channels_fold_before_the_solve() -> None:
     plan = cuda((100, 17, 8, 8), 3)
     assert (plan.launches, plan.fold_launches) == (2, 1)
     assert plan.scratch_bytes >= 4 * 9 * 17 * 17
-    assert cuda((100, 96, 4, 4), 3).regime == "images in a block, weights in global memory"
+
+
+def test_from_nine_channels_on_tensor_cores() -> None:
+    assert cuda((100, 8, 16, 16), 3).tensor is None
+    assert cuda((100, 12, 16, 16), 3, dtype=torch.float64).tensor is None
+    assert cuda((100, 12, 16, 16), 1).tensor is None
+    plan = cuda((100, 24, 16, 16), 3)
+    assert plan.regime == "tensor cores, whole images, weights in shared memory"
+    assert plan.tensor is not None
+    assert (plan.tensor.output_tiles, plan.tensor.k_steps, plan.tensor.resident_steps) == (2, 3, 27)
+    assert (plan.tile, plan.tiles, plan.steps, plan.blocks) == ((16, 16), (1, 1), 31, 100)
+    assert plan.threads == 32 * (plan.tensor.splits * plan.tensor.job_warps + plan.tensor.finish_warps)
+    assert "2 tiles of outputs" in str(plan)
+    plan = cuda((100, 96, 4, 4), 3)
+    assert plan.regime == "tensor cores, whole images, weights in shared and global memory"
+    assert plan.images == 2
+    plan = cuda((100, 96, 32, 32), 3)
+    assert plan.regime == "tensor cores, a ring of diagonals, weights in shared and global memory"
+    assert plan.launches == plan.fold_launches + 1
+    # An image whose diagonals do not fit is cut into tiles.
+    assert cuda((2, 64, 300, 300), 3).tensor is None
 
 
 def test_the_backward_pass_on_a_gpu() -> None:
     forward, plan = cuda((100, 12, 16, 16), 3), cuda((100, 12, 16, 16), 3, backward=True)
     assert plan.gradient is not None
-    assert plan.gradient.launches == 3
-    assert plan.launches == forward.launches + 3
-    assert plan.gradient.channels == (12, 12)
-    assert plan.gradient.window[0] <= 3
-    assert plan.gradient.window[1] <= 4
+    assert plan.gradient.launches == 2
+    assert plan.launches == forward.launches + 2
+    assert not plan.gradient.tensor_cores
+    assert plan.gradient.channels == (4, 12)
+    assert plan.gradient.window == (1, 3)
+    assert plan.gradient.blocks >= plan.gpu.multiprocessors
     assert plan.gradient.shared_bytes <= 48 * KIB
     # Half-precision images: u unrounded, for the gradient.
     half = cuda((100, 12, 16, 16), 3, backward=True, dtype=torch.bfloat16)
     assert half.scratch_bytes == plan.scratch_bytes + 4 * 100 * 12 * 16 * 16
+
+
+def test_wide_gradients_are_for_tensor_cores() -> None:
+    for dtype, channels, expected in [
+        (torch.float32, 16, True),
+        (torch.float32, 15, False),
+        (torch.float64, 16, False),
+    ]:
+        plan = cuda((100, channels, 16, 16), 3, backward=True, dtype=dtype)
+        assert plan.gradient is not None
+        assert plan.gradient.tensor_cores == expected
+        assert ("gradient            tensor cores" in str(plan)) == expected
+
+
+def test_partial_sums_are_a_tenth_of_the_images_at_most() -> None:
+    """Where not even one copy of the weights is that small, the blocks write the gradient themselves."""
+    for channels, size in [(3, 32), (4, 14), (12, 16), (16, 7), (24, 16), (48, 8), (96, 4), (48, 32)]:
+        plan = cuda((16, channels, size, size), 3, backward=True).gradient
+        assert plan is not None
+        assert plan.scratch_bytes <= 4 * 16 * channels * size**2 / 10
+        assert plan.launches == (1 if plan.splits == 1 else 2)
+        assert (plan.scratch_bytes == 0) == (plan.splits == 1)
 
 
 def test_orders_without_a_period_are_cut_into_launches() -> None:

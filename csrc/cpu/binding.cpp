@@ -61,7 +61,7 @@ template <class IO, class T>
 void run(const Shape& shape, const std::vector<int64_t>& orders, const Prepared<T>& prepared, const Tensor& input,
          const Tensor& output, const Tensor* other, T* weight_gradient, T* bias_gradient) {
   const Kernels<IO, T> kernels = kernels_in_use<IO, T>();
-  const Plan plan = make_plan(shape, kernels.min_lanes, kernels.max_lanes, torch::stable::get_num_threads());
+  const Plan plan = make_plan(shape, kernels.min_lanes, kernels.max_lanes, sizeof(T), torch::stable::get_num_threads());
   const bool with_gradient = other != nullptr;
 
   std::vector<Problem<IO, T>> problems;
@@ -110,7 +110,8 @@ void run(const Shape& shape, const std::vector<int64_t>& orders, const Prepared<
                                          band + 1 < plan.units ? halos.data() + job * halo : nullptr,
                                          band > 0 ? &steps_done[job - 1] : nullptr, &steps_done[job]};
           group_of_set[job] = group;
-          kernels.rows(problems[group], image, band, plan.lanes, neighbours, scratch.get(), gradients(job));
+          kernels.rows(problems[group], image, band, plan.lanes, plan.stretch, neighbours, scratch.get(),
+                       gradients(job));
         }
       }
     });

@@ -29,13 +29,23 @@ Kernels<IO, T> kernels_in_use() {
 struct Plan {
   bool rows;
   int64_t lanes;
+  int64_t stretch;  // steps of a band that are packed, solved and unpacked at a time (rows)
   int64_t units;    // pieces of a group that run independently (images) or in a pipeline (bands of an image)
   int64_t jobs;     // what the threads share: bands (rows), or ranges of neighbouring units (images)
   int64_t workers;  // threads that have a job
   int64_t sets;     // partial sums of the gradients that are kept apart
 };
 
-inline Plan make_plan(const Shape& shape, int64_t min_lanes, int64_t max_lanes, int64_t threads) {
+// Steps of a band between two looks at the band above. Long stretches are packed in long runs, which the hardware
+// prefetches (see kSlabBytes), but `threads` that share an image each start a band and a stretch after the one above.
+inline int64_t band_stretch(const Shape& shape, int64_t band, int64_t state_bytes, int64_t threads) {
+  const int64_t steps = band_steps(shape, band);
+  const int64_t apart = threads > 1 ? steps / threads - band : steps + kStretch - 1;
+  const int64_t in_cache = kSlabBytes / (shape.channels * band * state_bytes);
+  return std::max(std::min(apart, in_cache) / kStretch * kStretch, kStretch);
+}
+
+inline Plan make_plan(const Shape& shape, int64_t min_lanes, int64_t max_lanes, int64_t state_bytes, int64_t threads) {
   const auto pieces = [](int64_t total, int64_t piece) { return (total + piece - 1) / piece; };
   const int64_t band = shape.height > min_lanes ? max_lanes : min_lanes;
   const int64_t bands = pieces(shape.height, band);
@@ -48,7 +58,8 @@ inline Plan make_plan(const Shape& shape, int64_t min_lanes, int64_t max_lanes, 
       pieces(shape.batch * shape.groups * bands, busy) * band_steps(shape, band) * (band / min_lanes);
   if (by_rows < by_images) {
     const int64_t jobs = shape.groups * shape.batch * bands;
-    return {true, band, bands, jobs, std::min(threads, jobs), jobs};
+    const int64_t stretch = band_stretch(shape, band, state_bytes, pieces(threads, shape.batch * shape.groups));
+    return {true, band, stretch, bands, jobs, std::min(threads, jobs), jobs};
   }
   // Enough pieces for the threads to share evenly, each as wide as a line can be.
   const int64_t vectors = pieces(shape.batch, min_lanes);
@@ -58,7 +69,7 @@ inline Plan make_plan(const Shape& shape, int64_t min_lanes, int64_t max_lanes, 
   const int64_t lanes = shape.batch <= min_lanes || units == vectors ? min_lanes : max_lanes;
   // A thread works through neighbouring units with one set of sums, and its range may straddle groups.
   const int64_t jobs = std::min(threads, shape.groups * units);
-  return {false, lanes, units, jobs, jobs, jobs + shape.groups};
+  return {false, lanes, 0, units, jobs, jobs, jobs + shape.groups};
 }
 
 // Working memory of one thread, in bytes.

@@ -47,14 +47,16 @@ int64_t invert(std::vector<double>& matrix, std::vector<double>& inverse, int64_
   return -1;
 }
 
-// Unit lower triangular: forward substitution, of which only the lower half is ever non-zero.
-void invert_unit_lower(const std::vector<double>& matrix, std::vector<double>& inverse, int64_t n,
-                       SubtractRow subtract_row) {
+// Inverts, in place, the strictly lower half of an n x n unit lower triangular matrix: forward substitution.
+void invert_unit_lower(double* matrix, int64_t stride, int64_t n) {
   for (int64_t row = 1; row < n; ++row) {
+    double inverse[kOutputBlock] = {};
     for (int64_t k = 0; k < row; ++k) {
-      const double factor = matrix[row * n + k];
-      if (factor != 0) subtract_row(&inverse[row * n], &inverse[k * n], factor, k + 1);
+      const double factor = matrix[row * stride + k];
+      for (int64_t column = 0; column < k; ++column) inverse[column] -= factor * matrix[k * stride + column];
+      inverse[k] -= factor;
     }
+    std::copy(inverse, inverse + row, matrix + row * stride);
   }
 }
 
@@ -69,8 +71,7 @@ void for_output_blocks(int64_t channels, F f) {
 template <class T>
 Weights<T> Prepared<T>::group(const Shape& shape, int64_t group) const {
   const int64_t pairs = shape.channels * shape.channels;
-  return {taps.data() + group * pairs * (shape.taps() - 1),
-          corner_inverse.empty() ? nullptr : corner_inverse.data() + group * pairs,
+  return {taps.data() + group * pairs * (shape.taps() - 1), corner.empty() ? nullptr : corner.data() + group * pairs,
           bias.empty() ? nullptr : bias.data() + group * shape.channels};
 }
 
@@ -84,7 +85,7 @@ Prepared<T> prepare(const Shape& shape, const std::vector<int64_t>& orders, cons
 
   Prepared<T> prepared;
   prepared.taps.resize(shape.groups * pairs * (window - 1));
-  if (!identity) prepared.corner_inverse.resize(shape.groups * pairs);
+  if (!identity) prepared.corner.resize(shape.groups * pairs);
   if (bias) prepared.bias.assign(bias, bias + shape.groups * n);
 
   std::vector<TapPosition> order(window);
@@ -107,25 +108,30 @@ Prepared<T> prepare(const Shape& shape, const std::vector<int64_t>& orders, cons
     });
     if (identity) continue;
 
-    // M of the plain solve; a transposed one reads the inverse transposed.
+    // M of the plain solve; a transposed one reads what becomes of it transposed.
     const int64_t corner = tap_offset(shape, orders[g], 0, 0);
-    const bool triangular = shape.corner == kUnitTriangular;
-    matrix.assign(pairs, 0);
+    const auto m = [&](int64_t o, int64_t c) { return static_cast<double>(from[(o * n + c) * window + corner]); };
     inverse.assign(pairs, 0);
-    for (int64_t o = 0; o < n; ++o) {
-      inverse[o * n + o] = 1;
-      for (int64_t c = 0; c < (triangular ? o : n); ++c) matrix[o * n + c] = from[(o * n + c) * window + corner];
-    }
-    if (triangular) {
-      invert_unit_lower(matrix, inverse, n, subtract_row);
+    if (shape.corner == kUnitTriangular) {
+      for_output_blocks(n, [&](int64_t first, int64_t width) {
+        for (int64_t o = first; o < first + width; ++o) {
+          for (int64_t c = 0; c < o; ++c) inverse[o * n + c] = c < first ? -m(o, c) : m(o, c);
+        }
+        invert_unit_lower(&inverse[first * n + first], n, width);
+      });
     } else {
+      matrix.resize(pairs);
+      for (int64_t o = 0; o < n; ++o) {
+        inverse[o * n + o] = 1;
+        for (int64_t c = 0; c < n; ++c) matrix[o * n + c] = m(o, c);
+      }
       const int64_t column = invert(matrix, inverse, n, subtract_row);
       if (column >= 0) {
         throw std::runtime_error("the corner tap is singular: channel " + std::to_string(g * n + column) +
                                  " depends linearly on the channels before it in its group");
       }
     }
-    to = prepared.corner_inverse.data() + g * pairs;
+    to = prepared.corner.data() + g * pairs;
     for_output_blocks(n, [&](int64_t first, int64_t width) {
       for (int64_t c = 0; c < n; ++c) {
         for (int64_t o = first; o < first + width; ++o) {

@@ -12,13 +12,14 @@ namespace inverse_flow::cpu {
 template <class T>
 struct Prepared {
   std::vector<T> taps;
-  std::vector<T> corner_inverse;  // empty when M = I
-  std::vector<T> bias;            // empty without one
+  std::vector<T> corner;  // empty when M = I
+  std::vector<T> bias;    // empty without one
   Weights<T> group(const Shape& shape, int64_t group) const;
 };
 
 // `weight` is contiguous, (groups * channels, channels, kernel_h, kernel_w); `bias` has one entry a channel or is null.
-// M is inverted in float64 and rounded once. Throws std::runtime_error when an M is singular.
+// What is inverted of M (see Weights) is inverted in float64 and rounded once. Throws std::runtime_error when an M is
+// singular.
 template <class T>
 Prepared<T> prepare(const Shape& shape, const std::vector<int64_t>& orders, const T* weight, const T* bias, Isa isa);
 

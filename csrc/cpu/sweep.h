@@ -19,6 +19,10 @@ namespace inverse_flow::cpu {
 // Steps that are packed and unpacked at a time at least: 16 floats are a cache line.
 constexpr int64_t kStretch = 16;
 
+// What is packed at a time stays in L2, beside what the taps reach of what came before. Large pieces are read and
+// written in long runs of each channel, which the hardware prefetches; runs of a single cache line take twice as long.
+constexpr int64_t kSlabBytes = 192 * 1024;
+
 // Most lanes a line can have: 2 AVX-512 vectors of float.
 constexpr int64_t kMaxLanes = 32;
 
@@ -39,8 +43,10 @@ struct Float16 {
 template <class T>
 struct Weights {
   const T* taps;
-  const T* corner_inverse;  // [block][input channel][output channel of the block]; null when M = I
-  const T* bias;            // one a channel, or null
+  // [block][input channel][output channel of the block]; null when M = I. Of a general M the inverse. Of a unit
+  // triangular one the inverses of the blocks on the diagonal, and -M elsewhere, since blocks are substituted.
+  const T* corner;
+  const T* bias;  // one a channel, or null
 };
 
 // An image tensor seen by one group: `data` at batch 0, channel 0 of the group, the mirrored pixel (0, 0); strides of
@@ -94,9 +100,9 @@ struct Kernels {
   size_t (*rows_scratch)(const Problem<IO, T>&, int64_t lanes);
   // Images first .. first + count of one group; count <= lanes.
   void (*images)(const Problem<IO, T>&, int64_t first, int64_t count, int64_t lanes, void* scratch, Gradients<T>);
-  // Rows band * lanes .. of image `image`.
-  void (*rows)(const Problem<IO, T>&, int64_t image, int64_t band, int64_t lanes, const Neighbours<T>&, void* scratch,
-               Gradients<T>);
+  // Rows band * lanes .. of image `image`, `stretch` steps at a time.
+  void (*rows)(const Problem<IO, T>&, int64_t image, int64_t band, int64_t lanes, int64_t stretch, const Neighbours<T>&,
+               void* scratch, Gradients<T>);
 };
 
 // Steps of a band, and elements of the halo buffer between two bands.

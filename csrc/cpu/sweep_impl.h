@@ -2,8 +2,9 @@
 // sweep_portable.cpp).
 //
 //   for each line (sweep.h), for each step of it:
-//     r = y - bias - sum over taps of W_tap * x at (step - tap)      micro-kernel `accumulate`, taps x channels
-//     x = M^-1 r                                                     the same micro-kernel with one tap
+//     r = y - bias - sum over taps of W_tap * x at (step - tap)      micro-kernel `add_products`, taps x channels
+//     x = M^-1 r                                                     unit triangular: on the sums, in registers;
+//                                                                    general: the same micro-kernel with one tap
 //   and, for the weight gradient, once a slab of lines is solved:
 //     dW_tap -= sum over steps and lanes of u at (step - tap) * other
 //
@@ -42,36 +43,49 @@ struct Tap {
   int64_t index;
 };
 
-// out[o] = init[o] + sum over taps and input channels of w * source, for kOut output channels and kVectors vectors of
-// lanes. kIn > 0 fixes the number of input channels, so that the loop over them unrolls.
-template <class T, int kOut, int kVectors, int kIn>
-INVERSE_FLOW_INLINE void accumulate(const T* state, ptrdiff_t channel_stride, const Tap* taps, int64_t tap_count,
-                                    const T* weights, int64_t tap_weights, int64_t in_channels, const T* init, T* out,
-                                    ptrdiff_t out_stride) {
+// Sums of kOut output channels for kVectors vectors of lanes, in registers.
+template <class T, int kOut, int kVectors>
+using Sums = Vector<T>[kOut][kVectors];
+
+// sum[o] += sum over input channels of w * source. kIn > 0 fixes the number of input channels, so that the loop over
+// them unrolls.
+template <class T, int kIn, int kOut, int kVectors>
+INVERSE_FLOW_INLINE void add_products(Sums<T, kOut, kVectors>& sum, const T* source, ptrdiff_t channel_stride,
+                                      int64_t in_channels, const T* weights) {
   constexpr int64_t n = kVectorLanes<T>;
-  Vector<T> sum[kOut][kVectors];
-  for (int o = 0; o < kOut; ++o) {
-    for (int v = 0; v < kVectors; ++v) sum[o][v] = Vector<T>{};
-  }
   const int64_t count = kIn > 0 ? kIn : in_channels;
-  for (int64_t t = 0; t < tap_count; ++t) {
-    const T* source = state + taps[t].source;
-    const T* w = weights + taps[t].index * tap_weights;
 #pragma GCC unroll 6
-    for (int64_t c = 0; c < count; ++c) {
-      Vector<T> x[kVectors];
-      for (int v = 0; v < kVectors; ++v) x[v] = load(source + c * channel_stride + v * n);
-      for (int o = 0; o < kOut; ++o) {
-        for (int v = 0; v < kVectors; ++v) sum[o][v] += x[v] * w[c * kOut + o];
-      }
+  for (int64_t c = 0; c < count; ++c) {
+    Vector<T> x[kVectors];
+    for (int v = 0; v < kVectors; ++v) x[v] = load(source + c * channel_stride + v * n);
+    for (int o = 0; o < kOut; ++o) {
+      for (int v = 0; v < kVectors; ++v) sum[o][v] += x[v] * weights[c * kOut + o];
     }
   }
-  // `init` comes last: the products are often far smaller than it, and adding each to it would round each to its size.
+}
+
+template <class T, int kOut, int kVectors>
+INVERSE_FLOW_INLINE void store_sums(const Sums<T, kOut, kVectors>& sum, T* out, ptrdiff_t out_stride) {
   for (int o = 0; o < kOut; ++o) {
+    for (int v = 0; v < kVectors; ++v) store(out + o * out_stride + v * kVectorLanes<T>, sum[o][v]);
+  }
+}
+
+// sum = W sum for a unit triangular W, in place. The products are added up before they meet the value they are added
+// to: they are often far smaller, and adding each by itself would round each to its size.
+template <class T, int kOut, int kVectors>
+INVERSE_FLOW_INLINE void multiply_unit_triangular(Sums<T, kOut, kVectors>& sum, const T* weights, bool upper) {
+  const auto row = [&](int o, int begin, int end) {
     for (int v = 0; v < kVectors; ++v) {
-      if (init) sum[o][v] += load(init + o * (kVectors * n) + v * n);
-      store(out + o * out_stride + v * n, sum[o][v]);
+      Vector<T> products = sum[begin][v] * weights[begin * kOut + o];
+      for (int c = begin + 1; c < end; ++c) products += sum[c][v] * weights[c * kOut + o];
+      sum[o][v] += products;
     }
+  };
+  if (upper) {
+    for (int o = 0; o + 1 < kOut; ++o) row(o, o + 1, kOut);
+  } else {
+    for (int o = kOut - 1; o > 0; --o) row(o, 0, o);
   }
 }
 
@@ -80,70 +94,88 @@ struct Constant {
   static constexpr int value = kValue;
 };
 
-// Calls f(first channel, width as a constant) for each block of at most kMost channels.
+// Calls f(width as a constant), for a width of 1 to kMost.
 template <int kMost, class F>
-INVERSE_FLOW_INLINE void for_blocks(int64_t channels, F f) {
-  int64_t first = 0;
-  for (; first + kMost <= channels; first += kMost) f(first, Constant<kMost>{});
-  const int64_t rest = channels - first;
-  if constexpr (kMost > 5) {
-    if (rest == 5) f(first, Constant<5>{});
+INVERSE_FLOW_INLINE void with_width(int64_t width, F f) {
+  if constexpr (kMost > 1) {
+    if (width < kMost) return with_width<kMost - 1>(width, f);
   }
-  if constexpr (kMost > 4) {
-    if (rest == 4) f(first, Constant<4>{});
-  }
-  if constexpr (kMost > 3) {
-    if (rest == 3) f(first, Constant<3>{});
-  }
-  if (rest == 2) f(first, Constant<2>{});
-  if (rest == 1) f(first, Constant<1>{});
+  f(Constant<kMost>{});
 }
 
-// Solves `steps` neighbouring steps that share a list of taps. `right` is the packed y - bias, [step][channel][lane],
-// which may be the state itself; `rest` takes r when M != I.
+// Calls f(first channel, width as a constant) for each block of at most kMost channels.
+template <int kMost, class F>
+INVERSE_FLOW_INLINE void for_blocks(int64_t channels, bool backwards, F f) {
+  const int64_t blocks = (channels + kMost - 1) / kMost;
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t first = (backwards ? blocks - 1 - i : i) * kMost;
+    with_width<kMost>(smaller(kMost, channels - first), [&](auto width) INVERSE_FLOW_INLINED { f(first, width); });
+  }
+}
+
+// Solves `steps` neighbouring steps that share a list of taps, in place: the state holds the packed y - bias. `rest`
+// takes r when M is a general one.
 template <class T, int kVectors>
 static __attribute__((noinline)) void solve_steps(const Weights<T>& weights, const Shape& shape, int64_t steps,
                                                   T* state, ptrdiff_t step_state, ptrdiff_t channel_state,
-                                                  const Tap* taps, int64_t tap_count, const T* right, T* rest) {
+                                                  const Tap* taps, int64_t tap_count, T* rest) {
   constexpr int64_t lanes = kVectors * kVectorLanes<T>;
   const int64_t channels = shape.channels;
-  const bool identity = weights.corner_inverse == nullptr;
-  // The inverse of a triangular M is triangular: skip the half that is zero.
-  const bool lower = shape.corner == kUnitTriangular && !shape.transposed;
-  const bool upper = shape.corner == kUnitTriangular && shape.transposed;
-  const auto corner_block = [&](int64_t first, auto width, T* x) {
+  const bool triangular = weights.corner && shape.corner == kUnitTriangular;
+  const bool general = weights.corner && shape.corner == kGeneral;
+  const bool upper = triangular && shape.transposed;
+  // One block of channels at one step; kIn fixes the number of channels where a block holds all of them.
+  // Captures are copies: what is captured by reference would be read again after every store.
+  const auto solve_block = [=](int64_t s, int64_t first, auto width, auto in) INVERSE_FLOW_INLINED {
     constexpr int kOut = decltype(width)::value;
-    const int64_t begin = upper ? first : 0;
-    const int64_t end = lower ? first + kOut : channels;
-    const Tap tap{static_cast<ptrdiff_t>(begin * lanes), 0};
-    const T* w = weights.corner_inverse + first * channels + begin * kOut;
-    accumulate<T, kOut, kVectors, 0>(rest, lanes, &tap, 1, w, 0, end - begin, nullptr, x + first * channel_state,
-                                     channel_state);
+    constexpr int kIn = decltype(in)::value;
+    const int64_t in_channels = kIn > 0 ? kIn : channels;
+    T* x = state + s * step_state;
+    const T* w = weights.taps + first * channels * (shape.taps() - 1);
+    Sums<T, kOut, kVectors> sum = {};
+    for (int64_t t = 0; t < tap_count; ++t) {
+      add_products<T, kIn>(sum, x + taps[t].source, channel_state, in_channels, w + taps[t].index * in_channels * kOut);
+    }
+    const T* corner = weights.corner ? weights.corner + first * channels : nullptr;
+    if (kIn == 0 && triangular) {
+      // The blocks solved before this one, at this very step.
+      const int64_t begin = upper ? first + kOut : 0;
+      const int64_t end = upper ? channels : first;
+      add_products<T, 0>(sum, x + begin * channel_state, channel_state, end - begin, corner + begin * kOut);
+    }
+    // y comes after the products, for the reason that `multiply_unit_triangular` gives.
+    for (int o = 0; o < kOut; ++o) {
+      const T* y = x + (first + o) * channel_state;
+      for (int v = 0; v < kVectors; ++v) sum[o][v] += load(y + v * kVectorLanes<T>);
+    }
+    if (triangular) multiply_unit_triangular<T>(sum, corner + first * kOut, upper);
+    if (general) {
+      store_sums<T>(sum, rest + first * lanes, lanes);
+    } else {
+      store_sums<T>(sum, x + first * channel_state, channel_state);
+    }
+  };
+  const auto multiply_corner = [=](int64_t s) {
+    for_blocks<kOutputBlock>(channels, false, [&](int64_t first, auto width) {
+      Sums<T, decltype(width)::value, kVectors> sum = {};
+      add_products<T, 0>(sum, rest, lanes, channels, weights.corner + first * channels);
+      store_sums<T>(sum, state + s * step_state + first * channel_state, channel_state);
+    });
   };
   if (channels <= kOutputBlock) {
-    for_blocks<kOutputBlock>(channels, [&](int64_t, auto width) {
-      constexpr int kOut = decltype(width)::value;
+    with_width<kOutputBlock>(channels, [&](auto width) INVERSE_FLOW_INLINED {
       for (int64_t s = 0; s < steps; ++s) {
-        T* x = state + s * step_state;
-        accumulate<T, kOut, kVectors, kOut>(x, channel_state, taps, tap_count, weights.taps, kOut * kOut, kOut,
-                                            right + s * kOut * lanes, identity ? x : rest,
-                                            identity ? channel_state : lanes);
-        if (!identity) corner_block(0, width, x);
+        solve_block(s, 0, width, width);
+        if (general) multiply_corner(s);
       }
     });
     return;
   }
   for (int64_t s = 0; s < steps; ++s) {
-    T* x = state + s * step_state;
-    for_blocks<kOutputBlock>(channels, [&](int64_t first, auto width) {
-      constexpr int kOut = decltype(width)::value;
-      const T* w = weights.taps + first * channels * (shape.taps() - 1);
-      accumulate<T, kOut, kVectors, 0>(
-          x, channel_state, taps, tap_count, w, channels * kOut, channels, right + (s * channels + first) * lanes,
-          identity ? x + first * channel_state : rest + first * lanes, identity ? channel_state : lanes);
+    for_blocks<kOutputBlock>(channels, upper, [&](int64_t first, auto width) INVERSE_FLOW_INLINED {
+      solve_block(s, first, width, Constant<0>{});
     });
-    if (!identity)
-      for_blocks<kOutputBlock>(channels, [&](int64_t first, auto width) { corner_block(first, width, x); });
+    if (general) multiply_corner(s);
   }
 }
 
@@ -197,8 +229,8 @@ INVERSE_FLOW_INLINE void outer_block(const TapSpans<T>& tap, const OuterStrides&
 template <class T, int kVectors>
 static __attribute__((noinline)) void outer_sums(const TapSpans<T>* taps, int64_t tap_count, int64_t channels,
                                                  const OuterStrides& stride, T* sums) {
-  for_blocks<4>(channels, [&](int64_t a, auto left) {
-    for_blocks<3>(channels, [&](int64_t b, auto right) {
+  for_blocks<4>(channels, false, [&](int64_t a, auto left) {
+    for_blocks<3>(channels, false, [&](int64_t b, auto right) {
       for (int64_t t = 0; t < tap_count; ++t) {
         outer_block<T, decltype(left)::value, decltype(right)::value, kVectors>(
             taps[t], stride, a * stride.u_channel, b * stride.x_channel, sums + (t * channels + a) * channels + b,
@@ -211,85 +243,110 @@ static __attribute__((noinline)) void outer_sums(const TapSpans<T>* taps, int64_
 // ---------------------------------------------------------------------------------------------- packing
 
 // How the lanes of a line map to memory: lane l at step s, channel c is data + start[l] + c * channel stride + s *
-// column stride. A lane holds a pixel at steps first[l] <= s < last[l], and never where the two are equal.
+// column stride. The first `used` lanes hold a pixel at steps first[l] <= s < last[l], the others never do.
 struct Lanes {
   int64_t count;
+  int64_t used;
   int64_t first[kMaxLanes];
   int64_t last[kMaxLanes];
-  int64_t all_first, all_last;  // every lane holds a pixel at all_first <= s < all_last
+};
+
+// One block of eight lanes during a call of `pack` or `unpack`, whose steps are counted from its first.
+template <class T>
+struct LaneBlock {
+  using Step = typename EightOf<T>::step;
+  using Index = typename EightOf<T>::index;
+  int64_t used;
+  Index first{}, last{};
+  int64_t any_first, any_last = 0;  // no lane holds a pixel outside of these steps
+  int64_t all_first = 0, all_last;  // every used lane holds one inside of these
+
+  LaneBlock(const Lanes& lanes, int64_t block, int64_t begin, int64_t steps)
+      : used(smaller(larger(lanes.used - block, 0), 8)), any_first(steps), all_last(steps) {
+    for (int64_t l = 0; l < used; ++l) {
+      // Cut to the steps of the call, so that they fit the integers beside a vector's elements.
+      const int64_t low = smaller(larger(lanes.first[block + l] - begin, 0), steps);
+      const int64_t high = smaller(larger(lanes.last[block + l] - begin, 0), steps);
+      first[l] = static_cast<Step>(low);
+      last[l] = static_cast<Step>(high);
+      any_first = smaller(any_first, low);
+      any_last = larger(any_last, high);
+      all_first = larger(all_first, low);
+      all_last = smaller(all_last, high);
+    }
+  }
 
   bool holds(int64_t lane, int64_t step) const { return step >= first[lane] && step < last[lane]; }
-  bool empty(int64_t lane) const { return first[lane] >= last[lane]; }
-
-  void find_common() {
-    all_first = first[0];
-    all_last = last[0];
-    for (int64_t l = 1; l < count; ++l) {
-      all_first = larger(all_first, first[l]);
-      all_last = smaller(all_last, last[l]);
-    }
+  bool everywhere(int64_t from, int64_t to) const { return from >= all_first && to <= all_last && used > 0; }
+  bool nowhere(int64_t from, int64_t to) const { return to <= any_first || from >= any_last; }
+  // All bits set in the lanes that hold a pixel.
+  Index mask(int64_t step) const {
+    const Index at = Index{} + static_cast<Step>(step);
+    return (Index)(at >= first) & (Index)(at < last);
   }
 };
 
-// The common case of `pack`, without a decision for each value: eight steps of eight lanes that all hold a pixel.
+// `value` where the mask's bits are set, else zero.
+template <class T>
+INVERSE_FLOW_INLINE Eight<T> masked(Eight<T> value, typename EightOf<T>::index mask) {
+  return (Eight<T>)((typename EightOf<T>::index)value & mask);
+}
+
+// The common case of `pack`, without a decision for each value: eight steps at which every used lane holds a pixel.
 template <class IO, class T>
-INVERSE_FLOW_INLINE void pack_whole(const IO* const (&from)[8], ptrdiff_t offset, ptrdiff_t step_stride, T bias, T* to,
-                                    ptrdiff_t to_step) {
+INVERSE_FLOW_INLINE void pack_whole(const IO* const (&from)[8], ptrdiff_t offset, ptrdiff_t step_stride, T bias,
+                                    typename EightOf<T>::index used, T* to, ptrdiff_t to_step) {
   Eight<T> rows[8];
   for (int64_t l = 0; l < 8; ++l) rows[l] = load8(from[l] + offset);
   transpose8<T>(rows);
   // A mirrored row comes last step first.
   if (step_stride == -1) to += 7 * to_step;
-  for (int64_t s = 0; s < 8; ++s) store8(to + s * step_stride * to_step, rows[s] - bias);
+  for (int64_t s = 0; s < 8; ++s) store8(to + s * step_stride * to_step, masked<T>(rows[s] - bias, used));
 }
 
 // The inverse of `pack_whole`.
 template <class IO, class T>
-INVERSE_FLOW_INLINE void unpack_whole(IO* to, const ptrdiff_t* start, ptrdiff_t step_stride, const T* from,
-                                      ptrdiff_t from_step) {
+INVERSE_FLOW_INLINE void unpack_whole(IO* to, const ptrdiff_t* start, int64_t used, ptrdiff_t step_stride,
+                                      const T* from, ptrdiff_t from_step) {
   Eight<T> rows[8];
   for (int64_t s = 0; s < 8; ++s) rows[s] = load8(from + (step_stride == 1 ? s : 7 - s) * from_step);
   transpose8<T>(rows);
-  for (int64_t l = 0; l < 8; ++l) store8(to + start[l], rows[l]);
+  for (int64_t l = 0; l < 8; ++l) {
+    if (l < used) store8(to + start[l], rows[l]);
+  }
 }
 
-// Steps [begin, begin + steps) of an image tensor into `packed`, [step][channel][lane], minus the bias; zero where a
-// lane holds no pixel. A channel's steps are read in one go, so that each cache line is visited once.
+// Steps [begin, begin + steps) of an image tensor into the state, minus the bias; zero where a lane holds no pixel.
+// `state` is at step `begin`. A channel's steps are read in one go, so that each cache line is visited once.
 template <class IO, class T>
 static __attribute__((noinline)) void pack(const Image<const IO>& image, const ptrdiff_t* start, const Lanes& lanes,
-                                           int64_t channels, int64_t begin, int64_t steps, const T* bias, T* packed) {
+                                           int64_t channels, int64_t begin, int64_t steps, const T* bias, T* state,
+                                           ptrdiff_t channel_state, ptrdiff_t step_state) {
   const ptrdiff_t step_stride = image.stride.column;
   const ptrdiff_t channel_stride = image.stride.channel;
-  const bool all = begin >= lanes.all_first && begin + steps <= lanes.all_last;
   for (int64_t block = 0; block < lanes.count; block += 8) {
+    const LaneBlock<T> held(lanes, block, begin, steps);
     const IO* from[8];
-    const IO* lowest = nullptr;
-    const IO* highest = nullptr;
+    const IO* lowest = image.data + start[block];
+    const IO* highest = lowest;
     for (int64_t l = 0; l < 8; ++l) {
-      from[l] = lanes.empty(block + l) ? nullptr : image.data + start[block + l];
-      if (!from[l]) continue;
-      if (!lowest || from[l] < lowest) lowest = from[l];
-      if (!highest || from[l] > highest) highest = from[l];
+      // An unused lane reads another lane's pixels; they are zeroed below like all that lie outside a lane's range.
+      from[l] = image.data + start[l < held.used ? block + l : block];
+      if (from[l] < lowest) lowest = from[l];
+      if (from[l] > highest) highest = from[l];
     }
-    // An empty lane reads another lane's pixels; they are zeroed below like all that lie outside a lane's range.
-    for (int64_t l = 0; l < 8; ++l) from[l] = from[l] ? from[l] : lowest;
     // Vectors of eight may run past a row into the next one, but never out of the tensor.
     const auto readable = [&](ptrdiff_t offset) {
-      return lowest && offset >= image.begin - lowest && offset + 8 <= image.end - highest;
+      return offset >= image.begin - lowest && offset + 8 <= image.end - highest;
     };
     const auto put = [&](int64_t s, int64_t c, Eight<T> value) {
       if (bias) value -= bias[c];
-      if (!all) {
-        for (int64_t l = 0; l < 8; ++l) {
-          if (!lanes.holds(block + l, begin + s)) value[l] = 0;
-        }
-      }
-      store8(packed + (s * channels + c) * lanes.count + block, value);
+      store8(state + s * step_state + c * channel_state + block, masked<T>(value, held.mask(s)));
     };
     const auto gather = [&](int64_t s, int64_t c) {
       IO values[8] = {};
-      for (int64_t l = 0; l < 8; ++l) {
-        if (lanes.holds(block + l, begin + s)) values[l] = from[l][c * channel_stride + (begin + s) * step_stride];
+      for (int64_t l = 0; l < held.used; ++l) {
+        if (held.holds(l, s)) values[l] = from[l][c * channel_stride + (begin + s) * step_stride];
       }
       return load8(values);
     };
@@ -299,9 +356,11 @@ static __attribute__((noinline)) void pack(const Image<const IO>& image, const p
           const int64_t count = smaller(8, steps - piece);
           // A mirrored row is read from its other end.
           const ptrdiff_t offset = c * channel_stride + (step_stride == 1 ? begin + piece : -(begin + piece + 7));
-          if (all && count == 8 && readable(offset)) {
-            pack_whole(from, offset, step_stride, bias ? bias[c] : T(0),
-                       packed + (piece * channels + c) * lanes.count + block, channels * lanes.count);
+          if (held.everywhere(piece, piece + 8) && readable(offset)) {
+            pack_whole(from, offset, step_stride, bias ? bias[c] : T(0), held.mask(piece),
+                       state + piece * step_state + c * channel_state + block, step_state);
+          } else if (held.nowhere(piece, piece + count)) {
+            for (int64_t s = piece; s < piece + count; ++s) put(s, c, Eight<T>{});
           } else if (readable(offset)) {
             Eight<T> rows[8];
             for (int64_t l = 0; l < 8; ++l) rows[l] = load8(from[l] + offset);
@@ -352,31 +411,32 @@ static __attribute__((noinline)) void unpack(const Image<IO>& image, const ptrdi
                                              ptrdiff_t channel_state, ptrdiff_t step_state) {
   const ptrdiff_t step_stride = image.stride.column;
   const ptrdiff_t channel_stride = image.stride.channel;
-  for (int64_t block = 0; block < lanes.count; block += 8) {
+  for (int64_t block = 0; block < lanes.used; block += 8) {
+    const LaneBlock<T> held(lanes, block, begin, steps);
     if (step_stride == 1 || step_stride == -1) {
       for (int64_t c = 0; c < channels; ++c) {
         for (int64_t piece = 0; piece < steps; piece += 8) {
-          const int64_t at = begin + piece;
           const int64_t count = smaller(8, steps - piece);
           const T* from = state + piece * step_state + c * channel_state + block;
-          IO* channel = image.data + c * channel_stride;
-          const ptrdiff_t offset = step_stride == 1 ? at : -(at + 7);
-          if (at >= lanes.all_first && at + 8 <= lanes.all_last && count == 8) {
-            unpack_whole(channel + offset, start + block, step_stride, from, step_state);
+          const ptrdiff_t offset = step_stride == 1 ? begin + piece : -(begin + piece + 7);
+          IO* channel = image.data + c * channel_stride + offset;
+          if (held.everywhere(piece, piece + 8)) {
+            unpack_whole(channel, start + block, held.used, step_stride, from, step_state);
             continue;
           }
+          if (held.nowhere(piece, piece + count)) continue;
           Eight<T> rows[8];
           for (int64_t s = 0; s < 8; ++s) rows[s] = load8(from + smaller(s, count - 1) * step_state);
           transpose8<T>(rows);
-          for (int64_t l = 0; l < 8; ++l) {
-            const int64_t low = larger(lanes.first[block + l] - at, 0);
-            const int64_t high = smaller(lanes.last[block + l] - at, count);
+          for (int64_t l = 0; l < held.used; ++l) {
+            const int64_t low = larger(held.first[l] - piece, 0);
+            const int64_t high = smaller(held.last[l] - piece, count);
             if (low >= high) continue;
-            IO* row = image.data + start[block + l] + c * channel_stride;
+            IO* row = channel + start[block + l];
             if (step_stride == 1) {
-              store_some<T>(row + at, rows[l], low, high - low);
+              store_some<T>(row, rows[l], low, high - low);
             } else {
-              store_some<T>(row - (at + 7), reverse8<T>(rows[l]), 8 - high, high - low);
+              store_some<T>(row, reverse8<T>(rows[l]), 8 - high, high - low);
             }
           }
         }
@@ -390,17 +450,15 @@ static __attribute__((noinline)) void unpack(const Image<IO>& image, const ptrdi
         Eight<T> rows[8];
         for (int64_t k = 0; k < 8; ++k) rows[k] = load8(from + (c + k) * channel_state);
         transpose8<T>(rows);
-        for (int64_t l = 0; l < 8; ++l) {
-          if (lanes.holds(block + l, begin + s)) {
-            store8(image.data + start[block + l] + (begin + s) * step_stride + c, rows[l]);
-          }
+        for (int64_t l = 0; l < held.used; ++l) {
+          if (held.holds(l, s)) store8(image.data + start[block + l] + (begin + s) * step_stride + c, rows[l]);
         }
       }
       for (; c < channels; ++c) {
         IO values[8];
         store8(values, load8(from + c * channel_state));
-        for (int64_t l = 0; l < 8; ++l) {
-          if (lanes.holds(block + l, begin + s)) {
+        for (int64_t l = 0; l < held.used; ++l) {
+          if (held.holds(l, s)) {
             image.data[start[block + l] + c * channel_stride + (begin + s) * step_stride] = values[l];
           }
         }
@@ -424,10 +482,6 @@ static void subtract_sums(const T* state, int64_t channels, ptrdiff_t channel_st
 }
 
 // ---------------------------------------------------------------------------------------------- images as lanes
-
-// The state of a slab stays in L2. Large slabs are read and written in long runs of each channel, which the hardware
-// prefetches; runs of a single cache line take twice as long.
-constexpr int64_t kSlabBytes = 192 * 1024;
 
 // How an image is cut up: a slab of rows is packed, solved in place and unpacked in one go, and its weight gradient
 // summed. Only where a single row is too large is it packed and solved a stretch at a time.
@@ -492,11 +546,11 @@ static void sweep_images(const Problem<IO, T>& problem, int64_t first_image, int
 
   Lanes lanes;
   lanes.count = lane_count;
-  for (int64_t l = 0; l < lane_count; ++l) {
+  lanes.used = count;
+  for (int64_t l = 0; l < count; ++l) {
     lanes.first[l] = 0;
-    lanes.last[l] = l < count ? plan.rows * shape.width : 0;
+    lanes.last[l] = plan.rows * shape.width;
   }
-  lanes.find_common();
   // Calls f(start of each lane, first step, steps, place in the slab) for columns [begin, end) of rows [first, last):
   // at once where the rows follow each other in memory, else row by row.
   const auto for_lines = [&](const auto& image, int64_t first, int64_t last, int64_t begin, int64_t end, auto f) {
@@ -528,7 +582,7 @@ static void sweep_images(const Problem<IO, T>& problem, int64_t first_image, int
       const int64_t steps = column < shape.kernel_w - 1 ? 1 : end - column;
       T* at = state + column * step_state;
       solve_steps<T, kVectors>(problem.weights, shape, steps, at, step_state, lane_count,
-                               scratch.taps + list * shape.taps(), tap_rows * (list + 1) - 1, at, scratch.rest);
+                               scratch.taps + list * shape.taps(), tap_rows * (list + 1) - 1, scratch.rest);
       column += steps;
     }
   };
@@ -542,7 +596,8 @@ static void sweep_images(const Problem<IO, T>& problem, int64_t first_image, int
       const int64_t end = smaller(begin + plan.stretch, shape.width);
       for_lines(problem.input, first, last, begin, end,
                 [&](const ptrdiff_t* start, int64_t step, int64_t steps, ptrdiff_t at) {
-                  pack(problem.input, start, lanes, channels, step, steps, problem.weights.bias, slab + at);
+                  pack(problem.input, start, lanes, channels, step, steps, problem.weights.bias, slab + at, lane_count,
+                       step_state);
                 });
       for (int64_t row = first; row < last; ++row) {
         if (row < shape.kernel_h) list_taps(row);
@@ -556,7 +611,8 @@ static void sweep_images(const Problem<IO, T>& problem, int64_t first_image, int
     if (!problem.with_gradient) continue;
     for_lines(problem.other, first, last, 0, shape.width,
               [&](const ptrdiff_t* start, int64_t step, int64_t steps, ptrdiff_t at) {
-                pack<IO, T>(problem.other, start, lanes, channels, step, steps, nullptr, scratch.other + at);
+                pack<IO, T>(problem.other, start, lanes, channels, step, steps, nullptr, scratch.other + at, lane_count,
+                            step_state);
               });
     subtract_sums(slab, channels, lane_count, step_state, (last - first) * shape.width, lane_count, gradients.bias);
     for (int64_t t = 0; t <= tap_count; ++t) {
@@ -587,7 +643,6 @@ struct RowsScratch {
   T* memory;
   int64_t state_size;
   T* other;
-  T* packed;
   T* rest;
   TapPosition* order;
   Tap* taps;
@@ -603,12 +658,10 @@ struct RowsScratch {
     lane_stride = padded + lanes;
     lead = shape.kernel_h + shape.kernel_w - 2;
     Arena arena{static_cast<char*>(base)};
-    state_size = (lead + round_up(band_steps(shape, lanes), kStretch)) * shape.channels * lane_stride;
+    state_size = (lead + band_steps(shape, lanes)) * shape.channels * lane_stride;
     memory = arena.take<T>(state_size);
     state = base ? memory + lead * shape.channels * lane_stride + padded : nullptr;
-    other = arena.take<T>(problem.with_gradient ? round_up(band_steps(shape, lanes), kStretch) * shape.channels * lanes
-                                                : 0);
-    packed = arena.take<T>(kStretch * shape.channels * lanes);
+    other = arena.take<T>(problem.with_gradient ? band_steps(shape, lanes) * shape.channels * lanes : 0);
     rest = arena.take<T>(shape.channels * lanes);
     order = arena.take<TapPosition>(shape.taps());
     taps = arena.take<Tap>(shape.taps());
@@ -623,9 +676,35 @@ static size_t rows_scratch(const Problem<IO, T>& problem, int64_t lanes) {
   return RowsScratch<T>(problem, lanes, nullptr).bytes;
 }
 
+// The `halo` lanes of every channel at one step, zero without a source. The lanes are the outer loop, since a memcpy of
+// so few would cost a call for each channel.
+template <class T>
+INVERSE_FLOW_INLINE void copy_halo(T* to, ptrdiff_t to_channel, const T* from, ptrdiff_t from_channel, int64_t channels,
+                                   int64_t halo) {
+  for (int64_t l = 0; l < halo; ++l) {
+    for (int64_t c = 0; c < channels; ++c) to[c * to_channel + l] = from ? from[c * from_channel + l] : T(0);
+  }
+}
+
+// Zeroes the state of lanes that hold no pixel; `state` is at step `begin`.
+template <class T>
+static void clear_outside(const Lanes& lanes, int64_t channels, int64_t begin, int64_t steps, T* state,
+                          ptrdiff_t channel_state, ptrdiff_t step_state) {
+  for (int64_t block = 0; block < lanes.count; block += 8) {
+    const LaneBlock<T> held(lanes, block, begin, steps);
+    for (int64_t s = 0; s < steps; ++s) {
+      if (held.used == 8 && held.everywhere(s, s + 1)) continue;
+      for (int64_t c = 0; c < channels; ++c) {
+        T* at = state + s * step_state + c * channel_state + block;
+        store8(at, masked<T>(load8(at), held.mask(s)));
+      }
+    }
+  }
+}
+
 template <class IO, class T, int kVectors>
-static void sweep_rows(const Problem<IO, T>& problem, int64_t image, int64_t band, const Neighbours<T>& neighbours,
-                       void* memory, Gradients<T> gradients) {
+static void sweep_rows(const Problem<IO, T>& problem, int64_t image, int64_t band, int64_t stretch,
+                       const Neighbours<T>& neighbours, void* memory, Gradients<T> gradients) {
   const Shape& shape = problem.shape;
   const int64_t channels = shape.channels;
   const int64_t tap_count = shape.taps() - 1;
@@ -635,7 +714,7 @@ static void sweep_rows(const Problem<IO, T>& problem, int64_t image, int64_t ban
   const ptrdiff_t lane_stride = scratch.lane_stride;
   const ptrdiff_t step_state = channels * lane_stride;
   const int64_t halo = scratch.halo;
-  __builtin_memset(scratch.memory, 0, scratch.state_size * sizeof(T));
+  __builtin_memset(scratch.memory, 0, scratch.lead * step_state * sizeof(T));
 
   tap_order(shape, scratch.order);
   for (int64_t t = 0; t < tap_count; ++t) {
@@ -646,12 +725,11 @@ static void sweep_rows(const Problem<IO, T>& problem, int64_t image, int64_t ban
   // Lane r runs r steps behind lane 0: at step s it is at column s - r.
   Lanes lanes;
   lanes.count = lane_count;
-  for (int64_t l = 0; l < lane_count; ++l) {
-    const bool inside = band * lane_count + l < shape.height;
+  lanes.used = smaller(lane_count, shape.height - band * lane_count);
+  for (int64_t l = 0; l < lanes.used; ++l) {
     lanes.first[l] = l;
-    lanes.last[l] = inside ? l + shape.width : l;
+    lanes.last[l] = l + shape.width;
   }
-  lanes.find_common();
   const auto starts = [&](const Strides& stride, ptrdiff_t* start) {
     for (int64_t l = 0; l < lane_count; ++l) {
       start[l] = image * stride.batch + (band * lane_count + l) * stride.row - l * stride.column;
@@ -666,49 +744,42 @@ static void sweep_rows(const Problem<IO, T>& problem, int64_t image, int64_t ban
   int64_t halo_read = -halo;
   int64_t halo_written = -halo;
   const int64_t halo_entry = channels * halo;
-  for (int64_t begin = 0; begin < line_steps; begin += kStretch) {
-    const int64_t steps = smaller(kStretch, line_steps - begin);
+  for (int64_t begin = 0; begin < line_steps; begin += stretch) {
+    const int64_t steps = smaller(stretch, line_steps - begin);
     const int64_t end = begin + steps;
     if (neighbours.halo_in) {
       const int64_t needed = smaller(end + lane_count, line_steps);
       while (neighbours.steps_above->load(std::memory_order_acquire) < needed) std::this_thread::yield();
       for (; halo_read < smaller(end, line_steps - lane_count); ++halo_read) {
-        const T* from = neighbours.halo_in + (halo_read + halo) * halo_entry;
-        T* to = scratch.state + halo_read * step_state - halo;
-        for (int64_t c = 0; c < channels; ++c) {
-          __builtin_memcpy(to + c * lane_stride, from + c * halo, halo * sizeof(T));
-        }
+        copy_halo(scratch.state + halo_read * step_state - halo, lane_stride,
+                  neighbours.halo_in + (halo_read + halo) * halo_entry, halo, channels, halo);
       }
     }
-    pack(problem.input, in_start, lanes, channels, begin, steps, problem.weights.bias, scratch.packed);
-    solve_steps<T, kVectors>(problem.weights, shape, steps, scratch.state + begin * step_state, step_state, lane_stride,
-                             scratch.taps, tap_count, scratch.packed, scratch.rest);
-    for (int64_t s = 0; s < steps; ++s) {
-      T* state = scratch.state + (begin + s) * step_state;
-      // Beyond the image the recurrence goes on by itself; what it leaves must not reach the gradient.
-      if (begin + s < lanes.all_first || begin + s >= lanes.all_last) {
-        for (int64_t l = 0; l < lane_count; ++l) {
-          if (lanes.holds(l, begin + s)) continue;
-          for (int64_t c = 0; c < channels; ++c) state[c * lane_stride + l] = 0;
-        }
-      }
+    // Nothing lies above the image, nor beyond its last column.
+    for (; halo_read < end; ++halo_read) {
+      copy_halo<T>(scratch.state + halo_read * step_state - halo, lane_stride, nullptr, 0, channels, halo);
     }
-    unpack(problem.output, out_start, lanes, channels, begin, steps, scratch.state + begin * step_state, lane_stride,
-           step_state);
+    T* const state = scratch.state + begin * step_state;
+    pack(problem.input, in_start, lanes, channels, begin, steps, problem.weights.bias, state, lane_stride, step_state);
+    solve_steps<T, kVectors>(problem.weights, shape, steps, state, step_state, lane_stride, scratch.taps, tap_count,
+                             scratch.rest);
+    // Beyond the image the recurrence goes on by itself; what it leaves must not reach the gradient.
+    if (problem.with_gradient) {
+      clear_outside(lanes, channels, begin, steps, state, lane_stride, step_state);
+    }
+    unpack(problem.output, out_start, lanes, channels, begin, steps, state, lane_stride, step_state);
     if (neighbours.halo_out) {
       for (; halo_written < end - lane_count; ++halo_written) {
         // The last `halo` rows before the next band, which may reach into this band's own halo.
-        const T* from = scratch.state + (halo_written + lane_count) * step_state + lane_count - halo;
-        T* to = neighbours.halo_out + (halo_written + halo) * halo_entry;
-        for (int64_t c = 0; c < channels; ++c) {
-          __builtin_memcpy(to + c * halo, from + c * lane_stride, halo * sizeof(T));
-        }
+        copy_halo(neighbours.halo_out + (halo_written + halo) * halo_entry, halo,
+                  scratch.state + (halo_written + lane_count) * step_state + lane_count - halo, lane_stride, channels,
+                  halo);
       }
     }
     neighbours.steps_done->store(end, std::memory_order_release);
     if (problem.with_gradient) {
       pack<IO, T>(problem.other, other_start, lanes, channels, begin, steps, nullptr,
-                  scratch.other + begin * channels * lane_count);
+                  scratch.other + begin * channels * lane_count, lane_count, channels * lane_count);
     }
   }
   if (!problem.with_gradient) return;
@@ -742,12 +813,12 @@ static void images(const Problem<IO, T>& problem, int64_t first, int64_t count, 
 }
 
 template <class IO, class T>
-static void rows(const Problem<IO, T>& problem, int64_t image, int64_t band, int64_t lanes,
+static void rows(const Problem<IO, T>& problem, int64_t image, int64_t band, int64_t lanes, int64_t stretch,
                  const Neighbours<T>& neighbours, void* scratch, Gradients<T> gradients) {
   if (lanes == kMinVectors<T> * kVectorLanes<T>) {
-    sweep_rows<IO, T, kMinVectors<T>>(problem, image, band, neighbours, scratch, gradients);
+    sweep_rows<IO, T, kMinVectors<T>>(problem, image, band, stretch, neighbours, scratch, gradients);
   } else {
-    sweep_rows<IO, T, kMaxVectors<T>>(problem, image, band, neighbours, scratch, gradients);
+    sweep_rows<IO, T, kMaxVectors<T>>(problem, image, band, stretch, neighbours, scratch, gradients);
   }
 }
 

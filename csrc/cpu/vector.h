@@ -7,7 +7,8 @@
 #else
 #define INVERSE_FLOW_SHUFFLE(Index, a, b, ...) __builtin_shuffle(a, b, Index{__VA_ARGS__})
 #endif
-#define INVERSE_FLOW_INLINE static inline __attribute__((always_inline))
+#define INVERSE_FLOW_INLINED __attribute__((always_inline))
+#define INVERSE_FLOW_INLINE static inline INVERSE_FLOW_INLINED
 
 // Compute vectors. The loads and stores are unaligned ones: a tap of a skewed line starts anywhere.
 template <class T>
@@ -49,12 +50,14 @@ struct EightOf;
 template <>
 struct EightOf<float> {
   using type = Float8;
+  using step = int32_t;
   using index = Int8x32;
   typedef float memory __attribute__((vector_size(32), aligned(4), may_alias));
 };
 template <>
 struct EightOf<double> {
   using type = Double8;
+  using step = int64_t;
   using index = Int8x64;
   typedef double memory __attribute__((vector_size(64), aligned(8), may_alias));
 };

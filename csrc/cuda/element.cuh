@@ -54,6 +54,32 @@ __device__ inline State load_element(const void* data, int64_t index, ElementTyp
   }
 }
 
+// Calls body with the typed pointer: the choice stands outside of a loop over the elements, so that their loads do not
+// wait for each other. Elements of a problem whose state is of type State: double has no other, and no other has
+// double.
+template <typename State, typename Body>
+__device__ void with_elements(const void* data, ElementType type, Body body) {
+  if constexpr (sizeof(State) == sizeof(double)) {
+    body(static_cast<const double*>(data));
+  } else {
+    switch (type) {
+      case ElementType::kBFloat16:
+        return body(static_cast<const BFloat16*>(data));
+      case ElementType::kHalf:
+        return body(static_cast<const Half*>(data));
+      default:
+        return body(static_cast<const float*>(data));
+    }
+  }
+}
+
+// The same for elements of any type.
+template <typename Body>
+__device__ void with_elements(const void* data, ElementType type, Body body) {
+  if (type == ElementType::kDouble) return with_elements<double>(data, type, body);
+  with_elements<float>(data, type, body);
+}
+
 template <typename State>
 __device__ inline void store_element(void* data, int64_t index, ElementType type, State value) {
   switch (type) {

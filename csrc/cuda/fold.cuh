@@ -1,14 +1,21 @@
 // Folding the corner into the other taps: W'_d = M^-1 W_d, in double precision, rounded once to the state type.
 //
-// M is inverted in place by Gauss-Jordan elimination, the whole block on one matrix. Rows are never swapped: step k
-// picks as pivot the largest entry of column k among the rows not yet used, and remembers it in pivot_of_step[k] = p
-// and step_of_pivot[p] = k. Eliminating with the normalised pivot row from every other row leaves, in place of column
-// k, column p of the elimination matrix, so that at the end M^-1[i][c] = A[pivot_of_step[i]][step_of_pivot[c]].
-// A step costs C^2 multiplications and three barriers (two without pivoting): after the pivot is known, after the
-// pivot row and column were copied away, after the update. A singular corner gives NaN everywhere.
+// The block inverts M of the plain solve in place, in float64; a transposed solve reads the inverse transposed.
+// Unit triangular: inverses of diagonal blocks of 1, 2, 4, ... rows, two neighbours at a time,
+//     [L11  0 ]^-1   [ X11            0  ]
+//     [L21 L22]    = [-X22 L21 X11   X22 ],
+// a thread an entry of L21 X11 (kept, transposed, in the unused upper triangle), then of the product with X22. Two
+// barriers a level, ceil(log2 C) - 1 levels: the first level is a change of sign. C^3 / 3 multiply-adds in all.
+// General: Gauss-Jordan elimination. Rows are never swapped: step k picks as pivot the largest entry of column k, to
+// 2^-15, among the rows not yet used, and remembers it in pivot_of_step[k] = p and step_of_pivot[p] = k. Every warp
+// looks for it, so none has to wait for another's answer. Eliminating with the normalised pivot row from every other
+// row leaves, in place of column k, column p of the elimination matrix, so that at the end M^-1[i][c] =
+// A[pivot_of_step[i]][step_of_pivot[c]]. A step costs C^2 multiplications and two barriers: after the pivot row and
+// column were copied away, after the update. A singular corner gives NaN everywhere.
 //
 // Folded weights of a group lie as [tap a * taps_w + b][pack of input channels][output channel][pack], tap (0, 0)
-// holding M^-1 itself: threads of neighbouring output channels then read neighbouring packs of 16 bytes.
+// holding M^-1 itself: threads of neighbouring output channels then read neighbouring packs of 16 bytes. For the tensor
+// cores they lie as the lanes of a warp read them (TensorPlan::fragment_place).
 #pragma once
 
 #include "element.cuh"
@@ -29,18 +36,15 @@ struct WeightView {
   Corner corner;
   bool transposed;
 
-  // W[o][c] of the tap that reaches a rows and b columns away.
-  __device__ double at(int o, int c, int a, int b) const {
+  // Where W[o][c] of the plain solve stands, for the tap that reaches a rows and b columns away.
+  __device__ int64_t place(int o, int c, int a, int b) const {
     const int row = (order & kMirrorRows) ? a : kernel_h - 1 - a;
     const int column = (order & kMirrorColumns) ? b : kernel_w - 1 - b;
-    const int64_t pair = transposed ? static_cast<int64_t>(c) * channels + o : static_cast<int64_t>(o) * channels + c;
-    return load_element<double>(data, group_offset + (pair * kernel_h + row) * kernel_w + column, type);
+    return group_offset + ((static_cast<int64_t>(o) * channels + c) * kernel_h + row) * kernel_w + column;
   }
 
-  __device__ double corner_at(int o, int c) const {
-    if (corner == kGeneral) return at(o, c, 0, 0);
-    const bool is_read = corner == kUnitTriangular && (transposed ? o < c : o > c);
-    return is_read ? at(o, c, 0, 0) : o == c;
+  __device__ double at(int o, int c, int a, int b) const {
+    return load_element<double>(data, transposed ? place(c, o, a, b) : place(o, c, a, b), type);
   }
 };
 
@@ -57,103 +61,174 @@ __device__ inline WeightView weight_view(const Shape& shape, const void* weight,
           shape.transposed};
 }
 
-// Memory of an inversion. A pixel of all channels fits shared memory, so channels^2 fits an int. `matrix` ends as the
-// inverse, its rows and columns permuted as said above.
+// A copy of a group's weights in shared memory, one after the other as they were: all its loads are under way at once,
+// which reading each where it is needed would not have. The caller puts a barrier behind it.
+template <typename State>
+__device__ WeightView stage_weight(const WeightView& weight, State* memory) {
+  const int elements = weight.channels * weight.channels * weight.kernel_h * weight.kernel_w;
+  with_elements(weight.data, weight.type, [&](const auto* source) {
+    INVERSE_FLOW_UNROLL_BY(8)
+    for (int i = threadIdx.x; i < elements; i += blockDim.x) {
+      memory[i] = static_cast<State>(to_state(source[weight.group_offset + i]));
+    }
+  });
+  WeightView staged = weight;
+  staged.data = memory;
+  staged.type = sizeof(State) == sizeof(double) ? ElementType::kDouble : ElementType::kFloat;
+  staged.group_offset = 0;
+  return staged;
+}
+
+// Memory of an inversion, and its result. A pixel of all channels fits shared memory, so channels^2 fits an int.
 struct Inversion {
   double* matrix;
+  int pitch;  // odd, so that neighbours in a column meet different banks
   double* pivot_row;
   double* pivot_column;
   int32_t* pivot_of_step;
   int32_t* step_of_pivot;
 
-  __device__ Inversion(double* matrix_memory, void* scratch, int channels)
-      : matrix(matrix_memory),
-        pivot_row(static_cast<double*>(scratch)),
+  // Of inversion_bytes.
+  __device__ Inversion(void* memory, int channels)
+      : matrix(static_cast<double*>(memory)),
+        pitch(channels | 1),
+        pivot_row(matrix + channels * pitch),
         pivot_column(pivot_row + channels),
         pivot_of_step(reinterpret_cast<int32_t*>(pivot_column + channels)),
         step_of_pivot(pivot_of_step + channels) {}
+
+  // M^-1[i][c] of the plain solve.
+  __device__ double plain(Corner corner, int i, int c) const {
+    if (corner == kUnitTriangular) return c > i ? 0 : matrix[i * pitch + c];
+    return matrix[pivot_of_step[i] * pitch + step_of_pivot[c]];
+  }
+  __device__ double at(const WeightView& weight, int i, int c) const {
+    return weight.transposed ? plain(weight.corner, c, i) : plain(weight.corner, i, c);
+  }
 };
 
-// The work of the first warp: the row that column `step` is to be eliminated with.
+// Copies the corner as it is into the matrix, all loads under way at once.
+__device__ inline void load_corner(const WeightView& weight, const Inversion& inversion) {
+  const int channels = weight.channels;
+  with_elements(weight.data, weight.type, [&](const auto* source) {
+    INVERSE_FLOW_UNROLL_BY(8)
+    for (int i = threadIdx.x; i < channels * channels; i += blockDim.x) {
+      const int row = i / channels;
+      const int column = i - row * channels;
+      inversion.matrix[row * inversion.pitch + column] =
+          static_cast<double>(to_state(source[weight.place(row, column, 0, 0)]));
+    }
+  });
+}
+
+// The unit lower triangle of the matrix becomes its inverse; what was above it is lost.
+__device__ inline void invert_unit_triangular(const Inversion& inversion, int channels) {
+  double* const matrix = inversion.matrix;
+  const int pitch = inversion.pitch;
+  // Blocks of one row are their own inverses, and those of two rows need a sign.
+  for (int i = threadIdx.x; i < channels; i += blockDim.x) {
+    matrix[i * pitch + i] = 1;
+    if (i % 2 == 1) matrix[i * pitch + i - 1] = -matrix[i * pitch + i - 1];
+  }
+  __syncthreads();  // the blocks of two rows are inverted
+  for (int size = 2; size < channels; size *= 2) {
+    // Rows of the later blocks of all pairs: the last block may be short, or missing.
+    const int rest = channels % (2 * size) - size;
+    const int rows = channels / (2 * size) * size + (rest > 0 ? rest : 0);
+    for (int item = threadIdx.x; item < rows * size; item += blockDim.x) {
+      const int count = item / size;
+      const int column = count / size * 2 * size + item % size;
+      const int row = count / size * 2 * size + size + count % size;
+      double sum = 0;
+      INVERSE_FLOW_UNROLL_BY(4)
+      for (int k = column; k < row - count % size; ++k) sum += matrix[row * pitch + k] * matrix[k * pitch + column];
+      matrix[column * pitch + row] = sum;
+    }
+    __syncthreads();  // L21 X11 is there
+    for (int item = threadIdx.x; item < rows * size; item += blockDim.x) {
+      const int count = item / size;
+      const int column = count / size * 2 * size + item % size;
+      const int row = count / size * 2 * size + size + count % size;
+      double sum = 0;
+      INVERSE_FLOW_UNROLL_BY(4)
+      for (int k = row - count % size; k <= row; ++k) sum += matrix[row * pitch + k] * matrix[column * pitch + k];
+      matrix[row * pitch + column] = -sum;
+    }
+    __syncthreads();  // the blocks of this level are inverted
+  }
+}
+
+// The row that column `step` is to be eliminated with; every lane of a warp gets the answer.
 __device__ inline int find_pivot(const Inversion& inversion, int channels, int step) {
+  constexpr unsigned kLane = 31;
+  constexpr unsigned kCandidate = 0x80000000u;  // free: sizes have no sign
+  const unsigned lane = threadIdx.x % kWarp;
   int row = -1;
-  double largest = -1;
-  for (int i = threadIdx.x; i < channels; i += kWarp) {
-    const double size = fabs(inversion.matrix[i * channels + step]);
-    if (inversion.step_of_pivot[i] < 0 && (row < 0 || size > largest)) {
+  unsigned best = 0;
+  for (int i = static_cast<int>(lane); i < channels; i += kWarp) {
+    const unsigned size = high_word(fabs(inversion.matrix[i * inversion.pitch + step]));
+    const unsigned key = kCandidate | (size & ~kLane);
+    if (inversion.step_of_pivot[i] < 0 && key > best) {
       row = i;
-      largest = size;
+      best = key;
     }
   }
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    const double other_size = __shfl_xor_sync(kFullWarp, largest, distance);
-    const int other_row = __shfl_xor_sync(kFullWarp, row, distance);
-    // The smaller row of equals, so that every lane agrees.
-    const bool better = other_size > largest || (!(other_size < largest) && other_row < row);
-    if (other_row >= 0 && (row < 0 || better)) {
-      row = other_row;
-      largest = other_size;
+  const unsigned winner = __reduce_max_sync(kFullWarp, best | (kLane - lane));
+  return __shfl_sync(kFullWarp, row, static_cast<int>(kLane - (winner & kLane)));
+}
+
+__device__ inline void invert_general(const Inversion& inversion, int channels) {
+  double* const matrix = inversion.matrix;
+  const int pitch = inversion.pitch;
+  for (int i = threadIdx.x; i < channels; i += blockDim.x) inversion.step_of_pivot[i] = -1;
+  __syncthreads();  // no row is used
+  for (int step = 0; step < channels; ++step) {
+    const int pivot = find_pivot(inversion, channels, step);
+    const double pivot_value = matrix[pivot * pitch + step];
+    const double reciprocal = pivot_value == 0 ? not_a_number() : 1 / pivot_value;
+    for (int i = threadIdx.x; i < channels; i += blockDim.x) {
+      inversion.pivot_row[i] = i == step ? reciprocal : matrix[pivot * pitch + i] * reciprocal;
+      inversion.pivot_column[i] = matrix[i * pitch + step];
     }
+    __syncthreads();  // the pivot row and column are copied, and every warp has its pivot
+    if (threadIdx.x == 0) {
+      inversion.pivot_of_step[step] = pivot;
+      inversion.step_of_pivot[pivot] = step;
+    }
+    for (int i = threadIdx.x; i < channels * channels; i += blockDim.x) {
+      const int row = i / channels;
+      const int column = i - row * channels;
+      double& entry = matrix[row * pitch + column];
+      const double kept = column == step ? 0 : entry;
+      entry =
+          row == pivot ? inversion.pivot_row[column] : kept - inversion.pivot_column[row] * inversion.pivot_row[column];
+    }
+    __syncthreads();  // the update is done
   }
-  return row;
 }
 
 // Inverts the corner; the whole block takes part, and may read the result when this returns.
 __device__ inline void invert_corner(const WeightView& weight, const Inversion& inversion) {
-  const int channels = weight.channels;
-  const bool pivoting = weight.corner == kGeneral;
-  double* matrix = inversion.matrix;
-  for (int i = threadIdx.x; i < channels * channels; i += blockDim.x) {
-    matrix[i] = weight.corner_at(i / channels, i % channels);
-  }
-  for (int i = threadIdx.x; i < channels; i += blockDim.x) {
-    inversion.pivot_of_step[i] = i;
-    inversion.step_of_pivot[i] = pivoting ? -1 : i;
-  }
-  __syncthreads();
-  for (int step = 0; step < channels; ++step) {
-    if (pivoting) {
-      if (threadIdx.x < kWarp) {
-        const int pivot = find_pivot(inversion, channels, step);
-        if (threadIdx.x == 0) {
-          inversion.pivot_of_step[step] = pivot;
-          inversion.step_of_pivot[pivot] = step;
-        }
-      }
-      __syncthreads();
-    }
-    const int pivot = inversion.pivot_of_step[step];
-    const double pivot_value = matrix[pivot * channels + step];
-    const double reciprocal = pivot_value == 0 ? not_a_number() : 1 / pivot_value;
-    for (int i = threadIdx.x; i < channels; i += blockDim.x) {
-      inversion.pivot_row[i] = i == step ? reciprocal : matrix[pivot * channels + i] * reciprocal;
-      inversion.pivot_column[i] = matrix[i * channels + step];
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < channels * channels; i += blockDim.x) {
-      const int row = i / channels;
-      const int column = i - row * channels;
-      const double kept = column == step ? 0 : matrix[i];
-      matrix[i] =
-          row == pivot ? inversion.pivot_row[column] : kept - inversion.pivot_column[row] * inversion.pivot_row[column];
-    }
-    __syncthreads();
+  load_corner(weight, inversion);
+  __syncthreads();  // the corner is there
+  if (weight.corner == kUnitTriangular) {
+    invert_unit_triangular(inversion, weight.channels);
+  } else {
+    invert_general(inversion, weight.channels);
   }
 }
 
 // One entry of W'_(a, b); for tap (0, 0), of M^-1.
 __device__ inline double folded_entry(const WeightView& weight, const Inversion& inversion, int o, int c, int a,
                                       int b) {
-  const int channels = weight.channels;
   if (weight.corner == kIdentity) return a == 0 && b == 0 ? o == c : weight.at(o, c, a, b);
-  const double* row = inversion.matrix + inversion.pivot_of_step[o] * channels;
-  if (a == 0 && b == 0) return row[inversion.step_of_pivot[c]];
+  if (a == 0 && b == 0) return inversion.at(weight, o, c);
   // The inverse of a triangular corner is triangular.
   const bool triangular = weight.corner == kUnitTriangular;
   const int begin = triangular && weight.transposed ? o : 0;
-  const int end = triangular && !weight.transposed ? o + 1 : channels;
+  const int end = triangular && !weight.transposed ? o + 1 : weight.channels;
   double sum = 0;
-  for (int i = begin; i < end; ++i) sum += row[i] * weight.at(inversion.pivot_of_step[i], c, a, b);
+  for (int i = begin; i < end; ++i) sum += inversion.at(weight, o, i) * weight.at(i, c, a, b);
   return sum;
 }
 
@@ -164,22 +239,42 @@ __device__ void fold_taps(const WeightView& weight, const Inversion& inversion, 
                           Index thread, Index threads) {
   const Index channels = weight.channels;
   const Index taps = static_cast<Index>(plan.taps_h) * plan.taps_w;
-  const Index padded = static_cast<Index>(plan.channel_packs) * plan.pack;
+  const Index padded = static_cast<Index>(plan.folded_inputs());
+  const Index outputs = static_cast<Index>(plan.folded_outputs(channels));
   // The tap is the fastest digit: so it is in the weight's memory.
-  for (Index entry = thread; entry < channels * padded * taps; entry += threads) {
+  for (Index entry = thread; entry < outputs * padded * taps; entry += threads) {
     const Index pair = entry / taps;
     const Index tap = entry - pair * taps;
     const Index o = pair / padded;
     const Index c = pair - o * padded;
     const int a = static_cast<int>(tap / plan.taps_w);
     const int b = static_cast<int>(tap - static_cast<Index>(a) * plan.taps_w);
-    const Index pack = c / plan.pack;
-    const Index place = ((tap * plan.channel_packs + pack) * channels + o) * plan.pack + (c - pack * plan.pack);
+    Index place;
+    if (plan.regime == SolveRegime::kTensor) {
+      place = static_cast<Index>(plan.tensor.fragment_place(tap_position(plan.taps_h, plan.taps_w, a, b), o, c));
+    } else {
+      const Index pack = c / plan.pack;
+      place = ((tap * plan.channel_packs + pack) * channels + o) * plan.pack + (c - pack * plan.pack);
+    }
     folded[place] =
-        c < channels
+        c < channels && o < channels
             ? static_cast<State>(folded_entry(weight, inversion, static_cast<int>(o), static_cast<int>(c), a, b))
             : State(0);
   }
+}
+
+// The fold of a block that needs no launch before it. `scratch`: fold_in_block_bytes of shared memory. The caller puts
+// a barrier behind it.
+template <typename State>
+__device__ void fold_in_block(WeightView weight, const SolvePlan& plan, void* scratch, State* folded) {
+  const Inversion inversion(scratch, weight.channels);
+  if (weight.corner != kIdentity) {
+    unsigned char* const copy = static_cast<unsigned char*>(scratch) + inversion_bytes(weight.channels);
+    weight = stage_weight(weight, reinterpret_cast<State*>(copy));
+    __syncthreads();  // the copy is complete
+    invert_corner(weight, inversion);
+  }
+  fold_taps<int>(weight, inversion, plan, folded, threadIdx.x, blockDim.x);
 }
 
 // ---- The launches before a solve whose blocks do not fold for themselves ----
@@ -192,17 +287,13 @@ struct FoldArguments {
   int64_t first_group;
   const void* weight;
   ElementType weight_type;
-  double* matrices;  // channels x channels a group
-  double* scratch;   // inversion_scratch_bytes a group
-  State* folded;     // plan.folded_elements a group
+  unsigned char* inversions;  // inversion_bytes a group
+  State* folded;              // plan.folded_elements a group
 };
 
 template <typename State>
 __device__ Inversion workspace_inversion(const FoldArguments<State>& args, int64_t group) {
-  const int64_t channels = args.shape.channels;
-  return {args.matrices + group * channels * channels,
-          args.scratch + group * (inversion_scratch_bytes(channels) / static_cast<int64_t>(sizeof(double))),
-          static_cast<int>(channels)};
+  return {args.inversions + group * inversion_bytes(args.shape.channels), static_cast<int>(args.shape.channels)};
 }
 
 // One block a group: for corners that do not fit shared memory.
@@ -219,12 +310,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 template <typename State>
 __global__ void __launch_bounds__(kMaxThreads, 1) fold_taps_kernel(const __grid_constant__ FoldArguments<State> args) {
   const int64_t group = args.first_group + blockIdx.y;
-  const int channels = static_cast<int>(args.shape.channels);
   const WeightView weight = weight_view(args.shape, args.weight, args.weight_type, group, args.orders[blockIdx.y]);
   Inversion inversion = workspace_inversion(args, group);
   if (args.plan.fold_shared_bytes > 0) {
-    double* const matrix = reinterpret_cast<double*>(dynamic_shared_memory());
-    inversion = Inversion(matrix, matrix + channels * channels, channels);
+    inversion = Inversion(dynamic_shared_memory(), weight.channels);
     invert_corner(weight, inversion);
   }
   fold_taps<int64_t>(weight, inversion, args.plan, args.folded + group * args.plan.folded_elements(args.shape.channels),

@@ -7,6 +7,7 @@
 #include "element_type.h"
 #include "orders.h"
 #include "plan.h"
+#include "plan_gradient.h"
 
 namespace inverse_flow {
 
@@ -47,29 +48,28 @@ const char* device_limits(DeviceLimits& limits);
 
 // Where the parts of the workspace of a solve begin.
 struct SolveWorkspace {
-  int64_t matrices;
-  int64_t scratch;
   int64_t folded;
-  int64_t bytes;  // 0 when the blocks fold for themselves
+  int64_t inversions;
+  int64_t bytes;  // 0 when the blocks fold for themselves, and need not wait for each other
 };
 
 inline SolveWorkspace solve_workspace(const Shape& shape, const SolvePlan& plan, int64_t state_bytes) {
-  if (plan.fold_in_block) return {0, 0, 0, 0};
+  if (plan.regime == SolveRegime::kLanes) return {0, 0, lanes_workspace_bytes(shape, plan.lanes)};
+  if (plan.fold_in_block) return {0, 0, 0};
   const int64_t inverses = shape.corner == kIdentity || plan.fold_shared_bytes > 0 ? 0 : shape.groups;
   SolveWorkspace part{};
   part.folded = 0;
-  part.matrices = round_up(shape.groups * plan.folded_elements(shape.channels) * state_bytes, 16);
-  part.scratch = part.matrices + inverses * shape.channels * shape.channels * 8;
-  part.bytes = part.scratch + inverses * inversion_scratch_bytes(shape.channels);
+  part.inversions = round_up(shape.groups * plan.folded_elements(shape.channels) * state_bytes, 16);
+  part.bytes = part.inversions + inverses * inversion_bytes(shape.channels);
   return part;
 }
 
 // Half-precision images of several tiles: the later tiles read the earlier ones unrounded.
 inline bool state_needed(const SolvePlan& plan, bool half_precision) { return half_precision && !plan.single_tile(); }
 
+// None when every block writes its part of the gradient itself.
 inline int64_t gradient_workspace_elements(const Shape& shape, const GradientPlan& plan) {
-  const int64_t channels = shape.groups * shape.channels;
-  return plan.splits * channels * (shape.channels * shape.kernel_h * shape.kernel_w + 1);
+  return plan.is_direct() ? 0 : plan.splits * gradient_elements(shape);
 }
 
 // ---- What is launched ----
@@ -106,11 +106,18 @@ inline int64_t chunks(const Shape& shape, const int64_t* orders) {
 
 // Launches of a solve, and of the gradient behind one.
 inline int64_t solve_launches(const Shape& shape, const SolvePlan& plan, const int64_t* orders) {
+  if (plan.regime == SolveRegime::kLanes) {
+    // All tiles are one launch; the flags by which they wait for each other are cleared before it.
+    return plan.single_tile() ? chunks(shape, orders) * divide_up(shape.batch, kMaxGridX * plan.images)
+                              : chunks(shape, orders) + 1;
+  }
   const int64_t diagonals = plan.tiles_h + plan.tiles_w - 1;
   const int64_t batches = divide_up(shape.batch, kMaxGridX * plan.images);
   return chunks(shape, orders) * (fold_launches(shape, plan) + diagonals * batches);
 }
-inline int64_t gradient_launches(const Shape& shape, const int64_t* orders) { return 1 + 2 * chunks(shape, orders); }
+inline int64_t gradient_launches(const Shape& shape, const GradientPlan& plan, const int64_t* orders) {
+  return chunks(shape, orders) * (plan.is_direct() ? 1 : 2);
+}
 
 const char* launch_solve(const SolveProblem& problem, const SolvePlan& plan, void* stream);
 const char* launch_gradient(const GradientProblem& problem, const GradientPlan& plan, void* stream);

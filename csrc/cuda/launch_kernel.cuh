@@ -1,4 +1,4 @@
-// One kernel launch on the GPU: opt in to the shared memory, launch, check.
+// One kernel launch on the GPU: opt in to the shared memory, launch, check. And memory cleared before one.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -24,6 +24,11 @@ const char* launch_kernel(void (*kernel)(Arguments), dim3 grid, int threads, int
              static_cast<cudaStream_t>(stream)>>>(arguments);
     error = cudaGetLastError();
   }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+inline const char* clear_memory(void* memory, int64_t bytes, void* stream) {
+  const cudaError_t error = cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream));
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

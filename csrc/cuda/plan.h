@@ -6,15 +6,11 @@
 #include <cstdint>
 
 #include "../params.h"
-#include "host_device.h"
+#include "device_limits.h"
+#include "plan_lanes.h"
+#include "plan_tensor.h"
 
 namespace inverse_flow {
-
-struct DeviceLimits {
-  int32_t threads_per_block;  // at most; a multiple of 32
-  int64_t shared_bytes;       // at most, a block, with the opt-in above 48 KiB
-  int32_t multiprocessors;
-};
 
 // Registers: 65536 of them over 640 threads leave 96 each; the solve spills with the 64 that 1024 threads would leave.
 constexpr int32_t kMaxThreads = 640;
@@ -24,10 +20,10 @@ constexpr int32_t kBusyThreads = 256;
 // double precision, repeated a block, would cost more than the launch.
 constexpr int32_t kMaxChannelsFoldedInBlock = 16;
 
-INVERSE_FLOW_HOST_DEVICE constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-INVERSE_FLOW_HOST_DEVICE constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
-
 struct SolvePlan {
+  SolveRegime regime;
+  LanesPlan lanes;    // of kLanes alone
+  TensorPlan tensor;  // of kTensor alone
   // Taps that can reach a pixel at all: the kernel clipped to the image.
   int32_t taps_h;
   int32_t taps_w;
@@ -58,15 +54,22 @@ struct SolvePlan {
   int64_t shared_bytes;
 
   INVERSE_FLOW_HOST_DEVICE bool single_tile() const { return tiles_h == 1 && tiles_w == 1; }
-  // Folded weights of one group, in elements: taps x channel packs x output channels x pack.
+  // Folded weights of one group: taps x inputs x outputs, both padded with zeros to what the regime reads.
+  INVERSE_FLOW_HOST_DEVICE int64_t folded_inputs() const {
+    return regime == SolveRegime::kTensor ? tensor.padded_inputs() : static_cast<int64_t>(channel_packs) * pack;
+  }
+  INVERSE_FLOW_HOST_DEVICE int64_t folded_outputs(int64_t channels) const {
+    return regime == SolveRegime::kTensor ? tensor.padded_outputs() : channels;
+  }
   INVERSE_FLOW_HOST_DEVICE int64_t folded_elements(int64_t channels) const {
-    return static_cast<int64_t>(taps_h) * taps_w * channel_packs * channels * pack;
+    return static_cast<int64_t>(taps_h) * taps_w * folded_inputs() * folded_outputs(channels);
   }
 };
 
-// Scratch of one corner inversion beside the matrix: a row and a column in double, two permutations, one pivot.
-INVERSE_FLOW_HOST_DEVICE constexpr int64_t inversion_scratch_bytes(int64_t channels) {
-  return channels * (8 + 8 + 4 + 4) + 8;
+// Memory of one corner inversion: the matrix in double with rows an odd number of entries apart, a row and a column,
+// two permutations.
+INVERSE_FLOW_HOST_DEVICE constexpr int64_t inversion_bytes(int64_t channels) {
+  return round_up(channels * ((channels | 1) * 8 + 8 + 8 + 4 + 4), 16);
 }
 
 namespace plan_detail {
@@ -80,11 +83,74 @@ inline int64_t tile_bytes(const SolvePlan& plan, int64_t tile_h, int64_t tile_w,
   return tile_h * row_stride(tile_h, tile_w) * plan.channel_packs * plan.pack * state_bytes;
 }
 
+// Sets what the regimes have in common from the plan of kLanes.
+inline void copy_lanes_plan(const Shape& shape, SolvePlan& plan) {
+  const LanesPlan& lanes = plan.lanes;
+  plan.taps_h = static_cast<int32_t>(shape.kernel_h);
+  plan.taps_w = static_cast<int32_t>(shape.kernel_w);
+  plan.pack = 1;
+  plan.channel_packs = static_cast<int32_t>(shape.channels);
+  plan.tile_h = lanes.tile_h;
+  plan.tile_w = lanes.tile_w;
+  plan.row_stride = lanes.row_stride;
+  plan.tiles_h = lanes.tiles_h;
+  plan.tiles_w = lanes.tiles_w;
+  plan.images = lanes.images;
+  plan.channel_threads = lanes.lanes;
+  plan.diagonal_threads = lanes.tile_h;
+  plan.threads = lanes.threads;
+  plan.weights_in_shared = true;
+  plan.fold_in_block = true;
+  plan.bias_offset = lanes.bias_offset;
+  plan.tile_offset = lanes.image_offset;
+  plan.shared_bytes = lanes.shared_bytes;
+}
+
 }  // namespace plan_detail
 
-// False when not even one pixel fits: more channels in a group than the block's shared memory holds.
-inline bool plan_solve(const Shape& shape, int64_t state_bytes, const DeviceLimits& device, SolvePlan& plan) {
-  using plan_detail::tile_bytes;
+// Shared memory of a block that folds for itself: the inversion, and a copy of the group's weights.
+inline int64_t fold_in_block_bytes(const Shape& shape, int64_t state_bytes) {
+  if (shape.corner == kIdentity) return 0;
+  const int64_t weights = shape.channels * shape.channels * shape.kernel_h * shape.kernel_w;
+  return inversion_bytes(shape.channels) + weights * state_bytes;
+}
+
+namespace plan_detail {
+
+// Who folds: every block for itself, if the corner is small and `scratch_bytes` of its memory are enough, or a launch.
+inline void plan_fold(const Shape& shape, int64_t state_bytes, int64_t scratch_bytes, const DeviceLimits& device,
+                      SolvePlan& plan) {
+  const int64_t threads = std::min<int64_t>(device.threads_per_block, kMaxThreads);
+  const int64_t corner_bytes = shape.corner == kIdentity ? 0 : inversion_bytes(shape.channels);
+  plan.fold_in_block = plan.weights_in_shared && fold_in_block_bytes(shape, state_bytes) <= scratch_bytes &&
+                       (shape.corner == kIdentity || shape.channels <= kMaxChannelsFoldedInBlock);
+  plan.fold_shared_bytes = corner_bytes <= device.shared_bytes ? corner_bytes : 0;
+  plan.fold_threads = static_cast<int32_t>(threads);
+  plan.fold_blocks = static_cast<int32_t>(std::clamp<int64_t>(
+      divide_up(device.multiprocessors, shape.groups), 1, divide_up(plan.folded_elements(shape.channels), threads)));
+}
+
+// Sets what the regimes have in common from the plan of kTensor.
+inline void copy_tensor_plan(const Shape& shape, int64_t state_bytes, const DeviceLimits& device, SolvePlan& plan) {
+  const TensorPlan& tensor = plan.tensor;
+  plan.taps_h = static_cast<int32_t>(std::min(shape.kernel_h, shape.height));
+  plan.taps_w = static_cast<int32_t>(std::min(shape.kernel_w, shape.width));
+  plan.pack = kLaneWeights;
+  plan.channel_packs = static_cast<int32_t>(divide_up(shape.channels, kLaneWeights));
+  plan.tile_h = static_cast<int32_t>(shape.height);
+  plan.tile_w = static_cast<int32_t>(shape.width);
+  plan.tiles_h = plan.tiles_w = 1;
+  plan.images = tensor.images;
+  plan.threads = tensor.threads;
+  plan.weights_in_shared = tensor.resident_steps == int64_t{plan.taps_h} * plan.taps_w * tensor.k_steps;
+  // The scratch of the fold lies where pixels and sums will.
+  plan_fold(shape, state_bytes, device.shared_bytes - tensor.x_offset, device, plan);
+  const int64_t fold_bytes = plan.fold_in_block ? fold_in_block_bytes(shape, state_bytes) : 0;
+  plan.shared_bytes = std::max(tensor.shared_bytes, tensor.x_offset + fold_bytes);
+}
+
+// The plan of kBlock; false when not even one pixel fits.
+inline bool plan_block(const Shape& shape, int64_t state_bytes, const DeviceLimits& device, SolvePlan& plan) {
   const int64_t channels = shape.channels;
   const int64_t max_threads = std::min<int64_t>(device.threads_per_block, kMaxThreads);
   plan.taps_h = static_cast<int32_t>(std::min(shape.kernel_h, shape.height));
@@ -125,14 +191,8 @@ inline bool plan_solve(const Shape& shape, int64_t state_bytes, const DeviceLimi
     tile_w = std::min(side, shape.width);
     if (!fits(side)) return false;
   }
-  int64_t fold_bytes = shape.corner == kIdentity ? 0 : channels * channels * 8 + inversion_scratch_bytes(channels);
-  plan.fold_in_block = plan.weights_in_shared && fold_bytes <= budget &&
-                       (shape.corner == kIdentity || channels <= kMaxChannelsFoldedInBlock);
-  plan.fold_shared_bytes = fold_bytes <= device.shared_bytes ? fold_bytes : 0;
-  plan.fold_threads = static_cast<int32_t>(max_threads);
-  plan.fold_blocks = static_cast<int32_t>(std::clamp<int64_t>(divide_up(device.multiprocessors, shape.groups), 1,
-                                                              divide_up(plan.folded_elements(channels), max_threads)));
-  if (!plan.fold_in_block) fold_bytes = 0;
+  plan_fold(shape, state_bytes, budget, device, plan);
+  const int64_t fold_bytes = plan.fold_in_block ? fold_in_block_bytes(shape, state_bytes) : 0;
   plan.tile_h = static_cast<int32_t>(tile_h);
   plan.tile_w = static_cast<int32_t>(tile_w);
   plan.row_stride = plan_detail::row_stride(tile_h, tile_w);
@@ -159,100 +219,39 @@ inline bool plan_solve(const Shape& shape, int64_t state_bytes, const DeviceLimi
   return true;
 }
 
-// ---- The weight gradient ----
+}  // namespace plan_detail
 
-// Columns of taps that a thread accumulates side by side in registers: one load serves them all.
-constexpr int32_t kTapColumns = 4;
-
-struct GradientPlan {
-  int32_t taps_h;
-  int32_t taps_w;
-  // A block accumulates, over its share of the pixels, block_outputs x block_inputs channel pairs times a window of
-  // window_h x window_w taps.
-  int32_t block_outputs;
-  int32_t block_inputs;
-  int32_t window_h;
-  int32_t window_w;
-  int64_t output_blocks;
-  int64_t input_blocks;
-  int64_t windows_h;
-  int64_t windows_w;
-  // Pixels come in tiles; teams of threads share a tile's rows.
-  int32_t tile_h;
-  int32_t tile_w;
-  int64_t tiles_h;
-  int64_t tiles_w;
-  int32_t teams;
-  int32_t threads;
-  int64_t splits;  // blocks that share the pixels of one window; their partial sums are added in a second launch
-  int64_t right_offset;
-  int64_t shared_bytes;
-
-  INVERSE_FLOW_HOST_DEVICE int64_t items() const {  // threads of a team
-    return static_cast<int64_t>(block_outputs) * block_inputs * window_h * divide_up(window_w, kTapColumns);
-  }
-  INVERSE_FLOW_HOST_DEVICE int64_t window_pitch() const { return round_up(window_w, kTapColumns); }
-  INVERSE_FLOW_HOST_DEVICE int64_t pixel_tiles(int64_t batch) const { return batch * tiles_h * tiles_w; }
-  INVERSE_FLOW_HOST_DEVICE int64_t blocks() const { return output_blocks * input_blocks * windows_h * windows_w; }
-};
-
-// Most outputs of one block (registers: eight accumulators a thread, and a window), and the shared memory that any
-// GPU gives without opting in.
-constexpr int32_t kGradientThreads = 512;
-constexpr int32_t kGradientBlockChannels = 16;
-constexpr int64_t kGradientSharedBytes = 48 * 1024;
-
-inline GradientPlan plan_weight_gradient(const Shape& shape, int64_t state_bytes, const DeviceLimits& device) {
-  GradientPlan plan{};
-  const int64_t max_threads = std::min<int64_t>(device.threads_per_block, kGradientThreads);
-  plan.taps_h = static_cast<int32_t>(std::min(shape.kernel_h, shape.height));
-  plan.taps_w = static_cast<int32_t>(std::min(shape.kernel_w, shape.width));
-  int64_t block_channels = std::min<int64_t>(shape.channels, kGradientBlockChannels);
-  while (block_channels * block_channels > max_threads) --block_channels;
-  plan.block_outputs = plan.block_inputs = static_cast<int32_t>(block_channels);
-  plan.output_blocks = plan.input_blocks = divide_up(shape.channels, block_channels);
-
-  const int64_t pairs = block_channels * block_channels;
-  const bool whole_rows = pairs * divide_up(plan.taps_w, kTapColumns) <= max_threads;
-  plan.window_w = whole_rows ? plan.taps_w : kTapColumns;
-  const int64_t row_items = pairs * divide_up(plan.window_w, kTapColumns);
-  plan.window_h = static_cast<int32_t>(std::clamp<int64_t>(max_threads / row_items, 1, plan.taps_h));
-
-  const int64_t shared_limit = std::min(kGradientSharedBytes, device.shared_bytes);
-  const auto right_pixels = [&] { return (plan.tile_h + plan.window_h - 1) * (plan.tile_w + plan.window_pitch() - 1); };
-  const auto bytes = [&] {
-    return round_up(static_cast<int64_t>(plan.tile_h) * plan.tile_w * plan.block_outputs * state_bytes, 16) +
-           right_pixels() * plan.block_inputs * state_bytes;
+// The regime that the cost model (docs/cost-model.md) finds fastest, among those that can be used.
+inline SolveRegime choose_regime(const Shape& shape, int64_t state_bytes, const DeviceLimits& device, SolvePlan& plan) {
+  const auto wants = [&](SolveRegime regime) {
+    return device.forced_regime < 0 || device.forced_regime == static_cast<int32_t>(regime);
   };
-  plan.tile_h = static_cast<int32_t>(std::min<int64_t>(shape.height, 16));
-  plan.tile_w = static_cast<int32_t>(std::min<int64_t>(shape.width, 32));
-  // Too large: first smaller tiles, down to a few pixels, then smaller windows, then single pixels.
-  while (bytes() > shared_limit && plan.tile_h * plan.tile_w > 16) {
-    if (plan.tile_h >= plan.tile_w) {
-      plan.tile_h = (plan.tile_h + 1) / 2;
-    } else {
-      plan.tile_w = (plan.tile_w + 1) / 2;
-    }
+  const bool is_forced = device.forced_regime >= 0;
+  if (wants(SolveRegime::kLanes) &&
+      plan_lanes(shape, state_bytes, fold_in_block_bytes(shape, state_bytes), device, plan.lanes)) {
+    return SolveRegime::kLanes;
   }
-  while (bytes() > shared_limit && plan.window_h > 1) plan.window_h = (plan.window_h + 1) / 2;
-  if (bytes() > shared_limit) plan.window_w = std::min(plan.window_w, kTapColumns);
-  while (bytes() > shared_limit && plan.tile_w > 1) plan.tile_w = (plan.tile_w + 1) / 2;
-  while (bytes() > shared_limit && plan.tile_h > 1) plan.tile_h = (plan.tile_h + 1) / 2;
+  if (wants(SolveRegime::kTensor) && (is_forced || shape.channels >= kMinTensorChannels) &&
+      plan_tensor(shape, state_bytes, device, plan.tensor)) {
+    return SolveRegime::kTensor;
+  }
+  return SolveRegime::kBlock;
+}
 
-  plan.windows_h = divide_up(plan.taps_h, plan.window_h);
-  plan.windows_w = divide_up(plan.taps_w, plan.window_w);
-  plan.tiles_h = divide_up(shape.height, plan.tile_h);
-  plan.tiles_w = divide_up(shape.width, plan.tile_w);
-  const int64_t busy = std::min<int64_t>(kBusyThreads, max_threads);
-  plan.teams = static_cast<int32_t>(std::clamp<int64_t>(busy / plan.items(), 1, plan.tile_h));
-  plan.threads = static_cast<int32_t>(round_up(plan.items() * plan.teams, 32));
-  // Two blocks a multiprocessor in all, but none without a pixel tile.
-  const int64_t wanted = divide_up(2 * device.multiprocessors, plan.blocks() * shape.groups);
-  plan.splits = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(plan.pixel_tiles(shape.batch), 1));
-  plan.right_offset = round_up(static_cast<int64_t>(plan.tile_h) * plan.tile_w * plan.block_outputs * state_bytes, 16);
-  // The teams' sums meet in the same memory.
-  plan.shared_bytes = std::max(bytes(), plan.teams * plan.items() * kTapColumns * state_bytes);
-  return plan;
+// False when not even one pixel fits: more channels in a group than the block's shared memory holds.
+inline bool plan_solve(const Shape& shape, int64_t state_bytes, const DeviceLimits& device, SolvePlan& plan) {
+  plan = {};
+  plan.regime = choose_regime(shape, state_bytes, device, plan);
+  switch (plan.regime) {
+    case SolveRegime::kLanes:
+      plan_detail::copy_lanes_plan(shape, plan);
+      return true;
+    case SolveRegime::kTensor:
+      plan_detail::copy_tensor_plan(shape, state_bytes, device, plan);
+      return true;
+    default:
+      return plan_detail::plan_block(shape, state_bytes, device, plan);
+  }
 }
 
 }  // namespace inverse_flow

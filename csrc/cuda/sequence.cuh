@@ -2,8 +2,11 @@
 // launch_kernel.cuh for the GPU and in the emulation for the CPU: so the tests run this very code.
 #pragma once
 
+#include "combine_gradients.cuh"
 #include "launch.h"
+#include "solve_tensor.cuh"
 #include "weight_gradient.cuh"
+#include "weight_gradient_tensor.cuh"
 
 #ifdef __CUDACC__
 #include "launch_kernel.cuh"
@@ -24,16 +27,16 @@ inline Strides contiguous_strides(const Shape& shape) {
 const char* launch_fold(const FoldArguments<float>& args, int64_t groups, int threads, void* stream);
 const char* launch_fold(const FoldArguments<double>& args, int64_t groups, int threads, void* stream);
 
+// In lanes_*_launch.cu: solves in the regime kLanes.
 template <typename Element>
-const char* run_solve(const SolveProblem& problem, const SolvePlan& plan, void* stream) {
-  using State = typename StateOf<Element>::Type;
-  constexpr int kPack = 16 / sizeof(State);
-  const Shape& shape = problem.shape;
-  const SolveWorkspace parts = solve_workspace(shape, plan, sizeof(State));
-  unsigned char* const workspace = static_cast<unsigned char*>(problem.workspace);
+const char* run_lanes(const SolveProblem& problem, const SolvePlan& plan, void* stream);
 
+// The arguments of a solve, but for the groups, images and tiles of a launch.
+template <typename Element>
+SolveArguments<Element> solve_arguments(const SolveProblem& problem, const SolvePlan& plan) {
+  using State = typename StateOf<Element>::Type;
   SolveArguments<Element> args{};
-  args.shape = shape;
+  args.shape = problem.shape;
   args.plan = plan;
   args.input = static_cast<const Element*>(problem.input);
   args.input_strides = problem.input_strides;
@@ -44,17 +47,34 @@ const char* run_solve(const SolveProblem& problem, const SolvePlan& plan, void* 
     args.state_strides = problem.output_strides;
   } else {
     args.state = static_cast<State*>(problem.state);
-    args.state_strides = contiguous_strides(shape);
+    args.state_strides = contiguous_strides(problem.shape);
     args.write_state = args.state != nullptr;
   }
   args.weight = problem.weight;
   args.bias = problem.bias;
   args.weight_type = problem.weight_type;
+  return args;
+}
+
+template <typename Element>
+const char* run_solve(const SolveProblem& problem, const SolvePlan& plan, void* stream) {
+  using State = typename StateOf<Element>::Type;
+  if constexpr (sizeof(State) == sizeof(float)) {
+    if (plan.regime == SolveRegime::kLanes) return run_lanes<Element>(problem, plan, stream);
+  }
+  constexpr int kPack = 16 / sizeof(State);
+  const Shape& shape = problem.shape;
+  const SolveWorkspace parts = solve_workspace(shape, plan, sizeof(State));
+  unsigned char* const workspace = static_cast<unsigned char*>(problem.workspace);
+  SolveArguments<Element> args = solve_arguments<Element>(problem, plan);
   if (!plan.fold_in_block) args.folded = reinterpret_cast<const State*>(workspace + parts.folded);
 
   void (*kernel)(SolveArguments<Element>) = solve_kernel<Element, kPack, false>;
   if (plan.weights_in_shared) {
     kernel = plan.pack == 1 ? solve_kernel<Element, 1, true> : solve_kernel<Element, kPack, true>;
+  }
+  if constexpr (sizeof(State) == sizeof(float)) {
+    if (plan.regime == SolveRegime::kTensor) kernel = solve_tensor_kernel<Element>;
   }
 
   return for_each_group_chunk(
@@ -68,8 +88,7 @@ const char* run_solve(const SolveProblem& problem, const SolvePlan& plan, void* 
                                     first_group,
                                     problem.weight,
                                     problem.weight_type,
-                                    reinterpret_cast<double*>(workspace + parts.matrices),
-                                    reinterpret_cast<double*>(workspace + parts.scratch),
+                                    workspace + parts.inversions,
                                     reinterpret_cast<State*>(workspace + parts.folded)};
           const char* error = launch_fold(fold, groups, plan.fold_threads, stream);
           if (error != nullptr) return error;
@@ -93,34 +112,34 @@ const char* run_solve(const SolveProblem& problem, const SolvePlan& plan, void* 
       });
 }
 
+// The kernel of a plan: one for each number of channels of a thread, and tensor cores for float32.
+template <typename State>
+auto gradient_kernel(const GradientPlan& plan) {
+  constexpr int kSide = 16 / sizeof(State);
+  void (*kernel)(GradientArguments<State>) =
+      plan.side == 1 ? weight_gradient_kernel<State, 1> : weight_gradient_kernel<State, kSide>;
+  if constexpr (sizeof(State) == sizeof(float)) {
+    if (plan.tensor_cores) kernel = weight_gradient_tensor_kernel<State>;
+  }
+  return kernel;
+}
+
 template <typename State>
 const char* run_gradient(const GradientProblem& problem, const GradientPlan& plan, void* stream) {
   const Shape& shape = problem.shape;
-  const int64_t channels = shape.groups * shape.channels;
-  State* const weight_partials = static_cast<State*>(problem.workspace);
-  State* const bias_partials =
-      weight_partials + plan.splits * channels * shape.channels * shape.kernel_h * shape.kernel_w;
-
-  ChannelSumArguments<State> sum{shape, problem.adjoint, problem.adjoint_strides, problem.adjoint_type, bias_partials};
-  const int64_t channels_y = std::min<int64_t>(channels, GroupOrders::kMaxGroups);
-  const int64_t channels_z = divide_up(channels, channels_y);
-  if (channels_z > kMaxGridZ) return "inverse_flow: too many channels for the gradient on this GPU";
-  const char* error = launch_kernel(
-      channel_sum_kernel<State>,
-      {static_cast<unsigned>(plan.splits), static_cast<unsigned>(channels_y), static_cast<unsigned>(channels_z)},
-      kBusyThreads, kBusyThreads * static_cast<int64_t>(sizeof(State)), sum, stream);
-  if (error != nullptr) return error;
-
   GradientArguments<State> args{};
   args.shape = shape;
   args.plan = plan;
-  args.partials = weight_partials;
+  args.partials = static_cast<State*>(problem.workspace);
   args.left = shape.transposed ? problem.output : problem.adjoint;
   args.left_strides = shape.transposed ? problem.output_strides : problem.adjoint_strides;
   args.left_type = shape.transposed ? problem.output_type : problem.adjoint_type;
   args.right = shape.transposed ? problem.adjoint : problem.output;
   args.right_strides = shape.transposed ? problem.adjoint_strides : problem.output_strides;
   args.right_type = shape.transposed ? problem.adjoint_type : problem.output_type;
+  args.weight_gradient = problem.weight_gradient;
+  args.bias_gradient = problem.bias_gradient;
+  args.gradient_type = problem.weight_type;
   if (plan.blocks() > kMaxGridZ) return "inverse_flow: too many channels a group for the gradient on this GPU";
 
   return for_each_group_chunk(
@@ -129,23 +148,14 @@ const char* run_gradient(const GradientProblem& problem, const GradientPlan& pla
         args.orders = orders;
         const unsigned groups_y = static_cast<unsigned>(groups);
         const char* failed =
-            launch_kernel(weight_gradient_kernel<State>,
+            launch_kernel(gradient_kernel<State>(plan),
                           {static_cast<unsigned>(plan.splits), groups_y, static_cast<unsigned>(plan.blocks())},
                           plan.threads, plan.shared_bytes, args, stream);
-        if (failed != nullptr) return failed;
-        CombineArguments<State> combine{shape,
-                                        orders,
-                                        first_group,
-                                        plan.splits,
-                                        weight_partials,
-                                        bias_partials,
-                                        problem.weight_gradient,
-                                        problem.bias_gradient,
-                                        problem.weight_type};
-        const int64_t entries = shape.channels * shape.channels * shape.kernel_h * shape.kernel_w;
-        const int64_t blocks = std::min(divide_up(entries, kBusyThreads), kCombineBlocks);
+        if (failed != nullptr || plan.is_direct()) return failed;
+        const int64_t entries = shape.channels * (shape.channels * shape.kernel_h * shape.kernel_w + 1);
+        const int64_t blocks = std::min(divide_up(entries * plan.combine_lanes, kBusyThreads), kCombineBlocks);
         return launch_kernel(combine_gradients_kernel<State>, {static_cast<unsigned>(blocks), groups_y, 1},
-                             kBusyThreads, 0, combine, stream);
+                             kBusyThreads, 0, args, stream);
       });
 }
 

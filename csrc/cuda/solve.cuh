@@ -94,19 +94,32 @@ __device__ Tile block_tile(const SolveArguments<Element>& args) {
   return tile;
 }
 
-// Calls body(image, row, column, pack) for every pack of channels of every pixel of the tile, neighbouring threads
-// on neighbouring memory: columns if the rows are contiguous, channels in channels_last images.
+// One pack of channels of one pixel of the tile, of all that there are in the order of memory: neighbours are columns
+// if the rows are contiguous, channels in channels_last images.
+struct TilePack {
+  int image;
+  int row;
+  int column;
+  int pack;
+
+  __device__ TilePack(const Tile& tile, int packs, const Strides& strides, int item) {
+    const int pixels = tile.rows * tile.columns;
+    const bool channels_first = strides.channel == 1 && packs > 1;
+    image = item / (packs * pixels);
+    const int rest = item - image * packs * pixels;
+    pack = channels_first ? rest % packs : rest / pixels;
+    const int pixel = channels_first ? rest / packs : rest % pixels;
+    row = pixel / tile.columns;
+    column = pixel - row * tile.columns;
+  }
+};
+
+// Calls body(image, row, column, pack) for every pack of channels of every pixel of the tile.
 template <typename Body>
 __device__ void for_each_pack(const Tile& tile, int packs, const Strides& strides, Body body) {
-  const int pixels = tile.rows * tile.columns;
-  const bool channels_first = strides.channel == 1 && packs > 1;
-  for (int item = threadIdx.x; item < tile.images * packs * pixels; item += blockDim.x) {
-    const int image = item / (packs * pixels);
-    const int rest = item - image * packs * pixels;
-    const int pack = channels_first ? rest % packs : rest / pixels;
-    const int pixel = channels_first ? rest / packs : rest % pixels;
-    const int row = pixel / tile.columns;
-    body(image, row, pixel - row * tile.columns, pack);
+  for (int item = threadIdx.x; item < tile.images * packs * tile.rows * tile.columns; item += blockDim.x) {
+    const TilePack at(tile, packs, strides, item);
+    body(at.image, at.row, at.column, at.pack);
   }
 }
 
@@ -228,17 +241,27 @@ __device__ void sweep(const SolvePlan& plan, int channels, const Tile& tile, con
   }
 }
 
-template <int kPack, typename Element, typename State>
-__device__ void store(const SolveArguments<Element>& args, const Tile& tile, int64_t group, int flips, const State* x) {
-  const SolvePlan& plan = args.plan;
-  const int channels = static_cast<int>(args.shape.channels);
-  const ImageView<Element> output(args.output, args.output_strides, args.shape, group, flips);
-  for_each_pack(tile, plan.channel_packs, args.output_strides, [&](int image, int row, int column, int pack) {
-    const int pixel = (image * plan.tile_h + row) * plan.row_stride + column;
-    const auto packed = reinterpret_cast<const Pack<State, kPack>*>(x)[pixel * plan.channel_packs + pack];
-    const int64_t image_row = tile.first_row + row;
-    const int64_t image_column = tile.first_column + column;
-    Element* rounded = output.pixel(tile.first_image + image, image_row, image_column);
+// Writes packs of channels of a group's pixels, rounded to the output and, where it is wanted, as they are.
+template <typename Element>
+struct PixelStore {
+  using State = typename StateOf<Element>::Type;
+
+  const SolveArguments<Element>& args;
+  int64_t group;
+  int flips;
+  ImageView<Element> output;
+
+  __device__ PixelStore(const SolveArguments<Element>& arguments, int64_t stored_group, int group_flips)
+      : args(arguments),
+        group(stored_group),
+        flips(group_flips),
+        output(arguments.output, arguments.output_strides, arguments.shape, stored_group, group_flips) {}
+
+  template <int kPack>
+  __device__ void operator()(int64_t image, int64_t row, int64_t column, int pack,
+                             const Pack<State, kPack>& packed) const {
+    const int channels = static_cast<int>(args.shape.channels);
+    Element* rounded = output.pixel(image, row, column);
     INVERSE_FLOW_UNROLL
     for (int u = 0; u < kPack; ++u) {
       const int c = pack * kPack + u;
@@ -246,13 +269,24 @@ __device__ void store(const SolveArguments<Element>& args, const Tile& tile, int
     }
     if (args.write_state) {
       const ImageView<State> state(args.state, args.state_strides, args.shape, group, flips);
-      State* exact = state.pixel(tile.first_image + image, image_row, image_column);
+      State* exact = state.pixel(image, row, column);
       INVERSE_FLOW_UNROLL
       for (int u = 0; u < kPack; ++u) {
         const int c = pack * kPack + u;
         if (c < channels) exact[c * args.state_strides.channel] = packed.value[u];
       }
     }
+  }
+};
+
+template <int kPack, typename Element, typename State>
+__device__ void store(const SolveArguments<Element>& args, const Tile& tile, int64_t group, int flips, const State* x) {
+  const SolvePlan& plan = args.plan;
+  const PixelStore<Element> store_pixel(args, group, flips);
+  for_each_pack(tile, plan.channel_packs, args.output_strides, [&](int image, int row, int column, int pack) {
+    const int pixel = (image * plan.tile_h + row) * plan.row_stride + column;
+    const auto packed = reinterpret_cast<const Pack<State, kPack>*>(x)[pixel * plan.channel_packs + pack];
+    store_pixel(tile.first_image + image, tile.first_row + row, tile.first_column + column, pack, packed);
   });
 }
 
@@ -278,11 +312,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) solve_kernel(const __grid_cons
   const State* weights = shared_weights;
   if constexpr (kWeightsInShared) {
     if (args.folded == nullptr) {
-      const WeightView view = weight_view(args.shape, args.weight, args.weight_type, group, order);
-      double* const matrix = reinterpret_cast<double*>(x);
-      const Inversion inversion(matrix, matrix + channels * channels, channels);
-      if (view.corner != kIdentity) invert_corner(view, inversion);
-      fold_taps<int>(view, inversion, args.plan, shared_weights, threadIdx.x, blockDim.x);
+      fold_in_block(weight_view(args.shape, args.weight, args.weight_type, group, order), args.plan, x, shared_weights);
     } else {
       const State* source = args.folded + group * folded_elements;
       for (int64_t i = threadIdx.x; i < folded_elements; i += blockDim.x) shared_weights[i] = load_readonly(source + i);

@@ -12,4 +12,5 @@ def plan_cuda(
     threads_per_block: int,
     shared_bytes: int,
     multiprocessors: int,
+    forced_regime: int,
 ) -> dict[str, Any]: ...

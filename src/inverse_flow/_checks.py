@@ -28,6 +28,8 @@ def parse_orders(order: Order, groups: int) -> tuple[int, ...]:
     """One order code a group. ``order`` is one name for all groups, or a sequence with a name for each."""
     if not isinstance(groups, int) or groups < 1:
         raise ValueError(f"groups must be an integer of at least 1, got {groups!r}")
+    if isinstance(order, str) and order in ORDERS:
+        return (ORDERS[order],) * groups
     names = (order,) * groups if isinstance(order, str) else tuple(order)
     if len(names) != groups:
         raise ValueError(f"order must be one name or one name for each of the {groups} groups, got {len(names)} names")
@@ -44,11 +46,14 @@ def parse_corner(corner: str) -> int:
     return CORNERS[corner]
 
 
-def _check_floating(name: str, value: object) -> None:
+def _floating(name: str, value: object) -> torch.dtype:
+    """The dtype of ``value``, an argument called ``name``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {value.dtype}")
+    dtype = value.dtype
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {dtype}")
+    return dtype
 
 
 def check_arguments(input: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
@@ -60,33 +65,34 @@ def check_arguments(input: Tensor, weight: Tensor, bias: Tensor | None, groups: 
         ValueError: shapes or dtypes do not fit each other.
         RuntimeError: the tensors lie on different devices.
     """
-    _check_floating("input", input)
-    _check_floating("weight", weight)
-    if bias is not None:
-        _check_floating("bias", bias)
+    # Every attribute of a tensor costs a call, and small solves are short: each is asked for once.
+    dtype, weight_dtype = _floating("input", input), _floating("weight", weight)
+    shape, weight_shape, device = input.shape, weight.shape, input.device
 
-    if input.dim() != 4:
-        raise ValueError(f"input must have shape (B, C, H, W), got {tuple(input.shape)}")
-    channels = input.shape[1]
-    if channels < 1 or input.shape[2] < 1 or input.shape[3] < 1:
-        raise ValueError(f"input must have at least one channel and one pixel, got shape {tuple(input.shape)}")
+    if len(shape) != 4:
+        raise ValueError(f"input must have shape (B, C, H, W), got {tuple(shape)}")
+    _, channels, height, width = shape
+    if channels < 1 or height < 1 or width < 1:
+        raise ValueError(f"input must have at least one channel and one pixel, got shape {tuple(shape)}")
     if channels % groups:
         raise ValueError(f"the channels of input ({channels}) must be divisible by groups ({groups})")
-    if weight.dim() != 4 or weight.shape[:2] != (channels, channels // groups) or 0 in weight.shape:
+    if len(weight_shape) != 4 or weight_shape[:2] != (channels, channels // groups) or 0 in weight_shape:
         raise ValueError(
             f"weight must have shape ({channels}, {channels // groups}, kH, kW) for {channels} channels in "
-            f"{groups} group{'s' if groups > 1 else ''}, got {tuple(weight.shape)}"
+            f"{groups} group{'s' if groups > 1 else ''}, got {tuple(weight_shape)}"
         )
-    if bias is not None and bias.shape != (channels,):
+    if weight_dtype != dtype and not (dtype in HALF_DTYPES and weight_dtype == torch.float32):
+        also = " or torch.float32" if dtype in HALF_DTYPES else ""
+        raise ValueError(f"weight must be {dtype}{also} like input, got {weight_dtype}")
+    if weight.device != device:
+        raise RuntimeError(f"weight is on {weight.device} but input is on {device}: move one of them")
+
+    if bias is None:
+        return
+    bias_dtype = _floating("bias", bias)
+    if bias.shape != (channels,):
         raise ValueError(f"bias must have shape ({channels},), got {tuple(bias.shape)}")
-
-    state_dtype = torch.float32 if input.dtype in HALF_DTYPES else input.dtype
-    if weight.dtype not in (input.dtype, state_dtype):
-        also = " or torch.float32" if state_dtype != input.dtype else ""
-        raise ValueError(f"weight must be {input.dtype}{also} like input, got {weight.dtype}")
-    if bias is not None and bias.dtype != weight.dtype:
-        raise ValueError(f"bias must be {weight.dtype} like weight, got {bias.dtype}")
-
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.device != input.device:
-            raise RuntimeError(f"{name} is on {tensor.device} but input is on {input.device}: move one of them")
+    if bias_dtype != weight_dtype:
+        raise ValueError(f"bias must be {weight_dtype} like weight, got {bias_dtype}")
+    if bias.device != device:
+        raise RuntimeError(f"bias is on {bias.device} but input is on {device}: move one of them")

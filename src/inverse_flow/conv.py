@@ -122,7 +122,7 @@ class InverseConv2d(nn.Module):
         """Data to latent: (z, log|det ∂z/∂x|), the solve. ``context`` is not used."""
         weight, corner = self._weight()
         z = inverse_conv2d(x, weight, self.bias, order=self.order, groups=self.groups, corner=corner)
-        return z, -self._log_det(x)
+        return z, self._log_det(x, inverse=True)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Latent to data: (x, log|det ∂x/∂z|), a plain convolution. ``context`` is not used."""
@@ -137,7 +137,7 @@ class InverseConv2d(nn.Module):
         ∂x = A(w)⁻ᵀ ∂z. For :mod:`inverse_flow.reversible`."""
         with torch.enable_grad():
             weight, corner = self._weight()
-            log_det = -self._log_det(z)
+            log_det = self._log_det(z, inverse=True)
         x = causal_conv2d(z, weight, self.bias, order=self.order, groups=self.groups, corner=corner)
         grad_x, grad_weight, grad_bias = solve_backward(
             grad_z, z, weight, self._orders, parse_corner(corner), transposed=False
@@ -172,13 +172,14 @@ class InverseConv2d(nn.Module):
         product = lower @ (packed.triu(1) + torch.diag_embed(scale))
         return product.gather(1, self.permutation[..., None].expand_as(product))
 
-    def _log_det(self, images: Tensor) -> Tensor:
-        """log|det A(w)| for images of this size, one entry per image."""
-        dtype = torch.promote_types(images.dtype, torch.float32)
+    def _log_det(self, images: Tensor, inverse: bool = False) -> Tensor:
+        """log|det A(w)|, or that of the inverse, for images of this size, one entry per image."""
+        batch, _, height, width = images.shape
+        dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
         if self.corner != "plu":
-            return images.new_zeros(images.shape[0], dtype=dtype)
-        pixels = images.shape[2] * images.shape[3]
-        return (pixels * self.log_scale.to(dtype).sum()).expand(images.shape[0])
+            return images.new_zeros(batch, dtype=dtype)
+        pixels = -height * width if inverse else height * width
+        return (pixels * self.log_scale.to(dtype).sum()).expand(batch)
 
     def extra_repr(self) -> str:
         text = f"{self.channels}, kernel_size={self.kernel_size}, groups={self.groups}, order={self.order!r}"

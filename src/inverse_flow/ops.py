@@ -9,17 +9,21 @@ from . import _native  # noqa: F401  (loads the operators)
 
 Orders = tuple[int, ...]
 
+# Looked up once: each dot of such a path costs a call.
+_solve = torch.ops.inverse_flow.solve.default
+_solve_backward = torch.ops.inverse_flow.solve_backward.default
+
 
 def solve(input: Tensor, weight: Tensor, bias: Tensor | None, orders: Orders, corner: int, transposed: bool) -> Tensor:
     """A(w)⁻¹ (input − bias), or A(w)⁻ᵀ (input − bias): csrc/ops.cpp."""
-    return torch.ops.inverse_flow.solve.default(input, weight, bias, orders, corner, transposed)
+    return _solve(input, weight, bias, orders, corner, transposed)
 
 
 def solve_backward(
     grad_output: Tensor, output: Tensor, weight: Tensor, orders: Orders, corner: int, transposed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of :func:`solve` for (input, weight, bias), from its output: csrc/ops.cpp."""
-    return torch.ops.inverse_flow.solve_backward.default(grad_output, output, weight, orders, corner, transposed)
+    return _solve_backward(grad_output, output, weight, orders, corner, transposed)
 
 
 @torch.library.register_fake("inverse_flow::solve")

@@ -15,7 +15,7 @@ import torch
 from . import _C
 from ._checks import FLOAT_DTYPES, ORDERS, Order, parse_corner, parse_orders
 
-__all__ = ["H200", "CpuPlan", "CudaPlan", "GpuProperties", "GradientPlan", "Problem", "explain"]
+__all__ = ["H200", "CpuPlan", "CudaPlan", "GpuProperties", "GradientPlan", "Problem", "TensorPlan", "explain"]
 
 KIB = 1024
 
@@ -132,14 +132,18 @@ class CpuPlan:
 
 @dataclass(frozen=True)
 class GradientPlan:
-    """The launches behind a transposed solve on a GPU: bias sums, weight sums, and one that adds up the blocks'.
+    """The launches behind a transposed solve on a GPU: the sums of weight and bias, and one that adds up the blocks'
+    where several share the pixels.
 
     Attributes:
+        tensor_cores: Whether tensor cores multiply, in three TF32 products that are as exact as float32.
         channels: Output and input channels whose pairs a block accumulates.
-        window: Taps that a block accumulates.
-        tile: Rows and columns of the pixels that are in shared memory at a time.
+        window: Rows and columns of taps that a block accumulates.
+        images: Images, whole ones if several, whose pixels are in shared memory at a time.
+        tile: Rows and columns of those pixels.
         tiles: Such tiles in the whole batch.
-        splits: Blocks that share the pixels of a window.
+        teams: Parts of a block that share the pixels of a tile.
+        splits: Blocks that share the pixels of a window; one alone needs no launch to add up, and no scratch.
         threads: Threads of a block.
         blocks: Blocks of the launch.
         shared_bytes: Shared memory of a block.
@@ -147,10 +151,13 @@ class GradientPlan:
         scratch_bytes: Memory for the blocks' sums.
     """
 
+    tensor_cores: bool
     channels: tuple[int, int]
     window: tuple[int, int]
+    images: int
     tile: tuple[int, int]
     tiles: int
+    teams: int
     splits: int
     threads: int
     blocks: int
@@ -160,20 +167,45 @@ class GradientPlan:
 
 
 @dataclass(frozen=True)
+class TensorPlan:
+    """How the tensor cores solve one anti-diagonal, a matrix product of 16 × 8 × 8 tiles.
+
+    Attributes:
+        output_tiles: Tiles of 16 output channels.
+        k_steps: Steps of 8 input channels, a tap.
+        resident_steps: Of all taps, the steps whose weights are in shared memory; the others are read through L2.
+        splits: Warps that share the steps of one job: a tile of outputs and up to four tiles of pixels.
+        job_warps: Jobs that a block does at a time.
+        finish_warps: Further warps, which add up the sums, load and store meanwhile; 0 where all warps do that.
+        whole_images: Whether whole images are in shared memory; else a ring of the last diagonals.
+    """
+
+    output_tiles: int
+    k_steps: int
+    resident_steps: int
+    splits: int
+    job_warps: int
+    finish_warps: int
+    whole_images: bool
+
+
+@dataclass(frozen=True)
 class CudaPlan:
     """How a GPU would do it.
 
     Attributes:
         problem: What is asked.
         gpu: The limits that the plan was made for.
-        regime: "images in a block" (whole images), "tiles" (an image is cut up), or "nothing to do" for an empty batch;
-            behind a comma, where the folded weights are.
+        regime: "images in a block" (whole images), "tiles" (an image is cut up), "tensor cores" (whole images, or a
+            ring of their diagonals), or "nothing to do" for an empty batch; behind a comma, where the folded weights
+            are. For few channels a group "rows as lanes", whole images or tiles again: the weights are in registers.
         tile: Rows and columns that a block keeps in shared memory.
         tiles: Tiles of an image, downwards and to the right.
         images: Whole images of a block.
         pack: Channels that are read and written together.
-        channel_threads: Threads of a pixel.
-        diagonal_threads: Pixels of an anti-diagonal that are solved at once.
+        channel_threads: Threads of a pixel; 0 on tensor cores.
+        diagonal_threads: Pixels of an anti-diagonal that are solved at once; 0 on tensor cores.
+        bands: With rows as lanes, the bands of rows of a tile, each swept by a warp; else 0.
         threads: Threads of a block.
         blocks: Blocks of the largest launch of the solve.
         shared_bytes: Shared memory of a block of the solve.
@@ -182,10 +214,12 @@ class CudaPlan:
         fold_launches: Launches, for each chunk of groups, that fold the corner before the solve; 0 if every block does
             it for itself.
         fold_blocks: Blocks of those launches.
-        steps: Anti-diagonals of a tile: barriers that follow each other in a launch.
+        steps: Steps that follow each other in a block: the anti-diagonals of a tile; with rows as lanes a few more,
+            since a band starts some steps late.
         launches: Launches in all, those of the gradient included.
         scratch_bytes: Memory beside inputs, outputs and gradients.
         gradient: Of a backward pass, what comes behind the transposed solve.
+        tensor: On tensor cores, how they share the work.
     """
 
     problem: Problem
@@ -197,6 +231,7 @@ class CudaPlan:
     pack: int = 0
     channel_threads: int = 0
     diagonal_threads: int = 0
+    bands: int = 0
     threads: int = 0
     blocks: int = 0
     shared_bytes: int = 0
@@ -208,6 +243,7 @@ class CudaPlan:
     launches: int = 0
     scratch_bytes: int = 0
     gradient: GradientPlan | None = field(default=None)
+    tensor: TensorPlan | None = field(default=None)
 
     def __str__(self) -> str:
         rows: dict[str, object] = {
@@ -220,6 +256,7 @@ class CudaPlan:
         rows |= {
             "tile": f"{self.tile[0]} × {self.tile[1]} pixels, {self.tiles[0]} × {self.tiles[1]} of them an image",
             "images of a block": self.images,
+            **({"bands of a tile": self.bands} if self.bands else {}),
             "steps of a tile": self.steps,
             "threads of a block": self.threads,
             "blocks": self.blocks,
@@ -228,11 +265,17 @@ class CudaPlan:
             "launches": self.launches,
             "scratch": _bytes(self.scratch_bytes),
         }
+        if self.tensor is not None:
+            rows["matrix products"] = (
+                f"{self.tensor.output_tiles} tiles of outputs, {self.tensor.splits} warps a job, "
+                f"{self.tensor.job_warps} jobs at a time"
+            )
         if self.gradient is not None:
             part = self.gradient
             rows["gradient"] = (
-                f"{part.blocks} blocks of {part.threads} threads, {part.channels[0]} × {part.channels[1]} channels, "
-                f"{part.window[0]} × {part.window[1]} taps, {_bytes(part.shared_bytes)} of shared memory"
+                f"{'tensor cores, ' if part.tensor_cores else ''}{part.blocks} blocks of {part.threads} threads, "
+                f"{part.channels[0]} × {part.channels[1]} channels, {part.window[0]} × {part.window[1]} taps, "
+                f"{_bytes(part.shared_bytes)} of shared memory"
             )
         return _table(self.problem, rows)
 
@@ -327,9 +370,16 @@ def _explain_cpu(problem: Problem, sizes: tuple[int, ...], corner: int, dtype: s
 
 
 def _explain_cuda(
-    problem: Problem, sizes: tuple[int, ...], orders: tuple[int, ...], corner: int, dtype: str, gpu: GpuProperties
+    problem: Problem,
+    sizes: tuple[int, ...],
+    orders: tuple[int, ...],
+    corner: int,
+    dtype: str,
+    gpu: GpuProperties,
+    forced_regime: int = -1,
 ) -> CudaPlan:
-    limits = (gpu.threads_per_block, gpu.shared_bytes, gpu.multiprocessors)
+    """The plan of csrc/cuda. Tests ask for a SolveRegime of csrc/cuda/device_limits.h; -1 is the plan's choice."""
+    limits = (gpu.threads_per_block, gpu.shared_bytes, gpu.multiprocessors, forced_regime)
     plan: dict[str, Any] = _C.plan_cuda(sizes, orders, corner, dtype, problem.backward, *limits)
     if not plan.pop("fits"):
         raise RuntimeError(
@@ -337,14 +387,31 @@ def _explain_cuda(
         )
     if not plan:
         return CudaPlan(problem, gpu, "nothing to do")
-    where = "shared memory" if plan["weights_in_shared"] else "global memory"
-    regime = f"{'images in a block' if plan['tiles'] == (1, 1) else 'tiles'}, weights in {where}"
+    regime = _regime(plan.pop("regime"), plan)
     found = plan.pop("gradient", None)
     gradient = None if found is None else GradientPlan(**found)
     if gradient is not None:
         plan["launches"] += gradient.launches
         plan["scratch_bytes"] += gradient.scratch_bytes
-    return CudaPlan(problem, gpu, regime, **plan, gradient=gradient)
+    part = plan.pop("tensor", None)
+    tensor = None if part is None else TensorPlan(**part)
+    return CudaPlan(problem, gpu, regime, **plan, gradient=gradient, tensor=tensor)
+
+
+# SolveRegime of csrc/cuda/device_limits.h.
+LANES, TENSOR = 1, 2
+
+
+def _regime(code: int, plan: dict[str, Any]) -> str:
+    """The SolveRegime in words, and where the folded weights are."""
+    where = "shared memory" if plan["weights_in_shared"] else "global memory"
+    if code == TENSOR:
+        if plan["tensor"]["resident_steps"] and not plan["weights_in_shared"]:
+            where = "shared and global memory"
+        pixels = "whole images" if plan["tensor"]["whole_images"] else "a ring of diagonals"
+        return f"tensor cores, {pixels}, weights in {where}"
+    pixels = "images in a block" if plan["tiles"] == (1, 1) else "tiles"
+    return f"rows as lanes, {pixels}" if code == LANES else f"{pixels}, weights in {where}"
 
 
 def _check_shape(shape: Sequence[int]) -> tuple[int, int, int, int]:

@@ -1,8 +1,9 @@
-// CUDA on the CPU, as far as the kernels of csrc/cuda need it: enough to run them, one block after the other, and to
+// CUDA on the CPU, as far as the kernels of csrc/cuda need it: enough to run them, a few blocks side by side, and to
 // catch what a GPU would not tell.
 //
-// A block's threads are fibers. A thread runs until it meets a barrier or a shuffle; who runs next is drawn from a
-// seeded generator, as is the order of the blocks. So a missing barrier makes the result depend on the seed. Shared
+// A block's threads are fibers. A thread runs until it meets a barrier or a shuffle, or waits for a flag; who runs next
+// is drawn from a seeded generator, as is the order of the blocks. So a missing barrier makes the result depend on the
+// seed. Shared
 // memory is allocated afresh for each block, at its exact size and full of NaN, so that AddressSanitizer sees an index
 // past its end and a read of memory that nothing wrote spoils the result. A thread that ends, or waits at another kind
 // of barrier, while others wait for it is an error.
@@ -50,7 +51,12 @@ namespace inverse_flow::emulation {
 
 constexpr int kWarpSize = 32;
 constexpr size_t kStackBytes = 128 * 1024;
-constexpr int kPoison = 0xff;  // repeated, a NaN of every type
+// Blocks of a launch that run at a time: some wait for others, and none may do so in vain.
+constexpr size_t kResidentBlocks = 3;
+// A thread that has looked at a flag so many times looks at one that nobody will set.
+constexpr int64_t kMostWaits = 1 << 20;
+constexpr size_t kDepositBytes = 32;  // of a lane, in an exchange: its parts of the operands of an mma
+constexpr int kPoison = 0xff;         // repeated, a NaN of every type
 
 [[noreturn]] inline void fail(const char* message) {
   std::fprintf(stderr, "emulation: %s (block %u %u %u, thread %u)\n", message, blockIdx.x, blockIdx.y, blockIdx.z,
@@ -60,8 +66,17 @@ constexpr int kPoison = 0xff;  // repeated, a NaN of every type
 
 class Block {
  public:
-  Block(int threads, size_t shared_bytes, std::mt19937_64& random)
-      : threads_(static_cast<size_t>(threads)), warps_((threads + kWarpSize - 1) / kWarpSize), random_(random) {
+  Block(dim3 index, int threads, size_t shared_bytes, std::mt19937_64& random, const std::function<void()>& kernel)
+      : threads_(static_cast<size_t>(threads)),
+        warps_((threads + kWarpSize - 1) / kWarpSize),
+        random_(random),
+        kernel_(kernel),
+        index_(index),
+        running_(threads_.size()) {
+    for (size_t i = 0; i < threads_.size(); ++i) {
+      prepare_fiber(i);
+      runnable_.push_back(i);
+    }
     shared_ = static_cast<unsigned char*>(std::malloc(shared_bytes));
     std::memset(shared_, kPoison, shared_bytes);
   }
@@ -71,24 +86,27 @@ class Block {
 
   unsigned char* shared() { return shared_; }
 
-  void run(const std::function<void()>& kernel) {
+  bool is_done() const { return running_ == 0; }
+
+  // Lets one thread run until it has to wait.
+  void step() {
     current_ = this;
-    kernel_ = &kernel;
-    for (size_t i = 0; i < threads_.size(); ++i) {
-      prepare_fiber(i);
-      runnable_.push_back(i);
-    }
-    size_t running = threads_.size();
-    while (running > 0) {
-      if (runnable_.empty()) release_barrier(running);
-      const size_t choice = random_() % runnable_.size();
-      std::swap(runnable_[choice], runnable_.back());
-      active_ = runnable_.back();
-      runnable_.pop_back();
-      resume();
-      if (threads_[active_].waits == Wait::kDone) --running;
-    }
+    blockIdx = index_;
+    if (runnable_.empty()) release_barrier(running_);
+    const size_t choice = random_() % runnable_.size();
+    std::swap(runnable_[choice], runnable_.back());
+    active_ = runnable_.back();
+    runnable_.pop_back();
+    resume();
+    if (threads_[active_].waits == Wait::kDone) --running_;
     current_ = nullptr;
+  }
+
+  // Lets the others go on, those of other blocks too.
+  void yield() {
+    if (++threads_[active_].yields > kMostWaits) fail("a thread waits for a flag that nobody sets");
+    runnable_.push_back(active_);
+    leave(false);
   }
 
   void block_barrier() {
@@ -96,12 +114,15 @@ class Block {
     leave(false);
   }
 
-  // Deposits 8 bytes and returns, once all lanes of the warp have come, what the given lane deposited.
-  uint64_t exchange(uint64_t value, int source_lane) {
+  // Deposits a value and returns, once all lanes of the warp have come, what they deposited, lane by lane. Valid until
+  // the caller's next exchange.
+  template <typename T>
+  const T* gather(const T& value) {
+    static_assert(sizeof(T) <= kDepositBytes && alignof(T) <= alignof(uint64_t));
     Warp& warp = warps_[active_ / kWarpSize];
     const size_t first = active_ / kWarpSize * kWarpSize;
     const size_t lanes = std::min<size_t>(threads_.size() - first, kWarpSize);
-    warp.deposited[active_ - first] = value;
+    std::memcpy(warp.deposited + (active_ - first) * sizeof(T), &value, sizeof(T));
     if (++warp.arrived == lanes) {
       warp.arrived = 0;
       std::memcpy(warp.exchanged, warp.deposited, sizeof(warp.exchanged));
@@ -113,7 +134,14 @@ class Block {
       threads_[active_].waits = Wait::kWarp;
     }
     leave(false);
-    return warp.exchanged[source_lane];
+    return reinterpret_cast<const T*>(warp.exchanged);
+  }
+
+  // What this thread may do later, and does at last.
+  void put_off(std::function<void()> action) { threads_[active_].put_off.push_back(std::move(action)); }
+  void make_up_for() {
+    for (const auto& action : threads_[active_].put_off) action();
+    threads_[active_].put_off.clear();
   }
 
   size_t active() const { return active_; }
@@ -126,10 +154,12 @@ class Block {
     std::unique_ptr<unsigned char[]> stack;
     void* fake_stack = nullptr;
     Wait waits = Wait::kNothing;
+    int64_t yields = 0;
+    std::vector<std::function<void()>> put_off;
   };
   struct Warp {
-    uint64_t deposited[kWarpSize];
-    uint64_t exchanged[kWarpSize];
+    alignas(8) unsigned char deposited[kWarpSize * kDepositBytes];
+    alignas(8) unsigned char exchanged[kWarpSize * kDepositBytes];
     size_t arrived = 0;
   };
 
@@ -158,7 +188,7 @@ class Block {
   static void fiber_main() {
     Block& block = *current_;
     block.arrive(nullptr);
-    (*block.kernel_)();
+    block.kernel_();
     block.threads_[block.active_].waits = Wait::kDone;
     block.leave(true);
   }
@@ -201,7 +231,9 @@ class Block {
   std::vector<Warp> warps_;
   std::mt19937_64& random_;
   std::vector<size_t> runnable_;
-  const std::function<void()>* kernel_ = nullptr;
+  const std::function<void()>& kernel_;
+  dim3 index_;
+  size_t running_;
   size_t active_ = 0;
   unsigned char* shared_ = nullptr;
   ucontext_t scheduler_;
@@ -226,17 +258,42 @@ inline Device device;
 
 inline void __syncthreads() { inverse_flow::emulation::Block::current().block_barrier(); }
 
+inline int emulated_lane() {
+  using namespace inverse_flow::emulation;
+  return static_cast<int>(Block::current().active() % kWarpSize);
+}
+
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int source_lane) {
+  using namespace inverse_flow::emulation;
+  if (mask != 0xffffffffu) fail("only whole warps may shuffle");
+  if (source_lane < 0 || source_lane >= kWarpSize) fail("a shuffle from no lane of the warp");
+  return Block::current().gather(value)[source_lane];
+}
+
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes) {
-  static_assert(sizeof(T) <= sizeof(uint64_t));
-  using inverse_flow::emulation::Block;
-  if (mask != 0xffffffffu) inverse_flow::emulation::fail("only whole warps may shuffle");
-  uint64_t bits = 0;
-  std::memcpy(&bits, &value, sizeof(T));
-  const int lane = static_cast<int>(Block::current().active() % inverse_flow::emulation::kWarpSize);
-  bits = Block::current().exchange(bits, lane ^ lanes);
-  std::memcpy(&value, &bits, sizeof(T));
-  return value;
+  return __shfl_sync(mask, value, emulated_lane() ^ lanes);
+}
+
+template <typename T>
+T __shfl_up_sync(unsigned mask, T value, unsigned lanes) {
+  const int source = emulated_lane() - static_cast<int>(lanes);
+  return __shfl_sync(mask, value, source < 0 ? emulated_lane() : source);
+}
+
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+  using namespace inverse_flow::emulation;
+  if (mask != 0xffffffffu) fail("only whole warps may reduce");
+  const unsigned* lanes = Block::current().gather(value);
+  return *std::max_element(lanes, lanes + kWarpSize);
+}
+
+template <typename T>
+T atomicAdd(T* address, T value) {
+  const T old = *address;
+  *address += value;
+  return old;
 }
 
 namespace inverse_flow {
@@ -254,6 +311,16 @@ inline float float_from_bits(uint32_t bits) {
   std::memcpy(&value, &bits, sizeof(value));
   return value;
 }
+
+inline uint32_t high_word(double value) {
+  uint64_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return static_cast<uint32_t>(bits >> 32);
+}
+
+inline int32_t load_acquire(const int32_t* flag) { return *flag; }
+inline void store_release(int32_t* flag, int32_t value) { *flag = value; }
+inline void wait_a_moment() { emulation::Block::current().yield(); }
 
 inline double not_a_number() { return std::nan(""); }
 
@@ -282,7 +349,13 @@ inline uint16_t float_to_half_bits(float value) {
   return static_cast<uint16_t>(sign | (units < 1024 ? units : ((exponent + 13) << 10) + units));
 }
 
-// The launch_kernel of launch_kernel.cuh. The blocks of a launch run in random order.
+inline const char* clear_memory(void* memory, int64_t bytes, void*) {
+  ++emulation::device.launches;
+  std::memset(memory, 0, static_cast<size_t>(bytes));
+  return nullptr;
+}
+
+// The launch_kernel of launch_kernel.cuh. The blocks of a launch start in random order, and a few run at a time.
 template <typename Arguments>
 const char* launch_kernel(void (*kernel)(Arguments), dim3 grid, int threads, int64_t shared_bytes,
                           const Arguments& arguments, void*) {
@@ -298,10 +371,20 @@ const char* launch_kernel(void (*kernel)(Arguments), dim3 grid, int threads, int
     }
   }
   std::shuffle(blocks.begin(), blocks.end(), device.random);
-  for (const dim3& index : blocks) {
-    blockIdx = index;
-    emulation::Block block(threads, static_cast<size_t>(shared_bytes), device.random);
-    block.run([&] { kernel(arguments); });
+  const std::function<void()> run = [&] { kernel(arguments); };
+  std::vector<std::unique_ptr<emulation::Block>> resident;
+  while (!blocks.empty() || !resident.empty()) {
+    while (!blocks.empty() && resident.size() < emulation::kResidentBlocks) {
+      resident.push_back(std::make_unique<emulation::Block>(blocks.back(), threads, static_cast<size_t>(shared_bytes),
+                                                            device.random, run));
+      blocks.pop_back();
+    }
+    auto& block = resident[device.random() % resident.size()];
+    block->step();
+    if (block->is_done()) {
+      std::swap(block, resident.back());
+      resident.pop_back();
+    }
   }
   return nullptr;
 }

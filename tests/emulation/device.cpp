@@ -1,6 +1,9 @@
 // The other side of csrc/cuda/launch.h for the binding's test: what launch.cu holds, with the emulator for a GPU.
 #include "fold_launch.cu"
 #include "gradient_launch.cu"
+#include "lanes_bfloat16_launch.cu"
+#include "lanes_float_launch.cu"
+#include "lanes_half_launch.cu"
 #include "solve_bfloat16_launch.cu"
 #include "solve_double_launch.cu"
 #include "solve_float_launch.cu"
@@ -10,7 +13,7 @@ namespace inverse_flow {
 
 // A small GPU: images of a few hundred pixels need several tiles.
 const char* device_limits(DeviceLimits& limits) {
-  limits = {128, 6 * 1024, 4};
+  limits = {128, 6 * 1024, 4, -1};
   return nullptr;
 }
 

@@ -3,9 +3,12 @@
 // standard output as "key value" lines. See test_emulation.py for the other side.
 #include "fold_launch.cu"
 #include "gradient_launch.cu"
+#include "lanes_float_launch.cu"
 #include "solve_double_launch.cu"
 #include "solve_float_launch.cu"
 #ifndef EMULATE_FLOAT_AND_DOUBLE_ONLY  // the planted bugs need no more, and build faster
+#include "lanes_bfloat16_launch.cu"
+#include "lanes_half_launch.cu"
 #include "solve_bfloat16_launch.cu"
 #include "solve_half_launch.cu"
 #endif
@@ -84,18 +87,31 @@ const char* solve(const SolveProblem& problem, const SolvePlan& plan) {
 }
 
 void print(const SolvePlan& plan) {
-  std::cout << "pack " << plan.pack << "\ntile " << plan.tile_h << " " << plan.tile_w << "\ntiles " << plan.tiles_h
-            << " " << plan.tiles_w << "\nimages " << plan.images << "\nthreads " << plan.threads << "\nchannel_threads "
-            << plan.channel_threads << "\ndiagonal_threads " << plan.diagonal_threads << "\nweights_in_shared "
-            << plan.weights_in_shared << "\nfold_in_block " << plan.fold_in_block << "\nshared_bytes "
-            << plan.shared_bytes << "\n";
+  std::cout << "regime " << static_cast<int32_t>(plan.regime) << "\npack " << plan.pack << "\ntile " << plan.tile_h
+            << " " << plan.tile_w << "\ntiles " << plan.tiles_h << " " << plan.tiles_w << "\nimages " << plan.images
+            << "\nthreads " << plan.threads << "\nchannel_threads " << plan.channel_threads << "\ndiagonal_threads "
+            << plan.diagonal_threads << "\nweights_in_shared " << plan.weights_in_shared << "\nfold_in_block "
+            << plan.fold_in_block << "\nshared_bytes " << plan.shared_bytes << "\n";
+  if (plan.regime == SolveRegime::kLanes) {
+    std::cout << "bands " << plan.lanes.bands << "\nimages_per_warp " << plan.lanes.images_per_warp << "\nphases "
+              << plan.lanes.phases() << "\n";
+  }
+  if (plan.regime == SolveRegime::kTensor) {
+    const TensorPlan& tensor = plan.tensor;
+    std::cout << "tensor_splits " << tensor.splits << "\ntensor_job_warps " << tensor.job_warps
+              << "\ntensor_finish_warps " << tensor.finish_warps << "\ntensor_output_tiles " << tensor.output_tiles
+              << "\ntensor_k_steps " << tensor.k_steps << "\ntensor_resident_steps " << tensor.resident_steps
+              << "\ntensor_whole_images " << tensor.whole_images << "\n";
+  }
 }
 
 void print(const GradientPlan& plan) {
-  std::cout << "gradient_block " << plan.block_outputs << " " << plan.block_inputs << "\ngradient_window "
-            << plan.window_h << " " << plan.window_w << "\ngradient_tile " << plan.tile_h << " " << plan.tile_w
+  std::cout << "gradient_tensor_cores " << plan.tensor_cores << "\ngradient_block " << plan.block_outputs << " "
+            << plan.block_inputs << "\ngradient_window " << plan.window_h << " " << plan.window_w * plan.strip
+            << "\ngradient_images " << plan.images << "\ngradient_tile " << plan.tile_h << " " << plan.tile_w
             << "\ngradient_teams " << plan.teams << "\ngradient_threads " << plan.threads << "\ngradient_splits "
-            << plan.splits << "\ngradient_shared_bytes " << plan.shared_bytes << "\n";
+            << plan.splits << "\ngradient_lanes " << plan.combine_lanes << "\ngradient_shared_bytes "
+            << plan.shared_bytes << "\n";
 }
 
 // The conversions of element.cuh and the emulation: all halves to float, and the given floats to halves.
@@ -163,7 +179,8 @@ int main(int argc, char** argv) {
               static_cast<Corner>(input.get("corner")),
               transposed};
   const DeviceLimits limits{static_cast<int32_t>(input.get("threads_per_block")), input.get("shared_bytes"),
-                            static_cast<int32_t>(input.get("multiprocessors"))};
+                            static_cast<int32_t>(input.get("multiprocessors")),
+                            static_cast<int32_t>(input.get("forced_regime"))};
   const bool is_backward = operation == "backward";
 
   SolvePlan plan;

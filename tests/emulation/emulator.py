@@ -35,6 +35,8 @@ FLOAT, DOUBLE, BFLOAT16, HALF = range(4)
 TYPES = {"float": FLOAT, "double": DOUBLE, "bfloat16": BFLOAT16, "half": HALF}
 IDENTITY, UNIT_TRIANGULAR, GENERAL = range(3)
 TOP_LEFT, TOP_RIGHT, BOTTOM_LEFT, BOTTOM_RIGHT = range(4)
+# SolveRegime of csrc/cuda/device_limits.h.
+ANY_REGIME, BLOCK, LANES, TENSOR = -1, 0, 1, 2
 
 
 def compiler() -> str | None:
@@ -64,6 +66,24 @@ def build(folder: Path, kernels: Path = KERNELS, defines: tuple[str, ...] = ()) 
             assert done.returncode == 0, done.stderr
             unfinished.rename(program)
     return program
+
+
+def build_spoilt(folder: Path, planted: dict[str, tuple[str, str, str]]) -> Path:
+    """The driver over a copy of the kernels that holds mistakes, each behind a switch of the case file: by name, the
+    file, the line as it is, and the line as it is wrong."""
+    copy = folder / "csrc"
+    sources = {path: path.read_text() for path in [KERNELS / "params.h", *(KERNELS / "cuda").glob("*.*")]}
+    for name, (file, right, wrong) in planted.items():
+        path = KERNELS / "cuda" / file
+        assert sources[path].count(right) == 1, f"{file} no longer holds the line to spoil for {name}: {right}"
+        sources[path] = sources[path].replace(right, wrong)
+    with exclusively(folder.with_suffix(".lock")):
+        (copy / "cuda").mkdir(parents=True, exist_ok=True)
+        for path, text in sources.items():
+            target = copy / path.relative_to(KERNELS)
+            if not target.exists():
+                target.write_text(text)
+    return build(folder, copy, ("EMULATE_FLOAT_AND_DOUBLE_ONLY",))
 
 
 # ---- Element types ----
@@ -121,6 +141,7 @@ class Case:
     threads_per_block: int = 1024
     shared_bytes: int = 99 * 1024
     multiprocessors: int = 1
+    forced_regime: int = BLOCK
     seeds: tuple[int, ...] = (1, 2)
     planted: int = 0  # the mistake to make, in a driver built with mistakes
 
@@ -318,7 +339,7 @@ def header(case: Case, operation: str) -> str:
     }
     for name in ["batch", "channels", "height", "width", "kernel_h", "kernel_w", "corner"]:
         lines[name] = getattr(case, name)
-    for name in ["threads_per_block", "shared_bytes", "multiprocessors"]:
+    for name in ["threads_per_block", "shared_bytes", "multiprocessors", "forced_regime"]:
         lines[name] = getattr(case, name)
     text = ""
     for key, value in lines.items():

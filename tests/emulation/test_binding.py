@@ -35,6 +35,7 @@ PROBLEMS = [
     (2, 20, (1,), 3, 4, 2, 3),  # folded before the solve
     (1, 2, (2,), 25, 31, 3, 2),  # several tiles
     (3, 1, (0, 1, 2, 3), 4, 4, 5, 5),
+    (2, 3, (1, 3), 40, 36, 3, 3),  # rows as lanes
 ]
 
 

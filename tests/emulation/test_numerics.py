@@ -11,14 +11,33 @@ import torch
 
 from inverse_flow.reference import inverse_conv2d as plain_recurrence
 
-from .emulator import GENERAL, TOP_LEFT, UNIT_TRIANGULAR, Case, Data, compiler, encode, oracle_solve, round_to, run
+from .emulator import (
+    BLOCK,
+    GENERAL,
+    LANES,
+    TOP_LEFT,
+    UNIT_TRIANGULAR,
+    Case,
+    Data,
+    compiler,
+    encode,
+    oracle_solve,
+    round_to,
+    run,
+)
 from .test_emulation import driver, worker  # noqa: F401  (fixtures)
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="the emulator needs a C++ compiler (g++, or CXX)")
 
 CORNERS = {UNIT_TRIANGULAR: "unit_triangular", GENERAL: "general"}
-# Whole images in a block; tiles; tiles with the weights in global memory.
-REGIMES = {"images in a block": 99 * 1024, "tiles": 1500, "weights in global memory": 120}
+# Whole images in a block; tiles; tiles with the weights in global memory; a warp on the rows of an image. Each with its
+# shared memory.
+REGIMES = {
+    "images in a block": (BLOCK, 99 * 1024),
+    "tiles": (BLOCK, 1500),
+    "weights in global memory": (BLOCK, 120),
+    "rows as lanes": (LANES, 99 * 1024),
+}
 BASE = Case(4, (TOP_LEFT,), 3, 11, 9, 3, 3, bias=False, seeds=(1,))
 EPS = {"float": 2.0**-23, "half": 2.0**-10, "bfloat16": 2.0**-7}
 
@@ -73,9 +92,11 @@ def test_ill_conditioned_weights(
     plain = plain_recurrence(*single, corner=CORNERS[corner]).double().numpy()
     allowed = 2 * np.abs(round_to(plain, image_type) - exact).max() + EPS[image_type] * np.abs(exact).max()
     assert np.isfinite(encode(exact, image_type).astype(np.float64)).all()
-    for regime, shared_bytes in REGIMES.items():
-        done = run(driver, tmp_path, case.but(shared_bytes=shared_bytes), Data(y, weight, np.zeros(3)))
-        assert (done.facts["tiles"] == [1, 1]) == (regime == "images in a block")
+    for regime, (number, shared_bytes) in REGIMES.items():
+        problem = case.but(forced_regime=number, shared_bytes=shared_bytes)
+        done = run(driver, tmp_path, problem, Data(y, weight, np.zeros(3)))
+        assert done.facts["regime"] == [number]
+        assert (done.facts["tiles"] == [1, 1]) == (regime in ("images in a block", "rows as lanes"))
         assert done.facts["weights_in_shared"] == [regime != "weights in global memory"]
         error = np.abs(done.outputs[0][0] - exact).max()
         assert error <= allowed, f"{regime}: off by {error:.3g}, allowed {allowed:.3g}"

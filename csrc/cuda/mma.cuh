@@ -1,0 +1,111 @@
+// The tensor cores: products of 16 x 8 weights and 8 x 8 values in TF32 (11 significant bits), float32 split into two
+// TF32 numbers, and copies into shared memory that nobody waits for until wait_for_copies. PTX, and beside it an
+// emulated twin with the same rounding.
+//
+// A warp does a product together. With g = lane / 4 and t = lane % 4 a lane holds of
+//   a (16 outputs x 8 inputs)  [g][t], [g + 8][t], [g][t + 4], [g + 8][t + 4]
+//   b (8 inputs x 8 pixels)    [t][g], [t + 4][g]
+//   sum (16 outputs x 8 pixels)  [g][2t], [g][2t + 1], [g + 8][2t], [g + 8][2t + 1].
+//
+// 3xTF32: v = big + small with big = tf32(v), small = tf32(v - big), so that 2^-23 |v| is lost at most, and
+// v w = big big + big small + small big but for 2^-22 |v w|: three products for the error of float32.
+#pragma once
+
+#include "device.cuh"
+
+namespace inverse_flow {
+
+#ifdef __CUDACC__
+
+// To nearest, ties away from zero; the 13 low bits of the result are zero.
+__device__ inline uint32_t round_to_tf32(float value) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return bits;
+}
+
+__device__ inline void multiply_tf32(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// 16 bytes, which may be read after wait_for_copies (by the thread that copied them) and a barrier (by others).
+__device__ inline void copy_to_shared(void* shared, const void* global) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
+}
+
+__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+#else
+
+// As late as the GPU may: at the wait.
+inline void copy_to_shared(void* shared, const void* global) {
+  emulation::Block::current().put_off([=] { std::memcpy(shared, global, 16); });
+}
+
+inline void wait_for_copies() { emulation::Block::current().make_up_for(); }
+
+inline uint32_t round_to_tf32(float value) {
+  const uint32_t bits = float_bits(value);
+  const bool is_finite = (bits & 0x7f800000u) != 0x7f800000u;
+  return (is_finite ? bits + 0x1000u : bits) & 0xffffe000u;
+}
+
+// The products are exact; their sum is truncated, as it was seen on GPUs (Ootomo and Yokota, arXiv 2203.03341).
+inline void multiply_tf32(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  struct Operands {
+    uint32_t a[4];
+    uint32_t b[2];
+  };
+  Operands mine;
+  std::copy(a, a + 4, mine.a);
+  std::copy(b, b + 2, mine.b);
+  for (const uint32_t bits : {a[0], a[1], a[2], a[3], b[0], b[1]}) {
+    if ((bits & 0x1fffu) != 0 && (bits & 0x7f800000u) != 0x7f800000u) emulation::fail("an operand is not in TF32");
+  }
+  emulation::Block& block = emulation::Block::current();
+  const auto* lanes = block.gather(mine);
+  const int lane = static_cast<int>(block.active() % emulation::kWarpSize);
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + i / 2 * 8;
+    const int column = lane % 4 * 2 + i % 2;
+    double exact = sum[i];
+    for (int k = 0; k < 8; ++k) {
+      const double left = float_from_bits(lanes[row % 8 * 4 + k % 4].a[row / 8 + k / 4 * 2]);
+      const double right = float_from_bits(lanes[column * 4 + k % 4].b[k / 4]);
+      exact += left * right;
+    }
+    const float rounded = static_cast<float>(exact);
+    sum[i] = std::fabs(static_cast<double>(rounded)) > std::fabs(exact) ? std::nextafter(rounded, 0.0f) : rounded;
+  }
+}
+
+#endif
+
+// kCount values in two TF32 parts each, value = big + small.
+template <int kCount>
+struct Split {
+  uint32_t big[kCount];
+  uint32_t small[kCount];
+
+  Split() = default;
+  __device__ explicit Split(const float (&values)[kCount]) {
+    INVERSE_FLOW_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      big[i] = round_to_tf32(values[i]);
+      small[i] = round_to_tf32(values[i] - float_from_bits(big[i]));
+    }
+  }
+};
+
+// sum += a b, the small products first.
+__device__ inline void multiply_split(float (&sum)[4], const Split<4>& a, const Split<2>& b) {
+  multiply_tf32(sum, a.small, b.big);
+  multiply_tf32(sum, a.big, b.small);
+  multiply_tf32(sum, a.big, b.big);
+}
+
+}  // namespace inverse_flow

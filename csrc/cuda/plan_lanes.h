@@ -1,0 +1,150 @@
+// The plan of the regime kLanes (solve_lanes.cuh): few channels a group, a warp on a band of rows. Plain C++.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../params.h"
+#include "device_limits.h"
+
+namespace inverse_flow {
+
+// Registers: 65536 of them over 256 threads leave 255 each, which hold the weights of a lane.
+constexpr int32_t kLanesThreads = 256;
+// A tile of an image too large for one block has so many bands: as a multiprocessor has schedulers, one warp for each.
+constexpr int32_t kLanesTileBands = 4;
+// Bands of a block advance by so many columns between barriers. Fewer would cost more barriers, more would let a band
+// wait longer for the one above it.
+constexpr int32_t kLanesPhase = 8;
+// Narrower tiles would spend most steps on filling and draining the lanes.
+constexpr int64_t kLanesLeastTileWidth = 16;
+
+// Kernels are compiled for square windows of 2, 3 and 5 taps and up to so many channels a group: beyond, the weights
+// of a lane no longer fit its registers, or its multiply-adds take longer than the steps of regime kBlock.
+INVERSE_FLOW_HOST_DEVICE constexpr int32_t lanes_most_channels(int64_t taps) {
+  return taps == 2 || taps == 3 ? 4 : taps == 5 ? 2 : 0;
+}
+// Lanes that share the output channels of a pixel.
+INVERSE_FLOW_HOST_DEVICE constexpr int32_t lanes_of_pixel(int32_t channels) { return channels <= 2 ? 1 : 2; }
+// Output channels of a lane.
+INVERSE_FLOW_HOST_DEVICE constexpr int32_t outputs_of_lane(int32_t channels) {
+  return static_cast<int32_t>(divide_up(channels, lanes_of_pixel(channels)));
+}
+
+struct LanesPlan {
+  int32_t lanes;            // of a pixel
+  int32_t channel_pitch;    // floats of a pixel in shared memory
+  int32_t rows;             // of a band: those of a warp
+  int32_t bands;            // of an image, or of a tile
+  int32_t images_per_warp;  // whole images side by side in a warp; 1 if an image has several bands
+  int32_t images;           // whole images of a block; 1 when an image has several tiles
+  int32_t sweep_warps;
+  int32_t threads;
+  // The tile of a block. Shared memory holds it with a margin of solved rows above and columns to its left if the image
+  // has several tiles; rows are row_stride pixels apart.
+  int32_t tile_h;
+  int32_t tile_w;
+  int32_t margin_h;
+  int32_t margin_w;
+  int32_t row_stride;
+  int64_t tiles_h;
+  int64_t tiles_w;
+  // Steps go by in phases; every band starts `lag` phases after the band above it.
+  int32_t band_phases;
+  int32_t lag;
+  // Shared memory, in bytes: weights, bias, a pixel of zeros, then the images (before them, in the same place, the
+  // fold's scratch).
+  int64_t bias_offset;
+  int64_t zeros_offset;
+  int64_t image_offset;
+  int64_t shared_bytes;
+
+  INVERSE_FLOW_HOST_DEVICE bool single_tile() const { return tiles_h == 1 && tiles_w == 1; }
+  INVERSE_FLOW_HOST_DEVICE int64_t tiles() const { return tiles_h * tiles_w; }
+  // Phases of the whole block; a barrier stands between them if there are several bands.
+  INVERSE_FLOW_HOST_DEVICE int32_t phases() const { return band_phases + (bands - 1) * lag; }
+  INVERSE_FLOW_HOST_DEVICE int64_t image_elements() const {
+    return static_cast<int64_t>(tile_h + margin_h) * row_stride * channel_pitch;
+  }
+};
+
+// False when the regime has no kernel for the problem, or a block no room.
+inline bool plan_lanes(const Shape& shape, int64_t state_bytes, int64_t fold_bytes, const DeviceLimits& device,
+                       LanesPlan& plan) {
+  plan = {};
+  // A kernel clipped by the image is none of those compiled.
+  const bool square = shape.kernel_h == shape.kernel_w && shape.kernel_h <= std::min(shape.height, shape.width);
+  const int64_t taps = shape.kernel_h;
+  if (state_bytes != 4 || !square || shape.channels > lanes_most_channels(taps)) return false;
+  const int32_t channels = static_cast<int32_t>(shape.channels);
+  plan.lanes = lanes_of_pixel(channels);
+  plan.channel_pitch = plan.lanes * outputs_of_lane(channels);
+  plan.rows = 32 / plan.lanes;
+
+  const int64_t max_warps = std::min<int64_t>(device.threads_per_block, kLanesThreads) / 32;
+  plan.bias_offset = round_up(taps * taps * channels * channels * state_bytes, 16);
+  plan.zeros_offset = plan.bias_offset + round_up(channels * state_bytes, 16);
+  plan.image_offset = plan.zeros_offset + 16;
+  const int64_t budget = device.shared_bytes - plan.image_offset;
+  if (fold_bytes > budget) return false;
+  // Lanes of neighbouring rows are one column apart. With an even stride their addresses differ by an odd number of
+  // pixels, and so fall in different banks.
+  const auto bytes = [&](int64_t rows, int64_t columns) {
+    return rows * round_up(columns, 2) * plan.channel_pitch * state_bytes;
+  };
+
+  int64_t tile_h = shape.height;
+  int64_t tile_w = shape.width;
+  const bool addressable = shape.height < (int64_t{1} << 20) && shape.width < (int64_t{1} << 20);
+  if (!addressable || divide_up(tile_h, plan.rows) > max_warps || bytes(tile_h, tile_w) > budget) {
+    // About square: the steps of all tile diagonals together do not depend on its side, and a larger one means fewer
+    // waits for other blocks.
+    plan.margin_h = plan.margin_w = static_cast<int32_t>(taps - 1);
+    const int64_t side = plan.rows * std::min<int64_t>(kLanesTileBands, max_warps);
+    tile_h = std::min(side, shape.height);
+    tile_w = std::min(side, shape.width);
+    const auto fits = [&] { return bytes(tile_h + plan.margin_h, tile_w + plan.margin_w) <= budget; };
+    while (tile_w > kLanesLeastTileWidth && !fits()) tile_w = std::max(tile_w / 2, kLanesLeastTileWidth);
+    while (tile_h > plan.rows && !fits()) tile_h -= plan.rows;
+    if (!fits() || tile_h < plan.margin_h || tile_w < plan.margin_w) return false;
+  }
+  plan.tile_h = static_cast<int32_t>(tile_h);
+  plan.tile_w = static_cast<int32_t>(tile_w);
+  plan.row_stride = static_cast<int32_t>(round_up(tile_w + plan.margin_w, 2));
+  plan.tiles_h = divide_up(shape.height, tile_h);
+  plan.tiles_w = divide_up(shape.width, tile_w);
+
+  plan.bands = static_cast<int32_t>(divide_up(tile_h, plan.rows));
+  plan.images_per_warp = plan.bands == 1 ? plan.rows / plan.tile_h : 1;
+  plan.images = 1;
+  if (plan.single_tile()) {
+    // As many images as fill the multiprocessors, and no more than the warps of a block sweep at once.
+    const int64_t share = divide_up(shape.batch * shape.groups, std::max(device.multiprocessors, 1));
+    const int64_t most = max_warps / plan.bands * plan.images_per_warp;
+    const int64_t image_bytes = plan.image_elements() * state_bytes;
+    plan.images = static_cast<int32_t>(
+        std::max<int64_t>(std::min({share, most, std::max<int64_t>(shape.batch, 1), budget / image_bytes}), 1));
+  }
+  plan.sweep_warps = static_cast<int32_t>(divide_up(plan.images, plan.images_per_warp) * plan.bands);
+  // Loading and storing are the work of all threads, a pixel each; so is the fold, a weight each.
+  const int64_t pixels = static_cast<int64_t>(plan.images) * plan.tile_h * plan.tile_w;
+  const int64_t items = std::max(pixels, taps * taps * channels * channels);
+  plan.threads =
+      static_cast<int32_t>(32 * std::max<int64_t>(plan.sweep_warps, std::min(max_warps, divide_up(items, 32))));
+
+  const int64_t first_rows = std::min<int64_t>(plan.rows, tile_h);
+  plan.band_phases = static_cast<int32_t>(divide_up(tile_w + plan.margin_w + first_rows - 1, kLanesPhase));
+  // The last row of a band is `rows` - 1 steps behind its first, and the band below needs it a phase ahead.
+  plan.lag = plan.rows / kLanesPhase + 1;
+  plan.shared_bytes =
+      plan.image_offset + std::max(plan.images * plan.image_elements() * state_bytes, round_up(fold_bytes, 16));
+  return true;
+}
+
+// The tickets of the groups and the flags of the tiles, for images of several tiles.
+inline int64_t lanes_workspace_bytes(const Shape& shape, const LanesPlan& plan) {
+  return plan.single_tile() ? 0
+                            : shape.groups * (1 + shape.batch * plan.tiles()) * static_cast<int64_t>(sizeof(int32_t));
+}
+
+}  // namespace inverse_flow

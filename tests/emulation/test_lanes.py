@@ -1,0 +1,317 @@
+"""Rows as lanes (csrc/cuda/solve_lanes.cuh), run on the CPU by the emulator, against a dense float64 solve.
+
+As in test_emulation.py, every run is repeated with another order of threads and blocks and must come out the same.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from .emulator import (
+    ANY_REGIME,
+    BLOCK,
+    BOTTOM_LEFT,
+    BOTTOM_RIGHT,
+    GENERAL,
+    IDENTITY,
+    LANES,
+    TOP_LEFT,
+    TOP_RIGHT,
+    UNIT_TRIANGULAR,
+    Case,
+    DriverError,
+    Run,
+    build_spoilt,
+    compiler,
+    make_data,
+    run,
+)
+from .test_emulation import (
+    ALL_ORDERS,
+    check_backward,
+    check_solve,
+    driver,  # noqa: F401  (fixture)
+    shared_folder,
+    worker,  # noqa: F401  (fixture)
+)
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="the emulator needs a C++ compiler (g++, or CXX)")
+
+# Most channels a group, by the taps of the window.
+MOST_CHANNELS = {2: 4, 3: 4, 5: 2}
+
+
+def lanes_case(*arguments: object, **options: object) -> Case:
+    return Case(*arguments, **{"forced_regime": ANY_REGIME, **options})  # type: ignore[arg-type]
+
+
+def check(driver: Path, folder: Path, case: Case, seed: int = 0) -> Run:  # noqa: F811
+    done = check_solve(driver, folder, case, seed)
+    assert done.facts["regime"] == [LANES]
+    return done
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("corner", [IDENTITY, UNIT_TRIANGULAR, GENERAL])
+@pytest.mark.parametrize("taps", MOST_CHANNELS)
+def test_every_kernel_and_corner(
+    driver: Path,  # noqa: F811
+    tmp_path: Path,
+    taps: int,
+    corner: int,
+    transposed: bool,
+) -> None:
+    for channels in range(1, MOST_CHANNELS[taps] + 1):
+        # As small as the window, and neither square nor even.
+        for height, width in ((taps, taps), (taps + 2, 9), (9, taps)):
+            case = lanes_case(3, ALL_ORDERS, channels, height, width, taps, taps, corner, transposed)
+            done = check(driver, tmp_path, case, seed=channels)
+            assert done.facts["solve_launches"] == [1]
+            assert done.facts["bands"] == [1]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("channels", "height", "width", "taps"),
+    [(1, 70, 7, 3), (1, 65, 6, 5), (2, 34, 9, 2), (3, 33, 5, 3), (4, 49, 4, 2), (2, 40, 11, 5)],
+)
+def test_bands(
+    driver: Path,  # noqa: F811
+    tmp_path: Path,
+    channels: int,
+    height: int,
+    width: int,
+    taps: int,
+    transposed: bool,
+) -> None:
+    """More rows than a warp has lanes for: the warps of a block hand the rows between them on."""
+    rows = 32 if channels <= 2 else 16
+    case = lanes_case(2, (TOP_RIGHT, BOTTOM_LEFT), channels, height, width, taps, taps, GENERAL, transposed)
+    done = check(driver, tmp_path, case)
+    assert done.facts["bands"] == [-(-height // rows)]
+    assert done.facts["tiles"] == [1, 1]
+
+
+def test_several_images_in_a_warp_and_in_a_block(driver: Path, tmp_path: Path) -> None:  # noqa: F811
+    done = check(driver, tmp_path, lanes_case(11, (TOP_LEFT, BOTTOM_RIGHT), 3, 5, 4, 3, 3, multiprocessors=4))
+    assert done.facts["images_per_warp"] == [3]
+    assert done.facts["images"] == [6]
+    done = check(driver, tmp_path, lanes_case(5, (TOP_LEFT,), 3, 18, 4, 3, 3, multiprocessors=2))
+    assert (done.facts["bands"], done.facts["images"]) == ([2], [3])
+    # No more threads than the device has.
+    done = check(driver, tmp_path, lanes_case(9, (TOP_LEFT,), 1, 10, 4, 3, 3, threads_per_block=32))
+    assert (done.facts["images"], done.facts["threads"]) == ([3], [32])
+
+
+# Tiles of one and of two bands.
+TILED = [
+    lanes_case(2, (BOTTOM_RIGHT, TOP_RIGHT), 3, 20, 37, 3, 3, shared_bytes=5800),
+    lanes_case(2, (TOP_LEFT,), 3, 36, 20, 3, 3, shared_bytes=11000, threads_per_block=64),
+    lanes_case(1, (BOTTOM_LEFT, TOP_LEFT), 1, 70, 20, 5, 5, shared_bytes=5600, threads_per_block=64),
+    lanes_case(2, (TOP_RIGHT,), 4, 33, 18, 2, 2, shared_bytes=10000, threads_per_block=64),
+]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("corner", [IDENTITY, UNIT_TRIANGULAR, GENERAL])
+@pytest.mark.parametrize("case", TILED, ids=range(len(TILED)))
+def test_tiles(driver: Path, tmp_path: Path, case: Case, corner: int, transposed: bool) -> None:  # noqa: F811
+    """Images that do not fit a block: their blocks wait for each other, in one launch behind the cleared flags."""
+    done = check(driver, tmp_path, case.but(corner=corner, transposed=transposed, seeds=(1, 2, 3)))
+    assert min(done.facts["tiles"]) >= 2
+    assert done.facts["solve_launches"] == [2]
+    assert done.facts["bands"] == [1 if case.threads_per_block > 64 else 2]
+
+
+@pytest.mark.parametrize("image_type", ["float", "half", "bfloat16"])
+@pytest.mark.parametrize("input_layout", ["contiguous", "channels_last", "sliced", "expanded"])
+@pytest.mark.parametrize("output_layout", ["contiguous", "channels_last"])
+def test_types_and_layouts(
+    driver: Path,  # noqa: F811
+    tmp_path: Path,
+    image_type: str,
+    input_layout: str,
+    output_layout: str,
+) -> None:
+    for case in (lanes_case(2, (BOTTOM_LEFT, TOP_RIGHT, TOP_LEFT), 4, 6, 5, 3, 3), TILED[0]):
+        check(
+            driver,
+            tmp_path,
+            case.but(
+                image_type=image_type, weight_type=image_type, input_layout=input_layout, output_layout=output_layout
+            ),
+        )
+
+
+def test_no_bias_and_singular_corner(driver: Path, tmp_path: Path) -> None:  # noqa: F811
+    case = lanes_case(2, (TOP_RIGHT,), 3, 4, 4, 3, 3, GENERAL, bias=False)
+    data = make_data(case)
+    check(driver, tmp_path, case)
+    data.weight[2, :, 2, 0] = 2 * data.weight[1, :, 2, 0]
+    assert np.isnan(run(driver, tmp_path, case, data).outputs[0][0]).all()
+
+
+def test_a_nan_stays_in_its_image(driver: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Images side by side in a warp share shuffles, not values; and a NaN reaches only what depends on it."""
+    case = lanes_case(5, (TOP_LEFT,), 2, 6, 5, 3, 3)
+    data = make_data(case)
+    data.y[2, :, 3, 2] = np.nan
+    done = run(driver, tmp_path, case, data)
+    assert done.facts["images_per_warp"] == [5]
+    found = np.isnan(done.outputs[0][0])
+    assert found[2, :, 3:, 2:].all()
+    found[2, :, 3:, 2:] = False
+    assert not found.any()
+
+
+def test_many_groups(driver: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Groups in several launches: with tiles, all of their flags are cleared once."""
+    orders = tuple(int(o) for o in np.random.default_rng(5).integers(0, 4, 300))
+    case = lanes_case(1, orders, 1, 2, 3, 2, 2, seeds=(1,))
+    assert check(driver, tmp_path, case).facts["solve_launches"] == [2]
+    tiled = case.but(orders=orders[:258], height=34, width=3, threads_per_block=32)
+    done = check(driver, tmp_path, tiled)
+    assert done.facts["tiles"] == [2, 1]
+    assert done.facts["solve_launches"] == [3]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("image_type", ["float", "half"])
+@pytest.mark.parametrize("case", [lanes_case(3, ALL_ORDERS, 3, 6, 7, 3, 3, GENERAL), TILED[0]], ids=["images", "tiles"])
+def test_gradients(driver: Path, tmp_path: Path, case: Case, image_type: str, transposed: bool) -> None:  # noqa: F811
+    """The opposite solve in this regime hands x on to the gradients, unrounded."""
+    done = check_backward(driver, tmp_path, case.but(image_type=image_type, transposed=transposed, seeds=(1, 2)))
+    assert done.facts["regime"] == [LANES]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"channels": 5},
+        {"kernel_w": 2},
+        {"kernel_h": 5, "kernel_w": 5},
+        {"height": 2},  # the window is clipped
+        {"image_type": "double", "weight_type": "double"},
+        {"shared_bytes": 700},  # no tile fits
+        {"forced_regime": BLOCK},
+    ],
+    ids=str,
+)
+def test_what_it_declines(driver: Path, tmp_path: Path, changes: dict[str, object]) -> None:  # noqa: F811
+    case = lanes_case(2, (TOP_LEFT,), 3, 6, 7, 3, 3)
+    check(driver, tmp_path, case)
+    assert check_solve(driver, tmp_path, case.but(**changes)).facts["regime"] == [BLOCK]
+
+
+def test_plans_stay_within_the_device(driver: Path, tmp_path: Path) -> None:  # noqa: F811
+    for taps, most in MOST_CHANNELS.items():
+        for channels in range(1, most + 1):
+            for height, width in ((taps, taps), (5, 3000), (900, 7), (64, 64), (2048, 2048)):
+                for shared_bytes, threads in ((99 * 1024, 1024), (227 * 1024, 1024), (8000, 64)):
+                    case = lanes_case(
+                        3, (TOP_LEFT,), channels, height, width, taps, taps, shared_bytes=shared_bytes,
+                        threads_per_block=threads,
+                    )  # fmt: skip
+                    facts = run(driver, tmp_path, case, make_data(case.but(height=1, width=1)), "plan").facts
+                    assert facts["regime"] == [LANES]
+                    assert facts["shared_bytes"][0] <= shared_bytes
+                    assert facts["threads"][0] % 32 == 0
+                    assert facts["threads"][0] <= min(threads, 256)
+                    rows = 32 if channels <= 2 else 16
+                    tile, tiles = facts["tile"], facts["tiles"]
+                    assert facts["bands"] == [-(-tile[0] // rows)]
+                    assert facts["bands"][0] * 32 <= facts["threads"][0]
+                    for size, side, count in zip((height, width), tile, tiles, strict=True):
+                        assert side * (count - 1) < size <= side * count
+                    if tiles != [1, 1]:
+                        assert min(tile) >= taps - 1
+                        assert facts["images"] == [1]
+
+
+# ---- Mistakes, planted in a copy of the kernels ----
+
+PLANTED = {
+    "no barrier between phases": (
+        "solve_lanes.cuh",
+        "if (plan.bands > 1) __syncthreads();",
+        "if (plan.bands > 1 && !PLANTED(1)) __syncthreads();",
+    ),
+    "a band starts two phases early": (
+        "solve_lanes.cuh",
+        "const int phase = time - band * plan.lag;",
+        "const int phase = time - band * (plan.lag - (PLANTED(2) ? 2 : 0));",
+    ),
+    "the rows above are read one off": (
+        "solve_lanes.cuh",
+        "line + column * S::kPitch - a * row_floats;",
+        "line + column * S::kPitch - (PLANTED(3) && a > 1 ? a - 1 : a) * row_floats;",
+    ),
+    "no wait for the tile to the left": (
+        "solve_lanes.cuh",
+        "if (claimed.left > 0) {",
+        "if (claimed.left > 0 && !PLANTED(4)) {",
+    ),
+    "no barrier before the flag is set": (
+        "solve_lanes.cuh",
+        "__syncthreads();  // the whole tile is written before one thread says so",
+        "if (!PLANTED(5)) __syncthreads();",
+    ),
+    "a shuffle without half of the warp": (
+        "solve_lanes.cuh",
+        "__shfl_up_sync(kFullWarp, above[a - 1][c], kLanes)",
+        "__shfl_up_sync(PLANTED(6) ? 0xffffu : kFullWarp, above[a - 1][c], kLanes)",
+    ),
+    "flags that are not cleared": (
+        "sequence_lanes.cuh",
+        "const char* error = clear_memory(",
+        "const char* error = PLANTED(7) ? nullptr : clear_memory(",
+    ),
+    "a flag that is never set": (
+        "solve_lanes.cuh",
+        "store_release(done, 1);",
+        "if (!PLANTED(8)) store_release(done, 1);",
+    ),
+    "a shuffle across images": (
+        "solve_lanes.cuh",
+        "above[a - 1][c] = is_first ? pixel.value[c] : above[a - 1][c];",
+        "above[a - 1][c] = is_first && !(PLANTED(9) && slot > 0) ? pixel.value[c] : above[a - 1][c];",
+    ),
+}
+IMAGES_OF_A_WARP = lanes_case(4, (TOP_LEFT, BOTTOM_RIGHT), 3, 5, 6, 3, 3, GENERAL, seeds=(1, 2, 3))
+BANDS = lanes_case(2, (TOP_LEFT, BOTTOM_RIGHT), 3, 35, 12, 3, 3, GENERAL, seeds=(1, 2, 3))
+# Smaller tiles than TILED has, and more of them.
+WAITING = lanes_case(1, (TOP_LEFT,), 1, 65, 40, 3, 3, GENERAL, threads_per_block=32, shared_bytes=3000, seeds=(1, 2, 3))
+
+
+@pytest.fixture(scope="module")
+def spoilt_driver(tmp_path_factory: pytest.TempPathFactory, worker: str) -> Path:  # noqa: F811
+    return build_spoilt(shared_folder(tmp_path_factory, worker) / "spoilt-lanes", PLANTED)
+
+
+@pytest.mark.parametrize("case", [IMAGES_OF_A_WARP, BANDS, WAITING], ids=["images of a warp", "bands", "waiting"])
+def test_without_a_planted_mistake_the_checks_pass(spoilt_driver: Path, tmp_path: Path, case: Case) -> None:
+    check(spoilt_driver, tmp_path, case)
+
+
+@pytest.mark.parametrize(
+    ("name", "case", "message"),
+    [
+        ("no barrier between phases", BANDS, "depends on the order|off by"),
+        ("a band starts two phases early", BANDS, "depends on the order|off by"),
+        ("the rows above are read one off", BANDS, "off by"),
+        ("the rows above are read one off", WAITING, "off by"),
+        ("no wait for the tile to the left", WAITING, "depends on the order|off by"),
+        ("no barrier before the flag is set", WAITING, "depends on the order|off by"),
+        ("a shuffle without half of the warp", IMAGES_OF_A_WARP, "only whole warps may shuffle"),
+        ("flags that are not cleared", WAITING, "."),
+        ("a flag that is never set", WAITING, "waits for a flag that nobody sets"),
+        ("a shuffle across images", IMAGES_OF_A_WARP, "off by"),
+    ],
+)
+def test_a_planted_mistake_shows(spoilt_driver: Path, tmp_path: Path, name: str, case: Case, message: str) -> None:
+    number = list(PLANTED).index(name) + 1
+    with pytest.raises((AssertionError, DriverError), match=message):
+        check_solve(spoilt_driver, tmp_path, case.but(planted=number))
