@@ -324,7 +324,7 @@ def report(path: Path) -> None:
     table = [HEADER, ["---", *["---:"] * (len(HEADER) - 1)], *rows(summary)]
     lines = [
         "",
-        f"{content['hardware']['cpu']}, {settings['threads']} threads ({settings['clock']} time), "
+        f"{content['hardware']['cpu']}, {settings['threads']} thread(s), {settings['clock']} time, "
         f"torch {content['versions']['torch']}; "
         f"{content['data']}, {content['train_images']} training images; L = {settings['levels']}, "
         f"K = {settings['depth']}, width {settings['hidden']}; {settings['steps']} steps of {settings['batch_size']}, "
