@@ -1,5 +1,5 @@
 // Argument checks shared by the backends, and the translation from tensors to the plain structs of params.h.
-// The Python layer gives users the friendlier errors; these guard direct calls of torch.ops.inverse_flow.
+// When one fails, the Python layer looks again and gives the friendlier error (src/inverse_flow/_checks.py).
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from inverse_flow import InverseConv2d, _native, reference
 from inverse_flow.functional import causal_conv2d, inverse_conv2d
 
 Y, W, B = torch.randn(2, 4, 3, 3), torch.randn(4, 4, 2, 2) + 2 * torch.eye(4)[..., None, None], torch.zeros(4)
+INPUTS = {"input": Y, "weight": W, "bias": B}
 FUNCTIONS = [inverse_conv2d, causal_conv2d, reference.inverse_conv2d, reference.inverse_conv2d_dense]
 
 
@@ -58,11 +61,32 @@ FUNCTIONS = [inverse_conv2d, causal_conv2d, reference.inverse_conv2d, reference.
         ({"bias": B.to("meta")}, RuntimeError, "bias is on meta but input is on cpu"),
     ],
 )
-def test_arguments(function: Any, change: dict[str, Any], error: type[Exception], message: str) -> None:
-    arguments = {"input": Y, "weight": W, "bias": B}
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_arguments(
+    function: Any, change: dict[str, Any], error: type[Exception], message: str, with_gradients: bool
+) -> None:
+    arguments = {name: value.clone().requires_grad_(with_gradients) for name, value in INPUTS.items()}
     function(**arguments)
     with pytest.raises(error, match=message):
         function(**(arguments | change))
+
+
+def test_arguments_under_vmap() -> None:
+    solve_all = torch.vmap(inverse_conv2d, in_dims=(0, None))
+    assert solve_all(Y[None], W).shape == (1, *Y.shape)
+    with pytest.raises(ValueError, match=r"input must have shape \(B, C, H, W\), got \(4, 3, 3\)"):
+        solve_all(Y, W)
+    with pytest.raises(ValueError, match=r"weight must have shape \(4, 4, kH, kW\)"):
+        solve_all(Y[None], W[:3])
+
+
+# torch.compile instantiates every autograd.Function it meets, which PyTorch itself warns of.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_arguments_when_tracing() -> None:
+    with pytest.raises(ValueError, match=r"weight must have shape \(4, 4, kH, kW\)"):
+        make_fx(partial(inverse_conv2d, corner="identity"), tracing_mode="fake")(Y, W[:3])
+    with pytest.raises(Exception, match=r"weight must have shape \(4, 4, kH, kW\)"):
+        torch.compile(inverse_conv2d, fullgraph=True, backend="eager")(Y, W[:3])
 
 
 @pytest.mark.parametrize("batch", [0, 2, 9])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import sys
 from collections.abc import Iterator
@@ -100,6 +101,15 @@ def test_layouts(case: Case, layout: str, transposed: bool, device: torch.device
 def test_layouts_of_other_dtypes(case: Case, layout: str, dtype: torch.dtype, device: torch.device) -> None:
     input, weight, bias = case.tensors(dtype, device)
     check_value(case, LAYOUTS[layout](input), weight, bias)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (1, 3, 4, 5), (2, 1, 4, 5), (0, 3, 4, 5), (2, 3, 1, 5), (1, 1, 1, 1)])
+def test_the_memory_format_is_that_of_empty_like(shape: tuple[int, ...], device: torch.device) -> None:
+    weight = torch.zeros(shape[1], shape[1], 2, 2, device=device)
+    for order in itertools.permutations(range(4)):
+        y = torch.zeros([shape[d] for d in order], device=device).permute([order.index(d) for d in range(4)])
+        for view in (y, y[:, :, :, ::2], y[::2], y.expand(shape), y[:1].expand(shape[0] and 3, -1, -1, -1)):
+            assert inverse_conv2d(view, weight, corner="identity").stride() == torch.empty_like(view).stride()
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "sliced", "stepped"])

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "../tensors.h"
 #include "plan.h"
 #include "prepare.h"
 
@@ -56,7 +57,7 @@ Image<IO> mirrored_group(const Shape& shape, IO* data, Strides stride, int64_t g
   return image;
 }
 
-// Solves all groups; with `gradient` also adds up the weight and bias gradients (contiguous, zeroed).
+// Solves all groups; with `other` also adds up the weight and bias gradients (contiguous, zeroed).
 template <class IO, class T>
 void run(const Shape& shape, const std::vector<int64_t>& orders, const Prepared<T>& prepared, const Tensor& input,
          const Tensor& output, const Tensor* other, T* weight_gradient, T* bias_gradient) {
@@ -153,7 +154,7 @@ constexpr ScalarType kScalarType = std::is_same_v<T, double> ? ScalarType::Doubl
 template <class T>
 Tensor as_state(const Tensor& tensor) {
   const Tensor converted = tensor.scalar_type() == kScalarType<T> ? tensor : torch::stable::to(tensor, kScalarType<T>);
-  return torch::stable::contiguous(converted);
+  return as_contiguous(converted);
 }
 
 template <class IO, class T>
@@ -173,9 +174,12 @@ void solve_backward_as(const Shape& shape, const std::vector<int64_t>& orders, c
   const Tensor w = as_state<T>(weight);
   const Prepared<T> prepared =
       prepare<T>(shape, orders, static_cast<const T*>(w.const_data_ptr()), nullptr, isa_in_use());
+  T* const weight_sums = static_cast<T*>(grad_weight.mutable_data_ptr());
+  T* const bias_sums = static_cast<T*>(grad_bias.mutable_data_ptr());
+  std::fill_n(weight_sums, shape.groups * shape.channels * shape.channels * shape.taps(), T(0));
+  std::fill_n(bias_sums, shape.groups * shape.channels, T(0));
   if (shape.batch > 0) {
-    run<IO, T>(shape, orders, prepared, grad_output, grad_input, &output,
-               static_cast<T*>(grad_weight.mutable_data_ptr()), static_cast<T*>(grad_bias.mutable_data_ptr()));
+    run<IO, T>(shape, orders, prepared, grad_output, grad_input, &output, weight_sums, bias_sums);
   }
 }
 
@@ -197,7 +201,7 @@ void for_types(ScalarType io, F f) {
 Tensor solve(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, std::vector<int64_t> orders,
              int64_t corner, bool transposed) {
   const Shape shape = check_problem(input, weight, bias, orders, corner, transposed);
-  const Tensor output = torch::stable::empty_like(input);
+  const Tensor output = new_image_like(input);
   for_types(input.scalar_type(), [&](auto io, auto state) {
     solve_as<decltype(io), decltype(state)>(shape, orders, input, weight, bias, output);
   });
@@ -209,10 +213,10 @@ std::tuple<Tensor, Tensor, Tensor> solve_backward(const Tensor& grad_output, con
   const Shape shape = check_problem(grad_output, weight, std::nullopt, orders, corner, !transposed);
   check_same_images(grad_output, output);
   const ScalarType state = state_type(grad_output.scalar_type());
-  const Tensor grad_input = torch::stable::empty_like(grad_output);
-  const Tensor grad_weight =
-      torch::stable::new_zeros(weight, {weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, state);
-  const Tensor grad_bias = torch::stable::new_zeros(weight, {weight.size(0)}, state);
+  const int64_t channels = shape.groups * shape.channels;
+  const Tensor grad_input = new_image_like(grad_output);
+  const Tensor grad_weight = new_tensor(weight, {channels, shape.channels, shape.kernel_h, shape.kernel_w}, state);
+  const Tensor grad_bias = new_tensor(weight, {channels}, state);
   for_types(grad_output.scalar_type(), [&](auto io, auto acc) {
     solve_backward_as<decltype(io), decltype(acc)>(shape, orders, grad_output, output, weight, grad_input, grad_weight,
                                                    grad_bias);

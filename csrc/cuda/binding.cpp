@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "../checks.h"
+#include "../tensors.h"
 #include "launch.h"
 
 namespace inverse_flow {
@@ -46,15 +47,13 @@ DeviceLimits current_limits() {
   return limits;
 }
 
-Tensor new_bytes(const Tensor& like, int64_t bytes) {
-  return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
-}
+Tensor new_bytes(const Tensor& like, int64_t bytes) { return new_tensor(like, {bytes}, ScalarType::Byte); }
 
 // Solves, with the device guarded by the caller. `state`, when asked for, receives x in the state type: `output` itself
 // if that is of the state type, else a contiguous tensor.
 Tensor run_solve(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                  const std::vector<int64_t>& orders, const Shape& shape, const DeviceLimits& limits, Tensor* state) {
-  Tensor output = torch::stable::empty_like(input);
+  Tensor output = new_image_like(input);
   const ScalarType type = input.scalar_type();
   const ScalarType wide_type = state_type(type);
   const int64_t state_bytes = element_bytes(element_type(wide_type));
@@ -63,13 +62,12 @@ Tensor run_solve(const Tensor& input, const Tensor& weight, const std::optional<
                   " channels a group are more than fit this GPU's shared memory (", limits.shared_bytes, " bytes)");
 
   const bool is_half = type != wide_type;
-  const Tensor weight_memory = torch::stable::contiguous(weight);
+  const Tensor weight_memory = as_contiguous(weight);
   std::optional<Tensor> bias_memory;
-  if (bias.has_value()) bias_memory = torch::stable::contiguous(*bias);
+  if (bias.has_value()) bias_memory = as_contiguous(*bias);
   std::optional<Tensor> wide;
   if (is_half && (state != nullptr || state_needed(plan, is_half))) {
-    wide = torch::stable::new_empty(input, {shape.batch, shape.groups * shape.channels, shape.height, shape.width},
-                                    wide_type);
+    wide = new_tensor(input, {shape.batch, shape.groups * shape.channels, shape.height, shape.width}, wide_type);
   }
   std::optional<Tensor> workspace;
   const SolveWorkspace parts = solve_workspace(shape, plan, state_bytes);
@@ -99,7 +97,7 @@ Tensor solve(const Tensor& input, const Tensor& weight, const std::optional<Tens
   check_same_device(input, weight, "the weight");
   if (bias.has_value()) check_same_device(input, *bias, "the bias");
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
-  if (shape.batch == 0) return torch::stable::empty_like(input);
+  if (shape.batch == 0) return new_image_like(input);
   return run_solve(input, weight, bias, orders, shape, current_limits(), nullptr);
 }
 
@@ -113,11 +111,11 @@ std::tuple<Tensor, Tensor, Tensor> solve_backward(const Tensor& grad_output, con
   const int64_t channels = shape.groups * shape.channels;
   const std::initializer_list<int64_t> weight_sizes{channels, shape.channels, shape.kernel_h, shape.kernel_w};
   if (shape.batch == 0) {
-    return {torch::stable::empty_like(grad_output), torch::stable::new_zeros(weight, weight_sizes),
+    return {new_image_like(grad_output), torch::stable::new_zeros(weight, weight_sizes),
             torch::stable::new_zeros(weight, {channels})};
   }
-  Tensor weight_gradient = torch::stable::new_empty(weight, weight_sizes);
-  Tensor bias_gradient = torch::stable::new_empty(weight, {channels});
+  Tensor weight_gradient = new_tensor(weight, weight_sizes, weight.scalar_type());
+  Tensor bias_gradient = new_tensor(weight, {channels}, weight.scalar_type());
 
   // u = A^-T grad_output (A^-1 for a transposed solve) is the gradient of the input.
   const DeviceLimits limits = current_limits();
@@ -128,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor> solve_backward(const Tensor& grad_output, con
 
   const ScalarType wide_type = state_type(output.scalar_type());
   const GradientPlan plan = plan_weight_gradient(shape, element_bytes(element_type(wide_type)), limits);
-  Tensor workspace = torch::stable::new_empty(weight, {gradient_workspace_elements(shape, plan)}, wide_type);
+  Tensor workspace = new_tensor(weight, {gradient_workspace_elements(shape, plan)}, wide_type);
   GradientProblem problem{};
   problem.shape = shape;
   problem.orders = orders.data();

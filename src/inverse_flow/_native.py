@@ -29,6 +29,19 @@ if importlib.util.find_spec(f"{__package__}._C_cuda") is not None:
         cuda_absent_reason = ""
 
 
+def check_device(device: torch.device) -> None:
+    """Raises a RuntimeError if there are no kernels for tensors on ``device``."""
+    if device.type in ("cpu", "meta"):
+        return
+    if device.type != "cuda":
+        raise RuntimeError(f"inverse_conv2d runs on CPU and CUDA tensors, got a tensor on {device}")
+    if cuda_absent_reason:
+        raise RuntimeError(
+            f"input is on {device}, but the CUDA kernels are not available: {cuda_absent_reason}. Rebuild with a CUDA "
+            "toolkit and a CUDA build of PyTorch: pip install --no-build-isolation --force-reinstall ."
+        )
+
+
 def build_info() -> dict[str, Any]:
     """What this build is made of, for bug reports.
 

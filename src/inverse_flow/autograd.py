@@ -210,11 +210,13 @@ def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     return super(torch.autograd.Function, function).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
 
 
-def _records_gradients(*tensors: Tensor | None) -> bool:
+def _records_gradients(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether a backward pass may come: otherwise the operator can be called as it is, which is cheaper."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.is_grad_enabled() and (
+        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
         return True
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def solve(input: Tensor, weight: Tensor, bias: Tensor | None, orders: Orders, corner: int, transposed: bool) -> Tensor:

@@ -1,0 +1,69 @@
+// New tensors, and contiguous ones, for both backends. What torch::stable has for this looks up an operator by its name
+// and boxes its arguments, which takes as long as all checks of a small solve together.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <initializer_list>
+#include <vector>
+
+#include "checks.h"
+
+namespace inverse_flow {
+
+// Uninitialized, on the device of `like`; `sizes` and `strides` of the same length.
+template <class Sizes, class NewStrides>
+Tensor new_strided(const Tensor& like, const Sizes& sizes, const NewStrides& strides, ScalarType type) {
+  int32_t device_type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                  code, device_type, like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+// Uninitialized and contiguous, on the device of `like`.
+inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+  const std::vector<int64_t> shape(sizes);
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t d = shape.size() - 1; d > 0; --d) strides[d - 1] = strides[d] * std::max<int64_t>(shape[d], 1);
+  return new_strided(like, shape, strides, type);
+}
+
+// Whether the image's elements lie side by side in some order of its dimensions.
+inline bool is_dense(const std::array<int64_t, 4>& sizes, const std::array<int64_t, 4>& strides) {
+  int64_t expected = 1;
+  size_t left = 0;
+  for (const int64_t size : sizes) left += size > 1;
+  for (bool found = true; left > 0 && found; left -= found) {
+    found = false;
+    for (size_t d = 0; d < 4 && !found; ++d) {
+      if (sizes[d] <= 1 || strides[d] != expected) continue;
+      expected *= sizes[d];
+      found = true;
+    }
+  }
+  return left == 0;
+}
+
+// As torch.empty_like of an image: the memory format is kept.
+inline Tensor new_image_like(const Tensor& image) {
+  const auto sizes = image.sizes();
+  const auto strides = image.strides();
+  const std::array<int64_t, 4> shape{sizes[0], sizes[1], sizes[2], sizes[3]};
+  const std::array<int64_t, 4> steps{strides[0], strides[1], strides[2], strides[3]};
+  return is_dense(shape, steps) ? new_strided(image, shape, steps, image.scalar_type())
+                                : torch::stable::empty_like(image);
+}
+
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+}  // namespace inverse_flow
