@@ -6,7 +6,6 @@ AISTATS 2025 (arXiv 2410.14634).
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from . import _native, autograd, ops
