@@ -20,7 +20,8 @@ PrepareKernels kernels_of(Isa isa) {
   return portable::prepare_kernels();
 }
 
-// Gauss-Jordan with partial pivoting on the n x n row-major matrix. Returns the column in which no pivot is left, or -1.
+// Gauss-Jordan with partial pivoting on the n x n row-major matrix. Returns the column in which no pivot is left, or
+// -1.
 int64_t invert(std::vector<double> matrix, std::vector<double>& inverse, int64_t n, const PrepareKernels& kernels) {
   inverse.assign(n * n, 0);
   for (int64_t row = 0; row < n; ++row) inverse[row * n + row] = 1;
@@ -77,8 +78,8 @@ void transpose(std::vector<double>& matrix, int64_t n) {
   }
 }
 
-// One group's weight in the coordinates of its solve, in float64: [output channel][input channel][tap], rows padded to a
-// multiple of kProductColumns.
+// One group's weight in the coordinates of its solve, in float64: [output channel][input channel][tap], rows padded to
+// a multiple of kProductColumns.
 struct Matrix {
   std::vector<double> values;
   int64_t columns;

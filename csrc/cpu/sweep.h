@@ -129,23 +129,23 @@ struct PrepareKernels {
   void (*subtract_row)(double* row, const double* other, double factor, int64_t n);
   // The same for a row kept as the sum of two numbers, row + low: as exact as arithmetic of twice the digits.
   void (*subtract_row_exactly)(double* row, double* low, const double* other, double factor, int64_t n);
-  // out += matrix * right; n x n, in blocks of output channels like Weights::corner, times n rows of `columns` values, a
-  // multiple of kProductColumns.
+  // out += matrix * right; n x n, in blocks of output channels like Weights::corner, times n rows of `columns` values,
+  // a multiple of kProductColumns.
   void (*add_product)(double* out, const double* matrix, const double* right, int64_t n, int64_t columns);
 };
 
 // Two vectors of doubles of any instruction set.
 constexpr int64_t kProductColumns = 16;
 
-#define INVERSE_FLOW_DECLARE_ISA(isa)                                            \
-  namespace isa {                                                                \
-  template <class IO, class T>                                                   \
-  Kernels<IO, T> kernels();                                                      \
-  extern template Kernels<float, float> kernels<float, float>();                 \
-  extern template Kernels<double, double> kernels<double, double>();             \
-  extern template Kernels<BFloat16, float> kernels<BFloat16, float>();           \
-  extern template Kernels<Float16, float> kernels<Float16, float>();             \
-  PrepareKernels prepare_kernels();                                              \
+#define INVERSE_FLOW_DECLARE_ISA(isa)                                  \
+  namespace isa {                                                      \
+  template <class IO, class T>                                         \
+  Kernels<IO, T> kernels();                                            \
+  extern template Kernels<float, float> kernels<float, float>();       \
+  extern template Kernels<double, double> kernels<double, double>();   \
+  extern template Kernels<BFloat16, float> kernels<BFloat16, float>(); \
+  extern template Kernels<Float16, float> kernels<Float16, float>();   \
+  PrepareKernels prepare_kernels();                                    \
   }
 INVERSE_FLOW_DECLARE_ISA(avx512)
 INVERSE_FLOW_DECLARE_ISA(avx2)
