@@ -4,23 +4,27 @@
 #include <cmath>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
+#include <utility>
 
 namespace inverse_flow::cpu {
 
 namespace {
 
-SubtractRow subtract_row_of(Isa isa) {
+PrepareKernels kernels_of(Isa isa) {
 #if INVERSE_FLOW_X86
-  if (isa == Isa::kAvx512) return &avx512::subtract_row;
-  if (isa == Isa::kAvx2) return &avx2::subtract_row;
+  if (isa == Isa::kAvx512) return avx512::prepare_kernels();
+  if (isa == Isa::kAvx2) return avx2::prepare_kernels();
 #endif
   (void)isa;
-  return &portable::subtract_row;
+  return portable::prepare_kernels();
 }
 
-// Gauss-Jordan with partial pivoting on the n x n row-major matrix, which is used up. Returns the column in which
-// no pivot is left, or -1.
-int64_t invert(std::vector<double>& matrix, std::vector<double>& inverse, int64_t n, SubtractRow subtract_row) {
+// Gauss-Jordan with partial pivoting on the n x n row-major matrix. Returns the column in which no pivot is left, or
+// -1.
+int64_t invert(std::vector<double> matrix, std::vector<double>& inverse, int64_t n, const PrepareKernels& kernels) {
+  inverse.assign(n * n, 0);
+  for (int64_t row = 0; row < n; ++row) inverse[row * n + row] = 1;
   for (int64_t column = 0; column < n; ++column) {
     int64_t pivot = column;
     for (int64_t row = column + 1; row < n; ++row) {
@@ -40,8 +44,8 @@ int64_t invert(std::vector<double>& matrix, std::vector<double>& inverse, int64_
       const double factor = matrix[row * n + column];
       if (row == column || factor == 0) continue;
       // Columns already reduced are unit vectors: only the rest of the row changes.
-      subtract_row(&matrix[row * n + column], &matrix[column * n + column], factor, n - column);
-      subtract_row(&inverse[row * n], &inverse[column * n], factor, n);
+      kernels.subtract_row(&matrix[row * n + column], &matrix[column * n + column], factor, n - column);
+      kernels.subtract_row(&inverse[row * n], &inverse[column * n], factor, n);
     }
   }
   return -1;
@@ -66,6 +70,50 @@ void for_output_blocks(int64_t channels, F f) {
   for (int64_t first = 0; first < channels; first += kOutputBlock) f(first, std::min(kOutputBlock, channels - first));
 }
 
+void transpose(std::vector<double>& matrix, int64_t n) {
+  for (int64_t row = 0; row < n; ++row) {
+    for (int64_t column = 0; column < row; ++column) {
+      std::swap(matrix[row * n + column], matrix[column * n + row]);
+    }
+  }
+}
+
+// One group's weight in the coordinates of its solve, in float64: [output channel][input channel][tap], rows padded to
+// a multiple of kProductColumns.
+struct Matrix {
+  std::vector<double> values;
+  int64_t columns;
+};
+
+// matrix^-1 * right, in Matrix's layout: the inverse is multiplied by, and for `exact` the result is refined once by a
+// residual of twice the digits, so that it is off by little more than its rounding.
+Matrix solve(const std::vector<double>& matrix, const std::vector<double>& inverse, const Matrix& right, int64_t n,
+             bool exact, const PrepareKernels& kernels) {
+  std::vector<double> blocks(n * n);
+  double* to = blocks.data();
+  for_output_blocks(n, [&](int64_t first, int64_t width) {
+    for (int64_t c = 0; c < n; ++c) {
+      for (int64_t o = first; o < first + width; ++o) *to++ = inverse[o * n + c];
+    }
+  });
+  Matrix solution{std::vector<double>(right.values.size()), right.columns};
+  kernels.add_product(solution.values.data(), blocks.data(), right.values.data(), n, right.columns);
+  if (!exact) return solution;
+  std::vector<double> residual = right.values;
+  std::vector<double> low(right.columns);
+  for (int64_t row = 0; row < n; ++row) {
+    double* const at = &residual[row * right.columns];
+    std::fill(low.begin(), low.end(), 0);
+    for (int64_t k = 0; k < n; ++k) {
+      kernels.subtract_row_exactly(at, low.data(), &solution.values[k * right.columns], matrix[row * n + k],
+                                   right.columns);
+    }
+    for (int64_t i = 0; i < right.columns; ++i) at[i] += low[i];
+  }
+  kernels.add_product(solution.values.data(), blocks.data(), residual.data(), n, right.columns);
+  return solution;
+}
+
 }  // namespace
 
 template <class T>
@@ -81,7 +129,7 @@ Prepared<T> prepare(const Shape& shape, const std::vector<int64_t>& orders, cons
   const int64_t pairs = n * n;
   const int64_t window = shape.taps();
   const bool identity = shape.corner == kIdentity || (shape.corner == kUnitTriangular && n == 1);
-  const SubtractRow subtract_row = subtract_row_of(isa);
+  const PrepareKernels kernels = kernels_of(isa);
 
   Prepared<T> prepared;
   prepared.taps.resize(shape.groups * pairs * (window - 1));
@@ -90,55 +138,78 @@ Prepared<T> prepare(const Shape& shape, const std::vector<int64_t>& orders, cons
 
   std::vector<TapPosition> order(window);
   tap_order(shape, order.data());
-  std::vector<double> matrix, inverse;
   for (int64_t g = 0; g < shape.groups; ++g) {
     const T* from = weight + g * pairs * window;
+    const int64_t corner = tap_offset(shape, orders[g], 0, 0);
     // Element (output o, input c) of a tap; the transposed solve swaps the two.
-    const auto at = [&](int64_t o, int64_t c, int64_t offset) {
+    const auto given = [&](int64_t o, int64_t c, int64_t offset) {
       return from[(shape.transposed ? c * n + o : o * n + c) * window + offset];
     };
-    T* to = prepared.taps.data() + g * pairs * (window - 1);
-    for_output_blocks(n, [&](int64_t first, int64_t width) {
-      for (int64_t t = 0; t < window - 1; ++t) {
-        const int64_t offset = tap_offset(shape, orders[g], order[t].p, order[t].q);
-        for (int64_t c = 0; c < n; ++c) {
-          for (int64_t o = 0; o < width; ++o) *to++ = -at(first + o, c, offset);
-        }
-      }
-    });
-    if (identity) continue;
-
-    // M of the plain solve; a transposed one reads what becomes of it transposed.
-    const int64_t corner = tap_offset(shape, orders[g], 0, 0);
-    const auto m = [&](int64_t o, int64_t c) { return static_cast<double>(from[(o * n + c) * window + corner]); };
-    inverse.assign(pairs, 0);
-    if (shape.corner == kUnitTriangular) {
+    const auto write_taps = [&](const auto& at) {
+      T* to = prepared.taps.data() + g * pairs * (window - 1);
       for_output_blocks(n, [&](int64_t first, int64_t width) {
-        for (int64_t o = first; o < first + width; ++o) {
-          for (int64_t c = 0; c < o; ++c) inverse[o * n + c] = c < first ? -m(o, c) : m(o, c);
+        for (int64_t t = 0; t < window - 1; ++t) {
+          const int64_t offset = tap_offset(shape, orders[g], order[t].p, order[t].q);
+          for (int64_t c = 0; c < n; ++c) {
+            for (int64_t o = first; o < first + width; ++o) *to++ = static_cast<T>(-at(o, c, offset));
+          }
         }
-        invert_unit_lower(&inverse[first * n + first], n, width);
       });
-    } else {
-      matrix.resize(pairs);
+    };
+    const auto write_corner = [&](const auto& at) {
+      T* to = prepared.corner.data() + g * pairs;
+      for_output_blocks(n, [&](int64_t first, int64_t width) {
+        for (int64_t c = 0; c < n; ++c) {
+          for (int64_t o = first; o < first + width; ++o) *to++ = static_cast<T>(at(o, c));
+        }
+      });
+    };
+
+    if (shape.corner == kGeneral) {
+      std::vector<double> matrix(pairs), inverse;
       for (int64_t o = 0; o < n; ++o) {
-        inverse[o * n + o] = 1;
-        for (int64_t c = 0; c < n; ++c) matrix[o * n + c] = m(o, c);
+        for (int64_t c = 0; c < n; ++c) matrix[o * n + c] = from[(o * n + c) * window + corner];
       }
-      const int64_t column = invert(matrix, inverse, n, subtract_row);
+      const int64_t column = invert(matrix, inverse, n, kernels);
       if (column >= 0) {
         throw std::runtime_error("the corner tap is singular: channel " + std::to_string(g * n + column) +
                                  " depends linearly on the channels before it in its group");
       }
-    }
-    to = prepared.corner.data() + g * pairs;
-    for_output_blocks(n, [&](int64_t first, int64_t width) {
-      for (int64_t c = 0; c < n; ++c) {
-        for (int64_t o = first; o < first + width; ++o) {
-          *to++ = static_cast<T>(shape.transposed ? inverse[c * n + o] : inverse[o * n + c]);
+      if (shape.transposed) {
+        transpose(matrix, n);
+        transpose(inverse, n);
+      }
+      // The identity in the corner's place becomes the inverse.
+      Matrix right{{}, (n * window + kProductColumns - 1) / kProductColumns * kProductColumns};
+      right.values.resize(n * right.columns);
+      for (int64_t o = 0; o < n; ++o) {
+        for (int64_t c = 0; c < n; ++c) {
+          double* const to = &right.values[o * right.columns + c * window];
+          for (int64_t offset = 0; offset < window; ++offset) to[offset] = given(o, c, offset);
+          to[corner] = o == c;
         }
       }
+      const Matrix folded = solve(matrix, inverse, right, n, std::is_same_v<T, double>, kernels);
+      const auto at = [&](int64_t o, int64_t c, int64_t offset) {
+        return folded.values[o * folded.columns + c * window + offset];
+      };
+      write_taps(at);
+      write_corner([&](int64_t o, int64_t c) { return at(o, c, corner); });
+      continue;
+    }
+    write_taps(given);
+    if (identity) continue;
+
+    // M of the plain solve; a transposed one reads what becomes of it transposed.
+    const auto m = [&](int64_t o, int64_t c) { return static_cast<double>(from[(o * n + c) * window + corner]); };
+    std::vector<double> inverse(pairs);
+    for_output_blocks(n, [&](int64_t first, int64_t width) {
+      for (int64_t o = first; o < first + width; ++o) {
+        for (int64_t c = 0; c < o; ++c) inverse[o * n + c] = c < first ? -m(o, c) : m(o, c);
+      }
+      invert_unit_lower(&inverse[first * n + first], n, width);
     });
+    write_corner([&](int64_t o, int64_t c) { return shape.transposed ? inverse[c * n + o] : inverse[o * n + c]; });
   }
   return prepared;
 }

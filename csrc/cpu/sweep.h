@@ -39,7 +39,7 @@ struct Float16 {
 
 // The prepared weights of one group, in the state type. Blocks of kOutputBlock output channels (the last may be
 // narrower): [block][tap][input channel][output channel of the block], the taps negated, in sweep order (tap_order) and
-// without the corner tap.
+// without the corner tap. The inverse of a general M is folded into them: x = M^-1 y - sum of (M^-1 W_tap) x.
 template <class T>
 struct Weights {
   const T* taps;
@@ -123,18 +123,29 @@ inline void tap_order(const Shape& shape, TapPosition* order) {
   }
 }
 
-// rows -= factor * other, `n` doubles: the inner loop of inverting the corner tap.
-using SubtractRow = void (*)(double* row, const double* other, double factor, int64_t n);
+// What preparing a general M does many times, in float64.
+struct PrepareKernels {
+  // row -= factor * other, `n` values.
+  void (*subtract_row)(double* row, const double* other, double factor, int64_t n);
+  // The same for a row kept as the sum of two numbers, row + low: as exact as arithmetic of twice the digits.
+  void (*subtract_row_exactly)(double* row, double* low, const double* other, double factor, int64_t n);
+  // out += matrix * right; n x n, in blocks of output channels like Weights::corner, times n rows of `columns` values,
+  // a multiple of kProductColumns.
+  void (*add_product)(double* out, const double* matrix, const double* right, int64_t n, int64_t columns);
+};
 
-#define INVERSE_FLOW_DECLARE_ISA(isa)                                            \
-  namespace isa {                                                                \
-  template <class IO, class T>                                                   \
-  Kernels<IO, T> kernels();                                                      \
-  extern template Kernels<float, float> kernels<float, float>();                 \
-  extern template Kernels<double, double> kernels<double, double>();             \
-  extern template Kernels<BFloat16, float> kernels<BFloat16, float>();           \
-  extern template Kernels<Float16, float> kernels<Float16, float>();             \
-  void subtract_row(double* row, const double* other, double factor, int64_t n); \
+// Two vectors of doubles of any instruction set.
+constexpr int64_t kProductColumns = 16;
+
+#define INVERSE_FLOW_DECLARE_ISA(isa)                                  \
+  namespace isa {                                                      \
+  template <class IO, class T>                                         \
+  Kernels<IO, T> kernels();                                            \
+  extern template Kernels<float, float> kernels<float, float>();       \
+  extern template Kernels<double, double> kernels<double, double>();   \
+  extern template Kernels<BFloat16, float> kernels<BFloat16, float>(); \
+  extern template Kernels<Float16, float> kernels<Float16, float>();   \
+  PrepareKernels prepare_kernels();                                    \
   }
 INVERSE_FLOW_DECLARE_ISA(avx512)
 INVERSE_FLOW_DECLARE_ISA(avx2)

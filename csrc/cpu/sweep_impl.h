@@ -3,8 +3,9 @@
 //
 //   for each line (sweep.h), for each step of it:
 //     r = y - bias - sum over taps of W_tap * x at (step - tap)      micro-kernel `add_products`, taps x channels
-//     x = M^-1 r                                                     unit triangular: on the sums, in registers;
-//                                                                    general: the same micro-kernel with one tap
+//     x = M^-1 r                                                     on the sums, in registers
+//   where M is general, its inverse is in the taps, and y - bias is one more of them:
+//     x = M^-1 (y - bias) - sum over taps of (M^-1 W_tap) * x at (step - tap)
 //   and, for the weight gradient, once a slab of lines is solved:
 //     dW_tap -= sum over steps and lanes of u at (step - tap) * other
 //
@@ -113,29 +114,23 @@ INVERSE_FLOW_INLINE void for_blocks(int64_t channels, bool backwards, F f) {
   }
 }
 
-// Solves `steps` neighbouring steps that share a list of taps, in place: the state holds the packed y - bias. `rest`
-// takes r when M is a general one.
-template <class T, int kVectors>
+// Solves `steps` neighbouring steps that share a list of taps, in place: the state holds the packed y - bias. `right`
+// keeps y - bias of a step whose blocks each read all of it, while they overwrite the state.
+// A general M is a case of its own at compile time: as a branch between the sums it costs the others registers.
+template <class T, int kVectors, bool kGeneralCorner>
 static __attribute__((noinline)) void solve_steps(const Weights<T>& weights, const Shape& shape, int64_t steps,
                                                   T* state, ptrdiff_t step_state, ptrdiff_t channel_state,
-                                                  const Tap* taps, int64_t tap_count, T* rest) {
+                                                  const Tap* taps, int64_t tap_count, T* right) {
   constexpr int64_t lanes = kVectors * kVectorLanes<T>;
   const int64_t channels = shape.channels;
-  const bool triangular = weights.corner && shape.corner == kUnitTriangular;
-  const bool general = weights.corner && shape.corner == kGeneral;
+  const bool triangular = !kGeneralCorner && weights.corner;
   const bool upper = triangular && shape.transposed;
-  // One block of channels at one step; kIn fixes the number of channels where a block holds all of them.
-  // Captures are copies: what is captured by reference would be read again after every store.
-  const auto solve_block = [=](int64_t s, int64_t first, auto width, auto in) INVERSE_FLOW_INLINED {
+  // What a block of channels does with the sums of its taps; kIn fixes the number of channels where a block holds all
+  // of them. Captures are copies: what is captured by reference would be read again after every store.
+  const auto finish_block = [=](int64_t s, int64_t first, auto width, auto in, auto& sum) INVERSE_FLOW_INLINED {
     constexpr int kOut = decltype(width)::value;
     constexpr int kIn = decltype(in)::value;
-    const int64_t in_channels = kIn > 0 ? kIn : channels;
     T* x = state + s * step_state;
-    const T* w = weights.taps + first * channels * (shape.taps() - 1);
-    Sums<T, kOut, kVectors> sum = {};
-    for (int64_t t = 0; t < tap_count; ++t) {
-      add_products<T, kIn>(sum, x + taps[t].source, channel_state, in_channels, w + taps[t].index * in_channels * kOut);
-    }
     const T* corner = weights.corner ? weights.corner + first * channels : nullptr;
     if (kIn == 0 && triangular) {
       // The blocks solved before this one, at this very step.
@@ -144,39 +139,81 @@ static __attribute__((noinline)) void solve_steps(const Weights<T>& weights, con
       add_products<T, 0>(sum, x + begin * channel_state, channel_state, end - begin, corner + begin * kOut);
     }
     // y comes after the products, for the reason that `multiply_unit_triangular` gives.
-    for (int o = 0; o < kOut; ++o) {
-      const T* y = x + (first + o) * channel_state;
-      for (int v = 0; v < kVectors; ++v) sum[o][v] += load(y + v * kVectorLanes<T>);
+    if constexpr (kGeneralCorner) {
+      const bool whole = kIn > 0;
+      add_products<T, kIn>(sum, whole ? x : right, whole ? channel_state : lanes, channels, corner);
+    } else {
+      for (int o = 0; o < kOut; ++o) {
+        const T* y = x + (first + o) * channel_state;
+        for (int v = 0; v < kVectors; ++v) sum[o][v] += load(y + v * kVectorLanes<T>);
+      }
     }
     if (triangular) multiply_unit_triangular<T>(sum, corner + first * kOut, upper);
-    if (general) {
-      store_sums<T>(sum, rest + first * lanes, lanes);
-    } else {
-      store_sums<T>(sum, x + first * channel_state, channel_state);
-    }
+    store_sums<T>(sum, x + first * channel_state, channel_state);
   };
-  const auto multiply_corner = [=](int64_t s) {
-    for_blocks<kOutputBlock>(channels, false, [&](int64_t first, auto width) {
-      Sums<T, decltype(width)::value, kVectors> sum = {};
-      add_products<T, 0>(sum, rest, lanes, channels, weights.corner + first * channels);
-      store_sums<T>(sum, state + s * step_state + first * channel_state, channel_state);
-    });
+  const auto block_taps = [=](int64_t first) { return weights.taps + first * channels * (shape.taps() - 1); };
+  const auto solve_block = [=](int64_t s, int64_t first, auto width, auto in) INVERSE_FLOW_INLINED {
+    constexpr int kOut = decltype(width)::value;
+    constexpr int kIn = decltype(in)::value;
+    const int64_t in_channels = kIn > 0 ? kIn : channels;
+    const T* x = state + s * step_state;
+    const T* w = block_taps(first);
+    Sums<T, kOut, kVectors> sum = {};
+    for (int64_t t = 0; t < tap_count; ++t) {
+      add_products<T, kIn>(sum, x + taps[t].source, channel_state, in_channels, w + taps[t].index * in_channels * kOut);
+    }
+    finish_block(s, first, width, in, sum);
+  };
+  // Two neighbouring blocks whose taps are summed together: a line of one vector has six accumulators a block, and a
+  // multiply-add takes as long as eight of them are started in.
+  const auto solve_pair = [=](int64_t s, int64_t first, auto high_width) INVERSE_FLOW_INLINED {
+    constexpr int kHigh = decltype(high_width)::value;
+    const T* x = state + s * step_state;
+    const T* low_taps = block_taps(first);
+    const T* high_taps = block_taps(first + kOutputBlock);
+    Sums<T, kOutputBlock, kVectors> low = {};
+    Sums<T, kHigh, kVectors> high = {};
+    for (int64_t t = 0; t < tap_count; ++t) {
+      const T* source = x + taps[t].source;
+      const T* w_low = low_taps + taps[t].index * channels * kOutputBlock;
+      const T* w_high = high_taps + taps[t].index * channels * kHigh;
+      for (int64_t c = 0; c < channels; ++c) {
+        add_products<T, 1>(low, source + c * channel_state, 0, 1, w_low + c * kOutputBlock);
+        add_products<T, 1>(high, source + c * channel_state, 0, 1, w_high + c * kHigh);
+      }
+    }
+    if (upper) finish_block(s, first + kOutputBlock, high_width, Constant<0>{}, high);
+    finish_block(s, first, Constant<kOutputBlock>{}, Constant<0>{}, low);
+    if (!upper) finish_block(s, first + kOutputBlock, high_width, Constant<0>{}, high);
   };
   if (channels <= kOutputBlock) {
     with_width<kOutputBlock>(channels, [&](auto width) INVERSE_FLOW_INLINED {
-      for (int64_t s = 0; s < steps; ++s) {
-        solve_block(s, 0, width, width);
-        if (general) multiply_corner(s);
-      }
+      for (int64_t s = 0; s < steps; ++s) solve_block(s, 0, width, width);
     });
     return;
   }
+  constexpr int kBlocks = kVectors == 1 ? 2 : 1;
   for (int64_t s = 0; s < steps; ++s) {
-    for_blocks<kOutputBlock>(channels, upper, [&](int64_t first, auto width) INVERSE_FLOW_INLINED {
-      solve_block(s, first, width, Constant<0>{});
+    for (int64_t c = 0; kGeneralCorner && c < channels; ++c) {
+      const T* y = state + s * step_state + c * channel_state;
+      for (int64_t v = 0; v < lanes; v += kVectorLanes<T>) store(right + c * lanes + v, load(y + v));
+    }
+    for_blocks<kBlocks * kOutputBlock>(channels, upper, [&](int64_t first, auto width) INVERSE_FLOW_INLINED {
+      constexpr int kOut = decltype(width)::value;
+      if constexpr (kOut > kOutputBlock) {
+        solve_pair(s, first, Constant<kOut - static_cast<int>(kOutputBlock)>{});
+      } else {
+        solve_block(s, first, width, Constant<0>{});
+      }
     });
-    if (general) multiply_corner(s);
   }
+}
+
+template <class T, int kVectors>
+using SolveSteps = decltype(&solve_steps<T, kVectors, false>);
+template <class T, int kVectors>
+INVERSE_FLOW_INLINE SolveSteps<T, kVectors> solve_steps_of(const Shape& shape) {
+  return shape.corner == kGeneral ? &solve_steps<T, kVectors, true> : &solve_steps<T, kVectors, false>;
 }
 
 // A stretch of steps whose outer products a tap sums: sources from `u`, other operand from `x`.
@@ -502,7 +539,7 @@ template <class T>
 struct ImagesScratch {
   T* state;  // [kernel_h - 1 rows above the slab, then its rows][column][channel][lane]
   T* other;  // [row of the slab][column][channel][lane]
-  T* rest;   // [channel][lane]
+  T* right;  // [channel][lane]
   TapPosition* order;
   Tap* taps;  // [column up to kernel_w - 1][tap]
   TapSpans<T>* tap_spans;
@@ -516,7 +553,7 @@ struct ImagesScratch {
     Arena arena{static_cast<char*>(memory)};
     state = arena.take<T>((plan.rows + shape.kernel_h - 1) * shape.width * pixel);
     other = arena.take<T>(gradient_rows * shape.width * pixel);
-    rest = arena.take<T>(pixel);
+    right = arena.take<T>(pixel);
     order = arena.take<TapPosition>(shape.taps());
     taps = arena.take<Tap>(shape.kernel_w * shape.taps());
     tap_spans = arena.take<TapSpans<T>>(with_gradient ? shape.taps() : 0);
@@ -542,6 +579,7 @@ static void sweep_images(const Problem<IO, T>& problem, int64_t first_image, int
   const ImagesPlan<T> plan(shape, problem.with_gradient, lane_count);
   const ImagesScratch<T> scratch(shape, problem.with_gradient, lane_count, memory);
   T* const slab = scratch.state + (shape.kernel_h - 1) * row_state;
+  const SolveSteps<T, kVectors> solve = solve_steps_of<T, kVectors>(shape);
   tap_order(shape, scratch.order);
 
   Lanes lanes;
@@ -581,8 +619,8 @@ static void sweep_images(const Problem<IO, T>& problem, int64_t first_image, int
       const int64_t list = smaller(column, shape.kernel_w - 1);
       const int64_t steps = column < shape.kernel_w - 1 ? 1 : end - column;
       T* at = state + column * step_state;
-      solve_steps<T, kVectors>(problem.weights, shape, steps, at, step_state, lane_count,
-                               scratch.taps + list * shape.taps(), tap_rows * (list + 1) - 1, scratch.rest);
+      solve(problem.weights, shape, steps, at, step_state, lane_count, scratch.taps + list * shape.taps(),
+            tap_rows * (list + 1) - 1, scratch.right);
       column += steps;
     }
   };
@@ -643,7 +681,7 @@ struct RowsScratch {
   T* memory;
   int64_t state_size;
   T* other;
-  T* rest;
+  T* right;
   TapPosition* order;
   Tap* taps;
   TapSpans<T>* tap_spans;
@@ -662,7 +700,7 @@ struct RowsScratch {
     memory = arena.take<T>(state_size);
     state = base ? memory + lead * shape.channels * lane_stride + padded : nullptr;
     other = arena.take<T>(problem.with_gradient ? band_steps(shape, lanes) * shape.channels * lanes : 0);
-    rest = arena.take<T>(shape.channels * lanes);
+    right = arena.take<T>(shape.channels * lanes);
     order = arena.take<TapPosition>(shape.taps());
     taps = arena.take<Tap>(shape.taps());
     tap_spans = arena.take<TapSpans<T>>(problem.with_gradient ? shape.taps() : 0);
@@ -714,6 +752,7 @@ static void sweep_rows(const Problem<IO, T>& problem, int64_t image, int64_t ban
   const ptrdiff_t lane_stride = scratch.lane_stride;
   const ptrdiff_t step_state = channels * lane_stride;
   const int64_t halo = scratch.halo;
+  const SolveSteps<T, kVectors> solve = solve_steps_of<T, kVectors>(shape);
   __builtin_memset(scratch.memory, 0, scratch.lead * step_state * sizeof(T));
 
   tap_order(shape, scratch.order);
@@ -761,8 +800,7 @@ static void sweep_rows(const Problem<IO, T>& problem, int64_t image, int64_t ban
     }
     T* const state = scratch.state + begin * step_state;
     pack(problem.input, in_start, lanes, channels, begin, steps, problem.weights.bias, state, lane_stride, step_state);
-    solve_steps<T, kVectors>(problem.weights, shape, steps, state, step_state, lane_stride, scratch.taps, tap_count,
-                             scratch.rest);
+    solve(problem.weights, shape, steps, state, step_state, lane_stride, scratch.taps, tap_count, scratch.right);
     // Beyond the image the recurrence goes on by itself; what it leaves must not reach the gradient.
     if (problem.with_gradient) {
       clear_outside(lanes, channels, begin, steps, state, lane_stride, step_state);
@@ -837,8 +875,37 @@ template Kernels<double, double> kernels<double, double>();
 template Kernels<BFloat16, float> kernels<BFloat16, float>();
 template Kernels<Float16, float> kernels<Float16, float>();
 
-void subtract_row(double* row, const double* other, double factor, int64_t n) {
+static void subtract_row(double* row, const double* other, double factor, int64_t n) {
   for (int64_t i = 0; i < n; ++i) row[i] -= factor * other[i];
 }
+
+static void subtract_row_exactly(double* row, double* low, const double* other, double factor, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    // A fused multiply-add of zero, since the compiler may fuse a plain product with the sum below: what the product
+    // and the sum were rounded by is known exactly only when each is rounded by itself.
+    const double product = __builtin_fma(-factor, other[i], 0.0);
+    const double sum = row[i] + product;
+    const double added = sum - row[i];
+    low[i] += ((row[i] - (sum - added)) + (product - added)) + __builtin_fma(-factor, other[i], -product);
+    row[i] = sum;
+  }
+}
+
+static void add_product(double* out, const double* matrix, const double* right, int64_t n, int64_t columns) {
+  constexpr int64_t lanes = 2 * kVectorLanes<double>;
+  for_blocks<kOutputBlock>(n, false, [&](int64_t first, auto width) {
+    for (int64_t column = 0; column < columns; column += lanes) {
+      double* to = out + first * columns + column;
+      Sums<double, decltype(width)::value, 2> sum;
+      for (int o = 0; o < decltype(width)::value; ++o) {
+        for (int v = 0; v < 2; ++v) sum[o][v] = load(to + o * columns + v * kVectorLanes<double>);
+      }
+      add_products<double, 0>(sum, right + column, columns, n, matrix + first * n);
+      store_sums<double>(sum, to, columns);
+    }
+  });
+}
+
+PrepareKernels prepare_kernels() { return {&subtract_row, &subtract_row_exactly, &add_product}; }
 
 }  // namespace inverse_flow::cpu::INVERSE_FLOW_ISA
