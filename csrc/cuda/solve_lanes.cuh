@@ -1,22 +1,26 @@
 // The solve of few channels a group: a warp sweeps a band of rows, a few lanes on each row, without a barrier a step.
 //
 //   fold     as in solve.cuh: every block makes the folded weights in shared memory.
-//   prepare  z_p = M^-1 (y_p - bias) of the block's pixels, into shared memory; a thread owns a pixel.
+//   prepare  z_p = M^-1 (y_p - bias) of the block's pixels, into shared memory; a thread owns a pixel, or, where the
+//            tensor allows 16 bytes of a row to move at once, four of them.
 //   margin   of an image of several tiles: the solved rows above and columns to the left, from global memory.
 //   sweep    the lanes of a row own its output channels and keep their weights in registers. At step s row r is at
-//            column s - r, so what it needs of the row above was solved a step ago, and comes by shuffle; of the rows
-//            further up, the lanes of the row above had it a step ago. A pixel is added, as soon as it is known, to the
-//            sums of all columns that it reaches: a lane keeps kTaps - 1 of them an output, and of the steps before
-//            nothing else. The first row of a band reads the rows above from shared memory. x overwrites z.
-//   store    a thread owns a pixel again.
+//            column s - r, so what it needs of the row above was solved a step ago. A pixel is added, as soon as it is
+//            known, to the sums of all columns that it reaches: a lane keeps kTaps - 1 of them an output. x overwrites
+//            z. One lane a row: the left neighbour is in its registers, the row above comes by shuffle, and of the rows
+//            further up the lane above had it a step ago; the first row of a band reads them from shared memory.
+//            Several lanes a row: they read all neighbours from shared memory, 16 bytes at a time.
+//   store    a thread owns a pixel, or four, again.
 // Shared memory: [folded weights: tap, input channel, output channel] [bias] [a pixel of zeros] [image, row, column,
 // channel], with the margin's rows and columns in front.
-// Barriers: after the fold (its scratch lies where z will), after prepare, after the sweep; and if an image has several
-// bands, after each phase of kLanesPhase steps: the band below reads rows that the phase wrote.
+// Barriers: after the fold (its scratch lies where z will), after prepare, after the sweep; if an image has several
+// bands, after each phase of kPhase steps: the band below reads rows that the phase wrote; and of several lanes a row
+// those of a warp before each step: it reads what the step before wrote.
 // Blocks of one image wait for each other's tiles: a block takes a ticket, tickets follow the anti-diagonals of tiles,
 // so a tile that is waited for is one that a running block already has. Flags say which tiles are in global memory.
-// Bytes: y in and x out once. A step of a warp: (kTaps^2 - 1) x kChannels multiply-adds an output of a lane,
-// kTaps x kChannels shuffles (without those of its own row if a lane owns a whole pixel), one load and one store.
+// Bytes: y in and x out once. A step of a warp: (kTaps^2 - 1) x kChannels multiply-adds an output of a lane, and a
+// store; one lane a row: kTaps loads and (kTaps - 1) x kChannels shuffles; several: kTaps + 1 loads, or 2 kTaps + 1 if
+// a pixel has more than 4 channels.
 #pragma once
 
 #include "solve.cuh"
@@ -151,7 +155,6 @@ __device__ void read_pixel(const float* pixel, float (&values)[S::kChannels]) {
 // With one channel or two, as many more lanes have the same order; with 5 to 8 two lanes share a bank.
 template <typename S, int kPixels>
 struct RowPart {
-
   int turn;    // access j is to pixel j ^ turn of the part
   int mirror;  // which is pixel j ^ turn ^ mirror in global memory
 
@@ -159,7 +162,8 @@ struct RowPart {
       : turn(static_cast<int>(threadIdx.x) * S::kPitch / (kWarp / kPixels) % kPixels),
         mirror(flips & kMirrorColumns ? kPixels - 1 : 0) {}
 
-  // values[j] <-> values[j ^ turn ^ mirror], by exchanges of neighbours and of pairs: no index is known at run time only.
+  // values[j] <-> values[j ^ turn ^ mirror], by exchanges of neighbours and of pairs: no index is known at run time
+  // only.
   __device__ void reorder(float (&values)[kPixels]) const {
     INVERSE_FLOW_UNROLL
     for (int bit = 1; bit < kPixels; bit *= 2) {
