@@ -85,12 +85,12 @@ GRADIENT_REGISTERS = {False: 162, True: 128}  # (tensor cores)
 # Of the regime of rows as lanes, sm_90, by (channels of a group, taps of the window): registers a thread, and the
 # instructions of a step, counted in the disassembly of the sweep's loop.
 LANES_REGISTERS = {
-    (1, 2): 62, (2, 2): 74, (3, 2): 93, (4, 2): 110, (5, 2): 109, (6, 2): 127, (7, 2): 148, (8, 2): 168,
-    (1, 3): 68, (2, 3): 84, (3, 3): 105, (4, 3): 120, (5, 3): 109, (6, 3): 124, (7, 3): 146, (8, 3): 168,
+    (1, 2): 62, (2, 2): 72, (3, 2): 93, (4, 2): 108,
+    (1, 3): 70, (2, 3): 80, (3, 3): 106, (4, 3): 119, (5, 3): 107, (6, 3): 120, (7, 3): 126, (8, 3): 127,
     (1, 5): 72, (2, 5): 154,
 }  # fmt: skip
 LANES_INSTRUCTIONS = {
-    (1, 2): 22, (2, 2): 39, (3, 2): 40, (4, 2): 46, (5, 2): 37, (6, 2): 40, (7, 2): 43, (8, 2): 46,
+    (1, 2): 22, (2, 2): 39, (3, 2): 40, (4, 2): 46,
     (1, 3): 35, (2, 3): 66, (3, 3): 74, (4, 3): 93, (5, 3): 67, (6, 3): 75, (7, 3): 83, (8, 3): 94,
     (1, 5): 57, (2, 5): 144,
 }  # fmt: skip
@@ -98,11 +98,11 @@ LANES_INSTRUCTIONS = {
 # csrc/cuda/plan_lanes.h), by channels of a group.
 WIDE_PIXELS = 4
 PREPARE_INSTRUCTIONS = {
-    1: {1: 81, 2: 88, 3: 99, 4: 110, 5: 128, 6: 141, 7: 157, 8: 174},
-    WIDE_PIXELS: {1: 108, 2: 139, 3: 188, 4: 232, 5: 257, 6: 316, 7: 387, 8: 461},
+    1: {1: 81, 2: 89, 3: 101, 4: 113, 5: 131, 6: 148, 7: 167, 8: 188},
+    WIDE_PIXELS: {1: 109, 2: 143, 3: 191, 4: 236, 5: 257, 6: 322, 7: 395, 8: 474},
 }
 STORE_INSTRUCTIONS = {
-    1: {1: 68, 2: 75, 3: 83, 4: 88, 5: 95, 6: 103, 7: 108, 8: 113},
+    1: {1: 68, 2: 75, 3: 82, 4: 88, 5: 93, 6: 103, 7: 108, 8: 113},
     WIDE_PIXELS: {1: 87, 2: 101, 3: 115, 4: 129, 5: 147, 6: 161, 7: 175, 8: 189},
 }
 LONGEST_PHASE = 8  # kLanesLongestPhase of csrc/cuda/plan_lanes.h
@@ -225,7 +225,7 @@ def lanes_time(plan: CudaPlan, constants: Constants) -> Time:
     # Of several tiles, those of one anti-diagonal are at work, on average; the others wait or are not there yet.
     at_work = plan.blocks / diagonals
     if diagonals > 1:
-        busy = min(resident, math.ceil(at_work / plan.gpu.multiprocessors))
+        busy = min(resident, max(1.0, at_work / plan.gpu.multiprocessors))
     lanes = plan.channel_threads
     rows = 32 // lanes
     warps = math.ceil(plan.images / max(1, rows // plan.tile[0])) * plan.bands

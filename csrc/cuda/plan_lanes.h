@@ -26,9 +26,9 @@ constexpr int64_t kLanesLeastTileWidth = 16;
 constexpr int32_t kWidePixels = 4;
 
 // Kernels are compiled for square windows of 2, 3 and 5 taps and up to so many channels a group: beyond, the weights
-// of a lane no longer fit its registers, or its multiply-adds take longer than the steps of regime kBlock.
+// of a lane no longer fit its registers, or regime kBlock is about as fast: so few taps (2) leave a lane little to do.
 INVERSE_FLOW_HOST_DEVICE constexpr int32_t lanes_most_channels(int64_t taps) {
-  return taps == 2 || taps == 3 ? 8 : taps == 5 ? 2 : 0;
+  return taps == 2 ? 4 : taps == 3 ? 8 : taps == 5 ? 2 : 0;
 }
 // Lanes that share the output channels of a pixel.
 INVERSE_FLOW_HOST_DEVICE constexpr int32_t lanes_of_pixel(int32_t channels) {
@@ -124,6 +124,9 @@ inline bool plan_lanes(const Shape& shape, int64_t state_bytes, int64_t fold_byt
     while (tile_w > kLanesLeastTileWidth && !fits()) tile_w = std::max(tile_w / 2, kLanesLeastTileWidth);
     while (tile_h > plan.rows && !fits()) tile_h -= plan.rows;
     if (!fits() || tile_h < plan.margin_h || tile_w < plan.margin_w) return false;
+    // As many tiles of about the same size: a remainder of one row or column would take a tile's time of its own.
+    tile_h = std::min(tile_h, round_up(divide_up(shape.height, divide_up(shape.height, tile_h)), plan.rows));
+    tile_w = std::min(tile_w, round_up(divide_up(shape.width, divide_up(shape.width, tile_w)), kWidePixels));
   }
   plan.tile_h = static_cast<int32_t>(tile_h);
   plan.tile_w = static_cast<int32_t>(tile_w);

@@ -45,6 +45,8 @@ struct LanesShape {
   static constexpr int kOutputs = outputs_of_lane(channels);
   static constexpr int kPitch = kLanes * kOutputs;
   static constexpr int kPhase = steps_of_phase(channels);
+  // Blocks that a multiprocessor's registers hold: two hide each other's waits, but 24 taps leave no room for them.
+  static constexpr int kBlocks = taps <= 3 ? 2 : 1;
 };
 
 // The block's tile, and whether solved pixels lie above it and to its left.
@@ -216,10 +218,8 @@ __device__ void prepare_lanes(const SolveArguments<Element>& args, const LanesTi
   const RowPart<S, kPixels> part(flips);
   const bool is_identity = args.shape.corner == kIdentity;
   float inverse[kChannels][kChannels];
-  float shift[kChannels];
   INVERSE_FLOW_UNROLL
   for (int c = 0; c < kChannels; ++c) {
-    shift[c] = bias[c];
     INVERSE_FLOW_UNROLL
     for (int o = 0; o < kChannels; ++o) inverse[o][c] = weights[c * kChannels + o];
   }
@@ -248,8 +248,9 @@ __device__ void prepare_lanes(const SolveArguments<Element>& args, const LanesTi
       float right[kChannels][kPixels];
       INVERSE_FLOW_UNROLL
       for (int c = 0; c < kChannels; ++c) {
+        const float shift = bias[c];
         INVERSE_FLOW_UNROLL
-        for (int j = 0; j < kPixels; ++j) right[c][j] = to_state(y[i][c].value[j]) - shift[c];
+        for (int j = 0; j < kPixels; ++j) right[c][j] = to_state(y[i][c].value[j]) - shift;
         part.reorder(right[c]);
       }
       INVERSE_FLOW_UNROLL
@@ -474,7 +475,7 @@ __device__ void store_lanes(const SolveArguments<Element>& args, const LanesTile
 
 // Grid: (blocks of images, or tiles of all images; groups).
 template <typename Element, int kChannels, int kTaps>
-__global__ void __launch_bounds__(kLanesThreads, 1)
+__global__ void __launch_bounds__(kLanesThreads, LanesShape<kChannels, kTaps>::kBlocks)
     lanes_kernel(const __grid_constant__ LanesArguments<Element> arguments) {
   using S = LanesShape<kChannels, kTaps>;
   const SolveArguments<Element>& args = arguments.solve;
