@@ -85,14 +85,27 @@ GRADIENT_REGISTERS = {False: 162, True: 128}  # (tensor cores)
 # Of the regime of rows as lanes, sm_90, by (channels of a group, taps of the window): registers a thread, and the
 # instructions of a step, counted in the disassembly of the sweep's loop.
 LANES_REGISTERS = {
-    (1, 2): 66, (2, 2): 64, (3, 2): 70, (4, 2): 75, (1, 3): 64, (2, 3): 87, (3, 3): 107, (4, 3): 123,
-    (1, 5): 79, (2, 5): 158,
+    (1, 2): 62, (2, 2): 72, (3, 2): 93, (4, 2): 108,
+    (1, 3): 70, (2, 3): 80, (3, 3): 106, (4, 3): 119, (5, 3): 107, (6, 3): 120, (7, 3): 126, (8, 3): 127,
+    (1, 5): 72, (2, 5): 154,
 }  # fmt: skip
 LANES_INSTRUCTIONS = {
-    (1, 2): 24, (2, 2): 39, (3, 2): 49, (4, 2): 58, (1, 3): 37, (2, 3): 65, (3, 3): 88, (4, 3): 110,
-    (1, 5): 67, (2, 5): 143,
+    (1, 2): 22, (2, 2): 39, (3, 2): 40, (4, 2): 46,
+    (1, 3): 35, (2, 3): 66, (3, 3): 74, (4, 3): 93, (5, 3): 67, (6, 3): 75, (7, 3): 83, (8, 3): 94,
+    (1, 5): 57, (2, 5): 144,
 }  # fmt: skip
-PIXELS_IN_FLIGHT = 4  # kInFlight of csrc/cuda/solve_lanes.cuh
+# The same for what a thread prepares and stores at a time, a pixel or WIDE_PIXELS of a row (kWidePixels of
+# csrc/cuda/plan_lanes.h), by channels of a group.
+WIDE_PIXELS = 4
+PREPARE_INSTRUCTIONS = {
+    1: {1: 81, 2: 89, 3: 101, 4: 113, 5: 131, 6: 148, 7: 167, 8: 188},
+    WIDE_PIXELS: {1: 109, 2: 143, 3: 191, 4: 236, 5: 257, 6: 322, 7: 395, 8: 474},
+}
+STORE_INSTRUCTIONS = {
+    1: {1: 68, 2: 75, 3: 82, 4: 88, 5: 93, 6: 103, 7: 108, 8: 113},
+    WIDE_PIXELS: {1: 87, 2: 101, 3: 115, 4: 129, 5: 147, 6: 161, 7: 175, 8: 189},
+}
+LONGEST_PHASE = 8  # kLanesLongestPhase of csrc/cuda/plan_lanes.h
 TENSOR_REGISTERS = 119
 STATE_BYTES = 4
 # csrc/cuda/plan_tensor.h: tiles of one matrix product, tiles of pixels of a job; products of a float32 one (3xTF32).
@@ -212,23 +225,38 @@ def lanes_time(plan: CudaPlan, constants: Constants) -> Time:
     # Of several tiles, those of one anti-diagonal are at work, on average; the others wait or are not there yet.
     at_work = plan.blocks / diagonals
     if diagonals > 1:
-        busy = min(resident, math.ceil(at_work / plan.gpu.multiprocessors))
-    images_of_a_warp = max(1, 32 // plan.channel_threads // plan.tile[0])
-    warps = math.ceil(plan.images / images_of_a_warp) * plan.bands
-    pixels = plan.images * math.prod(plan.tile)
-    rounds = math.ceil(pixels / plan.threads)
+        busy = min(resident, max(1.0, at_work / plan.gpu.multiprocessors))
+    lanes = plan.channel_threads
+    rows = 32 // lanes
+    warps = math.ceil(plan.images / max(1, rows // plan.tile[0])) * plan.bands
+    wide = problem.width % WIDE_PIXELS == 0 and plan.tile[1] % WIDE_PIXELS == 0
+    moved_pixels = WIDE_PIXELS if wide else 1
+    parts = plan.images * math.prod(plan.tile) // moved_pixels
+    rounds = math.ceil(parts / plan.threads)
+    # Cycles of the instructions of what all threads prepare, or store: a warp's go to one scheduler.
+    a_scheduler = math.ceil(math.ceil(parts / 32) / constants.schedulers)
+    prepare_instructions = a_scheduler * PREPARE_INSTRUCTIONS[moved_pixels][channels]
+    store_instructions = a_scheduler * STORE_INSTRUCTIONS[moved_pixels][channels]
 
     fold = fold_cycles(plan, plan.threads, 1, constants)
-    # Prepare: the channels of a few pixels at a time wait for global memory; a pixel is C² multiply-adds.
-    latency = math.ceil(rounds / PIXELS_IN_FLIGHT) * constants.global_latency
-    prepare = max(latency, busy * pixels * channels**2 / constants.multiply_adds)
-    # Sweep: a step is a shuffle and the multiply-adds of the left neighbour and of the row above, one after the other;
-    # or the instructions of all warps that share a scheduler. Bands meet at a barrier every eight steps.
-    chain = constants.shuffle_latency + (2 * channels + 2) * constants.multiply_add_latency
-    step = max(chain, math.ceil(busy * warps / constants.schedulers) * LANES_INSTRUCTIONS[kernel])
-    barriers = plan.steps / 8 * constants.barrier if plan.bands > 1 else 0.0
-    sweep = plan.steps * step + barriers
-    store = rounds * constants.shared_latency
+    # Prepare: a few loads of a thread wait for global memory together; then its instructions.
+    in_flight = 4 if not wide else 2 if channels <= 4 else 1  # kInFlight of csrc/cuda/solve_lanes.cuh
+    latency = math.ceil(rounds / in_flight) * constants.global_latency
+    prepare = max(latency + prepare_instructions, busy * prepare_instructions)
+    # Sweep: a step is a shuffle, or a load of what the step before stored, and the multiply-adds of the row above; or
+    # its instructions. Bands meet at a barrier every few steps. All warps of the multiprocessor share its schedulers
+    # and its shared memory in the steps in which their bands are at work.
+    fetch = constants.shuffle_latency if lanes == 1 else constants.shared_latency
+    step = max(fetch + (channels + 3) * constants.multiply_add_latency, LANES_INSTRUCTIONS[kernel])
+    phase = min(LONGEST_PHASE, rows)
+    at_work_steps = plan.steps - (plan.bands - 1) * phase * (math.ceil((rows - 1) / phase) + 1)
+    barriers = plan.steps / phase * constants.barrier if plan.bands > 1 else 0.0
+    outputs = math.ceil(channels / lanes)
+    pixels_read = kernel[1] - 1 if lanes == 1 else kernel[1]
+    step_bytes = 32 * (pixels_read * lanes * outputs + 2 * outputs) * STATE_BYTES
+    of_a_warp = max(LANES_INSTRUCTIONS[kernel] / constants.schedulers, step_bytes / constants.shared_bandwidth)
+    sweep = max(plan.steps * step + barriers, busy * warps * at_work_steps * of_a_warp)
+    store = max(rounds * constants.shared_latency + store_instructions, busy * store_instructions)
 
     image_bytes = problem.batch * problem.channels * problem.height * problem.width * problem.dtype.itemsize
     moved = image_bytes / constants.memory_bytes_per_us

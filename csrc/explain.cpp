@@ -90,9 +90,7 @@ py::dict plan_cuda(const Sizes& sizes, const std::vector<int64_t>& orders, int64
   found["fold_blocks"] = plan.fold_in_block ? 0 : plan.fold_blocks * shape.groups;
   found["folded_bytes"] = plan.folded_elements(shape.channels) * shape.groups * state_bytes;
   found["launches"] = solve_launches(shape, plan, orders.data());
-  found["steps"] = lanes                           ? plan.lanes.phases() * kLanesPhase
-                   : plan.taps_h * plan.taps_w > 1 ? plan.tile_h + plan.tile_w - 1
-                                                   : 0;
+  found["steps"] = lanes ? plan.lanes.steps() : plan.taps_h * plan.taps_w > 1 ? plan.tile_h + plan.tile_w - 1 : 0;
   found["bands"] = lanes ? plan.lanes.bands : 0;
   found["scratch_bytes"] = scratch;
   if (plan.regime == SolveRegime::kTensor) {

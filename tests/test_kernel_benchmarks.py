@@ -72,7 +72,9 @@ def test_predictions_follow_the_constants(scripts: SimpleNamespace) -> None:
 BLOCK = 0  # SolveRegime of csrc/cuda/device_limits.h
 
 
-@pytest.mark.parametrize(("channels", "kernel"), [(1, 2), (4, 2), (1, 3), (3, 3), (4, 3), (1, 5), (2, 5)])
+@pytest.mark.parametrize(
+    ("channels", "kernel"), [(1, 2), (4, 2), (1, 3), (3, 3), (4, 3), (5, 3), (8, 3), (1, 5), (2, 5)]
+)
 def test_rows_as_lanes_are_chosen_where_they_are_predicted_to_win(
     scripts: SimpleNamespace, channels: int, kernel: int
 ) -> None:

@@ -76,18 +76,18 @@ def test_half_precision_has_the_state_of_float32() -> None:
 
 
 def test_an_image_of_one_block_is_one_launch() -> None:
-    plan = cuda((100, 8, 32, 32), 3, corner="unit_triangular")
+    plan = cuda((100, 8, 32, 32), 5, corner="unit_triangular")
     assert plan.regime == "images in a block, weights in shared memory"
     assert (plan.tile, plan.tiles, plan.images) == ((32, 32), (1, 1), 1)
     assert (plan.launches, plan.fold_launches, plan.steps) == (1, 0, 63)
     assert plan.blocks == 100
-    assert plan.shared_bytes == 4 * (8 * 32 * 32 + 9 * 8 * 8 + 8)
+    assert plan.shared_bytes == 4 * (8 * 32 * 32 + 25 * 8 * 8 + 8)
     assert plan.scratch_bytes == 0
     assert plan.gradient is None
 
 
 def test_a_large_image_is_a_launch_for_each_diagonal_of_tiles() -> None:
-    plan = cuda((2, 5, 1024, 700), 3, corner="identity")
+    plan = cuda((2, 5, 1024, 700), 5, corner="identity")
     assert plan.regime == "tiles, weights in shared memory"
     assert plan.tiles == (-(-1024 // plan.tile[0]), -(-700 // plan.tile[1]))
     assert plan.launches == sum(plan.tiles) - 1
@@ -103,8 +103,13 @@ def test_few_channels_have_rows_as_lanes() -> None:
     # Whole images side by side in a warp.
     plan = cuda((10000, 1, 10, 10), 3)
     assert (plan.bands, plan.images, plan.blocks) == (1, 24, -(-10000 // 24))
+    # Eight lanes a pixel: bands of four rows, as many as a block has warps for.
+    plan = cuda((100, 5, 32, 32), 3)
+    assert (plan.channel_threads, plan.bands, plan.tiles, plan.threads) == (8, 8, (1, 1), 256)
+    assert 32 + 31 <= plan.steps <= 32 + 3 + 7 * 8 + 4
+    assert cuda((100, 8, 64, 64), 3).tile == (32, 32)
     # What has no such kernel is solved as before.
-    for shape, kernel in [((100, 5, 64, 64), 3), ((100, 3, 64, 64), 5), ((100, 3, 64, 64), (3, 2)), ((9, 3, 2, 2), 3)]:
+    for shape, kernel in [((100, 5, 64, 64), 5), ((100, 3, 64, 64), 5), ((100, 3, 64, 64), (3, 2)), ((9, 3, 2, 2), 3)]:
         assert "lanes" not in cuda(shape, kernel).regime
     assert "lanes" not in cuda((100, 3, 64, 64), 3, dtype=torch.float64).regime
 

@@ -80,7 +80,35 @@ __device__ inline Pack<double, 2> load_readonly(const Pack<double, 2>* p) {
   const double2 v = __ldg(reinterpret_cast<const double2*>(p));
   return {{v.x, v.y}};
 }
+
+// A pack into global memory in one instruction: an assignment may become a store for each element.
+template <typename T, int kSize>
+__device__ inline void store_pack(Pack<T, kSize>* p, const Pack<T, kSize>& pack) {
+  constexpr int kBytes = sizeof(T) * kSize;
+  if constexpr (kBytes == 16) {
+    uint4 words;
+    memcpy(&words, &pack, kBytes);
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "l"(__cvta_generic_to_global(p)), "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
+                 : "memory");
+  } else if constexpr (kBytes == 8) {
+    uint2 words;
+    memcpy(&words, &pack, kBytes);
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};"
+                 :
+                 : "l"(__cvta_generic_to_global(p)), "r"(words.x), "r"(words.y)
+                 : "memory");
+  } else {
+    static_assert(kSize == 1);
+    *p = pack;
+  }
+}
 #else
+template <typename T, int kSize>
+void store_pack(Pack<T, kSize>* p, const Pack<T, kSize>& pack) {
+  *p = pack;
+}
 template <typename T>
 T load_readonly(const T* p) {
   return *p;

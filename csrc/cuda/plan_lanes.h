@@ -11,30 +11,44 @@ namespace inverse_flow {
 
 // Registers: 65536 of them over 256 threads leave 255 each, which hold the weights of a lane.
 constexpr int32_t kLanesThreads = 256;
-// A tile of an image too large for one block has so many bands: as a multiprocessor has schedulers, one warp for each.
+// A tile of an image too large for one block has so many bands, as a multiprocessor has schedulers, one warp for each;
+// and more of them if that is less than so many rows: of low bands not all are at work at a time.
 constexpr int32_t kLanesTileBands = 4;
-// Bands of a block advance by so many columns between barriers. Fewer would cost more barriers, more would let a band
-// wait longer for the one above it.
-constexpr int32_t kLanesPhase = 8;
+constexpr int64_t kLanesLeastTileHeight = 32;
+// Bands of a block advance by so many columns between barriers, or by as many as a band has rows. Fewer would cost more
+// barriers, more would let a band wait longer for the one above it.
+constexpr int32_t kLanesLongestPhase = 8;
 // Narrower tiles would spend most steps on filling and draining the lanes.
 constexpr int64_t kLanesLeastTileWidth = 16;
 
+// Pixels of a row that are loaded, and stored, by one access a channel, where the tensor allows it: 16 bytes of float,
+// and 8 of the half types, since twice as many pixels would double what a thread holds in registers.
+constexpr int32_t kWidePixels = 4;
+
 // Kernels are compiled for square windows of 2, 3 and 5 taps and up to so many channels a group: beyond, the weights
-// of a lane no longer fit its registers, or its multiply-adds take longer than the steps of regime kBlock.
+// of a lane no longer fit its registers, or regime kBlock is about as fast: so few taps (2) leave a lane little to do.
 INVERSE_FLOW_HOST_DEVICE constexpr int32_t lanes_most_channels(int64_t taps) {
-  return taps == 2 || taps == 3 ? 4 : taps == 5 ? 2 : 0;
+  return taps == 2 ? 4 : taps == 3 ? 8 : taps == 5 ? 2 : 0;
 }
 // Lanes that share the output channels of a pixel.
-INVERSE_FLOW_HOST_DEVICE constexpr int32_t lanes_of_pixel(int32_t channels) { return channels <= 2 ? 1 : 2; }
+INVERSE_FLOW_HOST_DEVICE constexpr int32_t lanes_of_pixel(int32_t channels) {
+  return channels <= 2 ? 1 : channels <= 4 ? 2 : 8;
+}
 // Output channels of a lane.
 INVERSE_FLOW_HOST_DEVICE constexpr int32_t outputs_of_lane(int32_t channels) {
   return static_cast<int32_t>(divide_up(channels, lanes_of_pixel(channels)));
+}
+// Rows of a band: those of a warp.
+INVERSE_FLOW_HOST_DEVICE constexpr int32_t rows_of_band(int32_t channels) { return 32 / lanes_of_pixel(channels); }
+// Steps of a phase.
+INVERSE_FLOW_HOST_DEVICE constexpr int32_t steps_of_phase(int32_t channels) {
+  return rows_of_band(channels) < kLanesLongestPhase ? rows_of_band(channels) : kLanesLongestPhase;
 }
 
 struct LanesPlan {
   int32_t lanes;            // of a pixel
   int32_t channel_pitch;    // floats of a pixel in shared memory
-  int32_t rows;             // of a band: those of a warp
+  int32_t rows;             // of a band
   int32_t bands;            // of an image, or of a tile
   int32_t images_per_warp;  // whole images side by side in a warp; 1 if an image has several bands
   int32_t images;           // whole images of a block; 1 when an image has several tiles
@@ -50,6 +64,7 @@ struct LanesPlan {
   int64_t tiles_h;
   int64_t tiles_w;
   // Steps go by in phases; every band starts `lag` phases after the band above it.
+  int32_t phase_steps;
   int32_t band_phases;
   int32_t lag;
   // Shared memory, in bytes: weights, bias, a pixel of zeros, then the images (before them, in the same place, the
@@ -63,6 +78,7 @@ struct LanesPlan {
   INVERSE_FLOW_HOST_DEVICE int64_t tiles() const { return tiles_h * tiles_w; }
   // Phases of the whole block; a barrier stands between them if there are several bands.
   INVERSE_FLOW_HOST_DEVICE int32_t phases() const { return band_phases + (bands - 1) * lag; }
+  INVERSE_FLOW_HOST_DEVICE int32_t steps() const { return phases() * phase_steps; }
   INVERSE_FLOW_HOST_DEVICE int64_t image_elements() const {
     return static_cast<int64_t>(tile_h + margin_h) * row_stride * channel_pitch;
   }
@@ -79,12 +95,12 @@ inline bool plan_lanes(const Shape& shape, int64_t state_bytes, int64_t fold_byt
   const int32_t channels = static_cast<int32_t>(shape.channels);
   plan.lanes = lanes_of_pixel(channels);
   plan.channel_pitch = plan.lanes * outputs_of_lane(channels);
-  plan.rows = 32 / plan.lanes;
+  plan.rows = rows_of_band(channels);
 
   const int64_t max_warps = std::min<int64_t>(device.threads_per_block, kLanesThreads) / 32;
   plan.bias_offset = round_up(taps * taps * channels * channels * state_bytes, 16);
   plan.zeros_offset = plan.bias_offset + round_up(channels * state_bytes, 16);
-  plan.image_offset = plan.zeros_offset + 16;
+  plan.image_offset = plan.zeros_offset + round_up(plan.channel_pitch * state_bytes, 16);
   const int64_t budget = device.shared_bytes - plan.image_offset;
   if (fold_bytes > budget) return false;
   // Lanes of neighbouring rows are one column apart. With an even stride their addresses differ by an odd number of
@@ -100,13 +116,17 @@ inline bool plan_lanes(const Shape& shape, int64_t state_bytes, int64_t fold_byt
     // About square: the steps of all tile diagonals together do not depend on its side, and a larger one means fewer
     // waits for other blocks.
     plan.margin_h = plan.margin_w = static_cast<int32_t>(taps - 1);
-    const int64_t side = plan.rows * std::min<int64_t>(kLanesTileBands, max_warps);
+    const int64_t tile_bands = std::max<int64_t>(kLanesTileBands, kLanesLeastTileHeight / plan.rows);
+    const int64_t side = plan.rows * std::min(tile_bands, max_warps);
     tile_h = std::min(side, shape.height);
     tile_w = std::min(side, shape.width);
     const auto fits = [&] { return bytes(tile_h + plan.margin_h, tile_w + plan.margin_w) <= budget; };
     while (tile_w > kLanesLeastTileWidth && !fits()) tile_w = std::max(tile_w / 2, kLanesLeastTileWidth);
     while (tile_h > plan.rows && !fits()) tile_h -= plan.rows;
     if (!fits() || tile_h < plan.margin_h || tile_w < plan.margin_w) return false;
+    // As many tiles of about the same size: a remainder of one row or column would take a tile's time of its own.
+    tile_h = std::min(tile_h, round_up(divide_up(shape.height, divide_up(shape.height, tile_h)), plan.rows));
+    tile_w = std::min(tile_w, round_up(divide_up(shape.width, divide_up(shape.width, tile_w)), kWidePixels));
   }
   plan.tile_h = static_cast<int32_t>(tile_h);
   plan.tile_w = static_cast<int32_t>(tile_w);
@@ -133,9 +153,10 @@ inline bool plan_lanes(const Shape& shape, int64_t state_bytes, int64_t fold_byt
       static_cast<int32_t>(32 * std::max<int64_t>(plan.sweep_warps, std::min(max_warps, divide_up(items, 32))));
 
   const int64_t first_rows = std::min<int64_t>(plan.rows, tile_h);
-  plan.band_phases = static_cast<int32_t>(divide_up(tile_w + plan.margin_w + first_rows - 1, kLanesPhase));
+  plan.phase_steps = steps_of_phase(channels);
+  plan.band_phases = static_cast<int32_t>(divide_up(tile_w + plan.margin_w + first_rows - 1, plan.phase_steps));
   // The last row of a band is `rows` - 1 steps behind its first, and the band below needs it a phase ahead.
-  plan.lag = plan.rows / kLanesPhase + 1;
+  plan.lag = static_cast<int32_t>(divide_up(plan.rows - 1, plan.phase_steps)) + 1;
   plan.shared_bytes =
       plan.image_offset + std::max(plan.images * plan.image_elements() * state_bytes, round_up(fold_bytes, 16));
   return true;

@@ -21,6 +21,17 @@ LanesKernel<Element> lanes_kernel_of(int64_t channels) {
   }
 }
 
+// Whether every kWidePixels pixels of a row, counted from a tile's first column, are one aligned access: mirrored
+// columns too, since the width is a multiple.
+template <typename T>
+bool has_wide_rows(const T* data, const Strides& strides, const Shape& shape, const LanesPlan& plan) {
+  constexpr uintptr_t kBytes = kWidePixels * sizeof(T);
+  const auto is_multiple = [](int64_t elements) { return elements % kWidePixels == 0; };
+  return strides.column == 1 && is_multiple(strides.row) && is_multiple(strides.channel) &&
+         is_multiple(strides.batch) && is_multiple(shape.width) && is_multiple(plan.tile_w) &&
+         reinterpret_cast<uintptr_t>(data) % kBytes == 0;
+}
+
 template <typename Element>
 const char* run_lanes(const SolveProblem& problem, const SolvePlan& plan, void* stream) {
   const Shape& shape = problem.shape;
@@ -28,6 +39,10 @@ const char* run_lanes(const SolveProblem& problem, const SolvePlan& plan, void* 
   LanesArguments<Element> args{};
   args.solve = solve_arguments<Element>(problem, plan);
   args.progress = static_cast<int32_t*>(problem.workspace);
+  const SolveArguments<Element>& solve = args.solve;
+  args.wide_input = has_wide_rows(solve.input, solve.input_strides, shape, lanes);
+  args.wide_output = has_wide_rows(solve.output, solve.output_strides, shape, lanes) &&
+                     (!solve.write_state || has_wide_rows(solve.state, solve.state_strides, shape, lanes));
   const LanesKernel<Element> kernel = shape.kernel_h == 2   ? lanes_kernel_of<Element, 2>(shape.channels)
                                       : shape.kernel_h == 3 ? lanes_kernel_of<Element, 3>(shape.channels)
                                                             : lanes_kernel_of<Element, 5>(shape.channels);

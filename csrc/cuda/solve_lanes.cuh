@@ -1,22 +1,26 @@
 // The solve of few channels a group: a warp sweeps a band of rows, a few lanes on each row, without a barrier a step.
 //
 //   fold     as in solve.cuh: every block makes the folded weights in shared memory.
-//   prepare  z_p = M^-1 (y_p - bias) of the block's pixels, into shared memory; a thread owns a pixel.
+//   prepare  z_p = M^-1 (y_p - bias) of the block's pixels, into shared memory; a thread owns a pixel, or, where the
+//            tensor allows 16 bytes of a row to move at once, four of them.
 //   margin   of an image of several tiles: the solved rows above and columns to the left, from global memory.
 //   sweep    the lanes of a row own its output channels and keep their weights in registers. At step s row r is at
-//            column s - r, so what it needs of the row above was solved a step ago, and comes by shuffle; of the rows
-//            further up, the lanes of the row above had it a step ago. A pixel is added, as soon as it is known, to the
-//            sums of all columns that it reaches: a lane keeps kTaps - 1 of them an output, and of the steps before
-//            nothing else. The first row of a band reads the rows above from shared memory. x overwrites z.
-//   store    a thread owns a pixel again.
+//            column s - r, so what it needs of the row above was solved a step ago. A pixel is added, as soon as it is
+//            known, to the sums of all columns that it reaches: a lane keeps kTaps - 1 of them an output. x overwrites
+//            z. One lane a row: the left neighbour is in its registers, the row above comes by shuffle, and of the rows
+//            further up the lane above had it a step ago; the first row of a band reads them from shared memory.
+//            Several lanes a row: they read all neighbours from shared memory, 16 bytes at a time.
+//   store    a thread owns a pixel, or four, again.
 // Shared memory: [folded weights: tap, input channel, output channel] [bias] [a pixel of zeros] [image, row, column,
 // channel], with the margin's rows and columns in front.
-// Barriers: after the fold (its scratch lies where z will), after prepare, after the sweep; and if an image has several
-// bands, after each phase of kLanesPhase steps: the band below reads rows that the phase wrote.
+// Barriers: after the fold (its scratch lies where z will), after prepare, after the sweep; if an image has several
+// bands, after each phase of kPhase steps: the band below reads rows that the phase wrote; and of several lanes a row
+// those of a warp before each step: it reads what the step before wrote.
 // Blocks of one image wait for each other's tiles: a block takes a ticket, tickets follow the anti-diagonals of tiles,
 // so a tile that is waited for is one that a running block already has. Flags say which tiles are in global memory.
-// Bytes: y in and x out once. A step of a warp: (kTaps^2 - 1) x kChannels multiply-adds an output of a lane,
-// kTaps x kChannels shuffles (without those of its own row if a lane owns a whole pixel), one load and one store.
+// Bytes: y in and x out once. A step of a warp: (kTaps^2 - 1) x kChannels multiply-adds an output of a lane, and a
+// store; one lane a row: kTaps loads and (kTaps - 1) x kChannels shuffles; several: kTaps + 1 loads, or 2 kTaps + 1 if
+// a pixel has more than 4 channels.
 #pragma once
 
 #include "solve.cuh"
@@ -27,6 +31,9 @@ template <typename Element>
 struct LanesArguments {
   SolveArguments<Element> solve;
   int32_t* progress;  // of images of several tiles, a group: the next ticket, then a flag for every tile of every image
+  // Whether kWidePixels pixels of a row of the input, and of what is written, are one aligned access.
+  bool wide_input;
+  bool wide_output;
 };
 
 // What one kernel is compiled for.
@@ -37,6 +44,9 @@ struct LanesShape {
   static constexpr int kLanes = lanes_of_pixel(channels);
   static constexpr int kOutputs = outputs_of_lane(channels);
   static constexpr int kPitch = kLanes * kOutputs;
+  static constexpr int kPhase = steps_of_phase(channels);
+  // Blocks that a multiprocessor's registers hold: two hide each other's waits, but 24 taps leave no room for them.
+  static constexpr int kBlocks = taps <= 3 ? 2 : 1;
 };
 
 // The block's tile, and whether solved pixels lie above it and to its left.
@@ -115,66 +125,148 @@ __device__ inline int place_in_tile(const LanesPlan& plan, const LanesTile& clai
   return (image * (plan.tile_h + plan.margin_h) + plan.margin_h + row) * plan.row_stride + claimed.left + column;
 }
 
+// The channels of a pixel move in packs of 16 bytes at most.
 template <typename S>
-__device__ void write_pixel(float* x, int place, const float (&values)[S::kChannels]) {
-  Pack<float, S::kPitch> packed;
+__device__ void write_pixel(float* pixel, const float (&values)[S::kChannels]) {
+  constexpr int kPack = S::kPitch < 4 ? S::kPitch : 4;
   INVERSE_FLOW_UNROLL
-  for (int c = 0; c < S::kPitch; ++c) packed.value[c] = c < S::kChannels ? values[c] : 0.0f;
-  reinterpret_cast<Pack<float, S::kPitch>*>(x)[place] = packed;
+  for (int first = 0; first < S::kPitch; first += kPack) {
+    Pack<float, kPack> packed;
+    INVERSE_FLOW_UNROLL
+    for (int c = 0; c < kPack; ++c) packed.value[c] = first + c < S::kChannels ? values[first + c] : 0.0f;
+    *reinterpret_cast<Pack<float, kPack>*>(pixel + first) = packed;
+  }
 }
 
-template <typename S, typename Element>
+template <typename S>
+__device__ void read_pixel(const float* pixel, float (&values)[S::kChannels]) {
+  constexpr int kPack = S::kPitch < 4 ? S::kPitch : 4;
+  INVERSE_FLOW_UNROLL
+  for (int first = 0; first < S::kPitch; first += kPack) {
+    const auto packed = *reinterpret_cast<const Pack<float, kPack>*>(pixel + first);
+    INVERSE_FLOW_UNROLL
+    for (int c = first; c < S::kChannels && c < first + kPack; ++c) values[c] = packed.value[c - first];
+  }
+}
+
+// A thread moves kPixels neighbours of a row between global and shared memory: one access a channel there, one a pixel
+// and 16 bytes here. Lanes write, or read, their pixels in different orders, so that they meet different banks.
+//                 lane      0             1             2             3        (3 or 4 channels: 16 bytes a pixel,
+//   access 0, pixel     0   .   .   .  4   .   .   .   .  9   .   .   .  13 ..   8 of them are all banks)
+//   access 1, pixel     .   1   .   .  .   5   .   .   8   .  .   .   12 ..
+// With one channel or two, as many more lanes have the same order; with 5 to 8 two lanes share a bank.
+template <typename S, int kPixels>
+struct RowPart {
+  int turn;    // access j is to pixel j ^ turn of the part
+  int mirror;  // which is pixel j ^ turn ^ mirror in global memory
+
+  __device__ explicit RowPart(int flips)
+      : turn(static_cast<int>(threadIdx.x) * S::kPitch / (kWarp / kPixels) % kPixels),
+        mirror(flips & kMirrorColumns ? kPixels - 1 : 0) {}
+
+  // values[j] <-> values[j ^ turn ^ mirror], by exchanges of neighbours and of pairs: no index is known at run time
+  // only.
+  __device__ void reorder(float (&values)[kPixels]) const {
+    INVERSE_FLOW_UNROLL
+    for (int bit = 1; bit < kPixels; bit *= 2) {
+      const bool exchanges = ((turn ^ mirror) & bit) != 0;
+      INVERSE_FLOW_UNROLL
+      for (int j = 0; j < kPixels; ++j) {
+        if ((j & bit) == 0) {
+          const float low = values[j];
+          values[j] = exchanges ? values[j | bit] : low;
+          values[j | bit] = exchanges ? low : values[j | bit];
+        }
+      }
+    }
+  }
+};
+
+// Of a tile's pixels in parts of kPixels: one of them.
+struct PartPlace {
+  int image;
+  int row;
+  int column;
+
+  __device__ PartPlace(const Tile& tile, int pixels, unsigned part) {
+    const unsigned parts = static_cast<unsigned>(tile.columns / pixels);
+    const unsigned line = part / parts;
+    column = static_cast<int>(part - line * parts) * pixels;
+    image = static_cast<int>(line / static_cast<unsigned>(tile.rows));
+    row = static_cast<int>(line) - image * tile.rows;
+  }
+
+  // Where it begins in the memory of the tensor: mirrored columns are those before.
+  template <typename T>
+  __device__ T* in(const ImageView<T>& view, const Tile& tile, int mirror) const {
+    return view.pixel(tile.first_image + image, tile.first_row + row, tile.first_column + column) - mirror;
+  }
+};
+
+__device__ inline unsigned parts_of_tile(const Tile& tile, int pixels) {
+  return static_cast<unsigned>(tile.images * tile.rows) * static_cast<unsigned>(tile.columns / pixels);
+}
+
+template <typename S, int kPixels, typename Element>
 __device__ void prepare_lanes(const SolveArguments<Element>& args, const LanesTile& claimed, int64_t group, int flips,
                               const float* weights, const float* bias, float* x) {
   constexpr int kChannels = S::kChannels;
-  constexpr int kInFlight = 4;  // pixels whose loads are under way before the first is used
+  using Part = Pack<Element, kPixels>;
+  // Parts whose loads are under way before the first is used.
+  constexpr int kInFlight = kPixels == 1 ? 4 : kChannels <= 4 ? 2 : 1;
   const ImageView<const Element> input(args.input, args.input_strides, args.shape, group, flips);
+  const RowPart<S, kPixels> part(flips);
   const bool is_identity = args.shape.corner == kIdentity;
   float inverse[kChannels][kChannels];
-  float shift[kChannels];
   INVERSE_FLOW_UNROLL
   for (int c = 0; c < kChannels; ++c) {
-    shift[c] = bias[c];
     INVERSE_FLOW_UNROLL
     for (int o = 0; o < kChannels; ++o) inverse[o][c] = weights[c * kChannels + o];
   }
   const Tile& tile = claimed.tile;
-  const unsigned columns = static_cast<unsigned>(tile.columns);
-  const unsigned rows = static_cast<unsigned>(tile.rows);
-  const unsigned pixels = static_cast<unsigned>(tile.images) * rows * columns;
-  for (unsigned first = threadIdx.x; first < pixels; first += kInFlight * blockDim.x) {
-    float y[kInFlight][kChannels];
+  const unsigned parts = parts_of_tile(tile, kPixels);
+  for (unsigned first = threadIdx.x; first < parts; first += kInFlight * blockDim.x) {
+    Part y[kInFlight][kChannels];
     int place[kInFlight];
     INVERSE_FLOW_UNROLL
     for (int i = 0; i < kInFlight; ++i) {
-      const unsigned pixel = first + static_cast<unsigned>(i) * blockDim.x;
+      const unsigned item = first + static_cast<unsigned>(i) * blockDim.x;
       place[i] = -1;
-      if (pixel < pixels) {
-        const unsigned line = pixel / columns;
-        const int column = static_cast<int>(pixel - line * columns);
-        const int image = static_cast<int>(line / rows);
-        const int row = static_cast<int>(line) - image * tile.rows;
-        const Element* from = input.pixel(tile.first_image + image, tile.first_row + row, tile.first_column + column);
+      if (item < parts) {
+        const PartPlace at(tile, kPixels, item);
+        const Element* const from = at.in(input, tile, part.mirror);
         INVERSE_FLOW_UNROLL
-        for (int c = 0; c < kChannels; ++c) y[i][c] = to_state(from[c * args.input_strides.channel]);
-        place[i] = place_in_tile(args.plan.lanes, claimed, image, row, column);
+        for (int c = 0; c < kChannels; ++c) {
+          y[i][c] = *reinterpret_cast<const Part*>(from + c * args.input_strides.channel);
+        }
+        place[i] = place_in_tile(args.plan.lanes, claimed, at.image, at.row, at.column);
       }
     }
     INVERSE_FLOW_UNROLL
     for (int i = 0; i < kInFlight; ++i) {
       if (place[i] < 0) break;
-      float z[kChannels] = {};
+      float right[kChannels][kPixels];
       INVERSE_FLOW_UNROLL
       for (int c = 0; c < kChannels; ++c) {
-        const float right = y[i][c] - shift[c];
+        const float shift = bias[c];
         INVERSE_FLOW_UNROLL
-        for (int o = 0; o < kChannels; ++o) z[o] += inverse[o][c] * right;
+        for (int j = 0; j < kPixels; ++j) right[c][j] = to_state(y[i][c].value[j]) - shift;
+        part.reorder(right[c]);
       }
-      if (is_identity) {
+      INVERSE_FLOW_UNROLL
+      for (int j = 0; j < kPixels; ++j) {
+        float z[kChannels] = {};
         INVERSE_FLOW_UNROLL
-        for (int c = 0; c < kChannels; ++c) z[c] = y[i][c] - shift[c];
+        for (int c = 0; c < kChannels; ++c) {
+          INVERSE_FLOW_UNROLL
+          for (int o = 0; o < kChannels; ++o) z[o] += inverse[o][c] * right[c][j];
+        }
+        if (is_identity) {
+          INVERSE_FLOW_UNROLL
+          for (int c = 0; c < kChannels; ++c) z[c] = right[c][j];
+        }
+        write_pixel<S>(x + (place[i] + (j ^ part.turn)) * S::kPitch, z);
       }
-      write_pixel<S>(x, place[i], z);
     }
   }
 }
@@ -194,7 +286,7 @@ __device__ void load_margin(const SolveArguments<Element>& args, const LanesTile
     float values[S::kChannels];
     INVERSE_FLOW_UNROLL
     for (int c = 0; c < S::kChannels; ++c) values[c] = from[c * args.state_strides.channel];
-    write_pixel<S>(x, place_in_tile(args.plan.lanes, claimed, 0, row, column), values);
+    write_pixel<S>(x + place_in_tile(args.plan.lanes, claimed, 0, row, column) * S::kPitch, values);
   }
 }
 
@@ -205,7 +297,6 @@ __device__ void sweep_lanes(const LanesPlan& plan, const LanesTile& claimed, con
   constexpr int kTaps = S::kTaps;
   constexpr int kOutputs = S::kOutputs;
   constexpr int kLanes = S::kLanes;
-  using PixelPack = Pack<float, S::kPitch>;
   using OutputPack = Pack<float, kOutputs>;
 
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
@@ -221,12 +312,13 @@ __device__ void sweep_lanes(const LanesPlan& plan, const LanesTile& claimed, con
   const bool has_row = warp < plan.sweep_warps && image_of_warp < plan.images_per_warp && image < claimed.tile.images &&
                        row < claimed.tile.rows;
   const unsigned columns = has_row ? static_cast<unsigned>(claimed.left + claimed.tile.columns) : 0;
-  // The first row of a warp or an image has nobody to shuffle from: what is above it lies in shared memory, or nowhere.
-  const bool is_first = skew == 0;
-  const bool reads_above = is_first && (band > 0 || claimed.above > 0);
+  // Which lanes read the rows above them from shared memory: those of several a pixel, and of the others those of the
+  // first row of a warp or an image, which have nobody to shuffle from. Above the image is nothing; above the first row
+  // of a warp there are all rows that the taps reach, or none.
+  const bool reads_above = kLanes > 1 || skew == 0;
+  const int rows_above = reads_above ? row + claimed.above : 0;
   const int row_floats = plan.row_stride * S::kPitch;
   float* const line = x + place_in_tile(plan, claimed, image, row, -claimed.left) * S::kPitch;
-  float* const outputs = line + part * kOutputs;
 
   float weight[kTaps * kTaps][kOutputs][kChannels];  // the corner's is never used
   INVERSE_FLOW_UNROLL
@@ -243,7 +335,8 @@ __device__ void sweep_lanes(const LanesPlan& plan, const LanesTile& claimed, con
 
   // What moves on by a column a step.
   int column = -skew;
-  float* here = outputs + column * S::kPitch;
+  const float* behind = zeros;  // the pixel of the step before, or zeros outside of the image
+  float* here = line + column * S::kPitch + part * kOutputs;
   const float* over[kTaps - 1];
   INVERSE_FLOW_UNROLL
   for (int a = 1; a < kTaps; ++a) over[a - 1] = line + column * S::kPitch - a * row_floats;
@@ -255,31 +348,36 @@ __device__ void sweep_lanes(const LanesPlan& plan, const LanesTile& claimed, con
     const int phase = time - band * plan.lag;
     if (warp < plan.sweep_warps && phase >= 0 && phase < plan.band_phases) {
       INVERSE_FLOW_UNROLL_BY(1)
-      for (int step = 0; step < kLanesPhase; ++step) {
+      for (int step = 0; step < S::kPhase; ++step) {
         const bool is_inside = static_cast<unsigned>(column) < columns;
 
-        // Upwards the farthest rows first: each takes what the row above it had.
         float left[kChannels];
-        INVERSE_FLOW_UNROLL
-        for (int a = kTaps - 2; a > 0; --a) {
+        if constexpr (kLanes == 1) {
           INVERSE_FLOW_UNROLL
-          for (int c = 0; c < kChannels; ++c) above[a][c] = __shfl_up_sync(kFullWarp, above[a - 1][c], kLanes);
-        }
-        INVERSE_FLOW_UNROLL
-        for (int c = 0; c < kChannels; ++c) {
-          const float channel = solved[c % kOutputs];
-          const int owner = lane - part + c / kOutputs;
-          left[c] = kLanes == 1 ? channel : __shfl_sync(kFullWarp, channel, owner);
-          above[0][c] = __shfl_sync(kFullWarp, channel, (owner + kWarp - kLanes) % kWarp);
+          for (int c = 0; c < kChannels; ++c) left[c] = solved[c];
+          // Upwards the farthest rows first: each takes what the row above it had.
+          INVERSE_FLOW_UNROLL
+          for (int a = kTaps - 1; a > 0; --a) {
+            INVERSE_FLOW_UNROLL
+            for (int c = 0; c < kChannels; ++c) {
+              above[a - 1][c] = __shfl_up_sync(kFullWarp, a > 1 ? above[a - 2][c] : solved[c], kLanes);
+            }
+          }
+        } else {
+          __syncwarp();  // all lanes of a pixel have written the step before
+          read_pixel<S>(behind, left);
         }
         INVERSE_FLOW_UNROLL
         for (int a = 1; a < kTaps; ++a) {
-          const float* const source = reads_above && is_inside ? over[a - 1] : zeros;
-          const PixelPack pixel = *reinterpret_cast<const PixelPack*>(source);
+          float pixel[kChannels];
+          const bool is_there = is_inside && rows_above >= (kLanes == 1 ? kTaps - 1 : a);
+          read_pixel<S>(is_there ? over[a - 1] : zeros, pixel);
           INVERSE_FLOW_UNROLL
-          for (int c = 0; c < kChannels; ++c) above[a - 1][c] = is_first ? pixel.value[c] : above[a - 1][c];
+          for (int c = 0; c < kChannels; ++c) above[a - 1][c] = reads_above ? pixel[c] : above[a - 1][c];
         }
-        const OutputPack z = *reinterpret_cast<const OutputPack*>(is_inside ? here : zeros);
+        const float* const source = is_inside ? here : zeros + part * kOutputs;
+        const OutputPack z = *reinterpret_cast<const OutputPack*>(source);
+        behind = source - part * kOutputs;
 
         // What is known longest goes in first; only the left neighbour and the row above are news.
         INVERSE_FLOW_UNROLL
@@ -292,8 +390,10 @@ __device__ void sweep_lanes(const LanesPlan& plan, const LanesTile& claimed, con
           }
           INVERSE_FLOW_UNROLL
           for (int c = 0; c < kChannels; ++c) sum += weight[1][k][c] * left[c];
+          float news = 0;  // beside the others, so that the chain is half as long
           INVERSE_FLOW_UNROLL
-          for (int c = 0; c < kChannels; ++c) sum += weight[kTaps][k][c] * above[0][c];
+          for (int c = 0; c < kChannels; ++c) news += weight[kTaps][k][c] * above[0][c];
+          sum += news;
           // In the margin z is x already. Left of it all is zero; what is right of the image reaches nobody in it.
           solved[k] = column < claimed.left ? z.value[k] : z.value[k] + sum;
         }
@@ -332,40 +432,50 @@ __device__ void sweep_lanes(const LanesPlan& plan, const LanesTile& claimed, con
   }
 }
 
-template <typename S, typename Element>
+template <typename S, int kPixels, typename Element>
 __device__ void store_lanes(const SolveArguments<Element>& args, const LanesTile& claimed, int64_t group, int flips,
                             const float* x) {
   const ImageView<Element> output(args.output, args.output_strides, args.shape, group, flips);
   const ImageView<float> state(args.state, args.state_strides, args.shape, group, flips);
+  const RowPart<S, kPixels> part(flips);
   const Tile& tile = claimed.tile;
-  const unsigned columns = static_cast<unsigned>(tile.columns);
-  const unsigned rows = static_cast<unsigned>(tile.rows);
-  const unsigned pixels = static_cast<unsigned>(tile.images) * rows * columns;
-  for (unsigned pixel = threadIdx.x; pixel < pixels; pixel += blockDim.x) {
-    const unsigned line = pixel / columns;
-    const int column = static_cast<int>(pixel - line * columns);
-    const int image = static_cast<int>(line / rows);
-    const int row = static_cast<int>(line) - image * tile.rows;
-    const int place = place_in_tile(args.plan.lanes, claimed, image, row, column);
-    const auto packed = reinterpret_cast<const Pack<float, S::kPitch>*>(x)[place];
-    const int64_t image_row = tile.first_row + row;
-    const int64_t image_column = tile.first_column + column;
-    Element* const rounded = output.pixel(tile.first_image + image, image_row, image_column);
+  const unsigned parts = parts_of_tile(tile, kPixels);
+  for (unsigned item = threadIdx.x; item < parts; item += blockDim.x) {
+    const PartPlace at(tile, kPixels, item);
+    const int place = place_in_tile(args.plan.lanes, claimed, at.image, at.row, at.column);
+    float values[S::kChannels][kPixels];
+    INVERSE_FLOW_UNROLL
+    for (int j = 0; j < kPixels; ++j) {
+      float pixel[S::kChannels];
+      read_pixel<S>(x + (place + (j ^ part.turn)) * S::kPitch, pixel);
+      INVERSE_FLOW_UNROLL
+      for (int c = 0; c < S::kChannels; ++c) values[c][j] = pixel[c];
+    }
+    Element* const rounded = at.in(output, tile, part.mirror);
     INVERSE_FLOW_UNROLL
     for (int c = 0; c < S::kChannels; ++c) {
-      from_state(packed.value[c], rounded[c * args.output_strides.channel]);
+      part.reorder(values[c]);
+      Pack<Element, kPixels> packed;
+      INVERSE_FLOW_UNROLL
+      for (int j = 0; j < kPixels; ++j) from_state(values[c][j], packed.value[j]);
+      store_pack(reinterpret_cast<Pack<Element, kPixels>*>(rounded + c * args.output_strides.channel), packed);
     }
     if (args.write_state) {
-      float* const exact = state.pixel(tile.first_image + image, image_row, image_column);
+      float* const exact = at.in(state, tile, part.mirror);
       INVERSE_FLOW_UNROLL
-      for (int c = 0; c < S::kChannels; ++c) exact[c * args.state_strides.channel] = packed.value[c];
+      for (int c = 0; c < S::kChannels; ++c) {
+        Pack<float, kPixels> packed;
+        INVERSE_FLOW_UNROLL
+        for (int j = 0; j < kPixels; ++j) packed.value[j] = values[c][j];
+        store_pack(reinterpret_cast<Pack<float, kPixels>*>(exact + c * args.state_strides.channel), packed);
+      }
     }
   }
 }
 
 // Grid: (blocks of images, or tiles of all images; groups).
 template <typename Element, int kChannels, int kTaps>
-__global__ void __launch_bounds__(kLanesThreads, 1)
+__global__ void __launch_bounds__(kLanesThreads, LanesShape<kChannels, kTaps>::kBlocks)
     lanes_kernel(const __grid_constant__ LanesArguments<Element> arguments) {
   using S = LanesShape<kChannels, kTaps>;
   const SolveArguments<Element>& args = arguments.solve;
@@ -389,7 +499,11 @@ __global__ void __launch_bounds__(kLanesThreads, 1)
   fold_in_block(weight_view(args.shape, args.weight, args.weight_type, group, order), args.plan, x, weights);
   __syncthreads();  // weights, bias and zeros are complete, and the fold's scratch is free for z
 
-  prepare_lanes<S>(args, claimed, group, flips, weights, bias, x);
+  if (arguments.wide_input) {
+    prepare_lanes<S, kWidePixels>(args, claimed, group, flips, weights, bias, x);
+  } else {
+    prepare_lanes<S, 1>(args, claimed, group, flips, weights, bias, x);
+  }
   if (claimed.above > 0 || claimed.left > 0) {
     wait_for_neighbours(arguments, claimed);
     load_margin<S>(args, claimed, group, flips, x);
@@ -397,7 +511,11 @@ __global__ void __launch_bounds__(kLanesThreads, 1)
   __syncthreads();  // z and the margin are complete
   sweep_lanes<S>(plan, claimed, weights, zeros, x);
   __syncthreads();  // x is complete
-  store_lanes<S>(args, claimed, group, flips, x);
+  if (arguments.wide_output) {
+    store_lanes<S, kWidePixels>(args, claimed, group, flips, x);
+  } else {
+    store_lanes<S, 1>(args, claimed, group, flips, x);
+  }
   if (!plan.single_tile()) {
     __syncthreads();  // the whole tile is written before one thread says so
     if (threadIdx.x == 0) {

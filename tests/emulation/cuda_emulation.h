@@ -258,6 +258,8 @@ inline Device device;
 
 inline void __syncthreads() { inverse_flow::emulation::Block::current().block_barrier(); }
 
+inline void __syncwarp() { inverse_flow::emulation::Block::current().gather(0); }
+
 inline int emulated_lane() {
   using namespace inverse_flow::emulation;
   return static_cast<int>(Block::current().active() % kWarpSize);

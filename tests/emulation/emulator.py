@@ -172,6 +172,10 @@ def layout(case: Case, name: str) -> tuple[int, int, tuple[int, ...]]:
     if name == "sliced":  # every second column and row of a larger tensor, not from its beginning
         strides = (c * (2 * h + 1) * (2 * w + 1), (2 * h + 1) * (2 * w + 1), 2 * (2 * w + 1), 2)
         return b * strides[0], 2 * w + 2, strides
+    if name in {"shifted", "long rows", "odd rows"}:  # contiguous but for its beginning, or the distance of its rows
+        row = w + {"shifted": 0, "long rows": 4, "odd rows": 1}[name]
+        offset = int(name == "shifted")
+        return offset + b * c * h * row, offset, (c * h * row, h * row, row, 1)
     if name == "expanded":  # one pixel for all
         return b * c, 0, (c, 1, 0, 0)
     raise ValueError(name)

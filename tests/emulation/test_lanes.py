@@ -41,7 +41,12 @@ from .test_emulation import (
 pytestmark = pytest.mark.skipif(compiler() is None, reason="the emulator needs a C++ compiler (g++, or CXX)")
 
 # Most channels a group, by the taps of the window.
-MOST_CHANNELS = {2: 4, 3: 4, 5: 2}
+MOST_CHANNELS = {2: 4, 3: 8, 5: 2}
+
+
+def rows_of_band(channels: int) -> int:
+    """Rows of a warp: 32 lanes, of which a pixel has 1, 2 or 8."""
+    return 32 if channels <= 2 else 16 if channels <= 4 else 4
 
 
 def lanes_case(*arguments: object, **options: object) -> Case:
@@ -70,14 +75,17 @@ def test_every_kernel_and_corner(
             case = lanes_case(3, ALL_ORDERS, channels, height, width, taps, taps, corner, transposed)
             done = check(driver, tmp_path, case, seed=channels)
             assert done.facts["solve_launches"] == [1]
-            assert done.facts["bands"] == [1]
+            assert done.facts["bands"] == [-(-height // rows_of_band(channels))]
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(
     ("channels", "height", "width", "taps"),
-    [(1, 70, 7, 3), (1, 65, 6, 5), (2, 34, 9, 2), (3, 33, 5, 3), (4, 49, 4, 2), (2, 40, 11, 5)],
-)
+    [
+        (1, 70, 7, 3), (1, 65, 6, 5), (2, 34, 9, 2), (3, 33, 5, 3), (4, 49, 4, 2), (2, 40, 11, 5), (5, 13, 6, 3),
+        (6, 9, 4, 3), (7, 10, 7, 3), (8, 32, 5, 3),
+    ],
+)  # fmt: skip
 def test_bands(
     driver: Path,  # noqa: F811
     tmp_path: Path,
@@ -88,7 +96,7 @@ def test_bands(
     transposed: bool,
 ) -> None:
     """More rows than a warp has lanes for: the warps of a block hand the rows between them on."""
-    rows = 32 if channels <= 2 else 16
+    rows = rows_of_band(channels)
     case = lanes_case(2, (TOP_RIGHT, BOTTOM_LEFT), channels, height, width, taps, taps, GENERAL, transposed)
     done = check(driver, tmp_path, case)
     assert done.facts["bands"] == [-(-height // rows)]
@@ -112,6 +120,7 @@ TILED = [
     lanes_case(2, (TOP_LEFT,), 3, 36, 20, 3, 3, shared_bytes=11000, threads_per_block=64),
     lanes_case(1, (BOTTOM_LEFT, TOP_LEFT), 1, 70, 20, 5, 5, shared_bytes=5600, threads_per_block=64),
     lanes_case(2, (TOP_RIGHT,), 4, 33, 18, 2, 2, shared_bytes=10000, threads_per_block=64),
+    lanes_case(1, (TOP_RIGHT, TOP_LEFT), 8, 13, 20, 3, 3, shared_bytes=8000, threads_per_block=64),
 ]
 
 
@@ -136,7 +145,11 @@ def test_types_and_layouts(
     input_layout: str,
     output_layout: str,
 ) -> None:
-    for case in (lanes_case(2, (BOTTOM_LEFT, TOP_RIGHT, TOP_LEFT), 4, 6, 5, 3, 3), TILED[0]):
+    for case in (
+        lanes_case(2, (BOTTOM_LEFT, TOP_RIGHT, TOP_LEFT), 4, 6, 5, 3, 3),
+        lanes_case(1, (TOP_RIGHT, TOP_LEFT), 6, 6, 8, 3, 3),
+        TILED[0],
+    ):
         check(
             driver,
             tmp_path,
@@ -144,6 +157,41 @@ def test_types_and_layouts(
                 image_type=image_type, weight_type=image_type, input_layout=input_layout, output_layout=output_layout
             ),
         )
+
+
+# Rows that move four pixels at a time: a few of a thread and many, with one pixel to a bank and two, and tiles of them
+# behind a margin. In the last the tiles begin where the rows of the image are not aligned.
+WIDE = [
+    lanes_case(2, ALL_ORDERS, 1, 5, 36, 3, 3),
+    lanes_case(1, ALL_ORDERS, 2, 6, 8, 5, 5),
+    lanes_case(3, (TOP_LEFT, TOP_RIGHT), 3, 18, 16, 3, 3),
+    lanes_case(1, (TOP_LEFT, TOP_RIGHT), 4, 3, 40, 2, 2, GENERAL),
+    lanes_case(1, ALL_ORDERS, 5, 6, 12, 3, 3, IDENTITY),
+    lanes_case(1, (TOP_LEFT, TOP_RIGHT), 8, 4, 44, 3, 3, threads_per_block=32),
+    lanes_case(1, (TOP_LEFT, BOTTOM_RIGHT), 1, 33, 40, 3, 3, shared_bytes=3000, threads_per_block=32),
+    lanes_case(1, (TOP_LEFT, BOTTOM_RIGHT), 1, 33, 44, 3, 3, shared_bytes=3600, threads_per_block=64),
+]
+WIDE_LAYOUTS = ("contiguous", "long rows")
+NARROW_LAYOUTS = ("shifted", "odd rows", "sliced", "channels_last")
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("image_type", ["float", "half", "bfloat16"])
+@pytest.mark.parametrize("case", WIDE, ids=range(len(WIDE)))
+def test_the_layout_does_not_change_a_bit(
+    driver: Path,  # noqa: F811
+    tmp_path: Path,
+    case: Case,
+    image_type: str,
+    transposed: bool,
+) -> None:
+    """Rows that move as they are, and pixel by pixel."""
+    case = case.but(image_type=image_type, transposed=transposed)
+    expected = check(driver, tmp_path, case).outputs[0][0]
+    for name in (*WIDE_LAYOUTS, *NARROW_LAYOUTS):
+        for layouts in ({"input_layout": name}, {"output_layout": name}):
+            changed = case.but(**layouts, seeds=(1,))
+            assert (run(driver, tmp_path, changed, make_data(changed)).outputs[0][0] == expected).all(), layouts
 
 
 def test_no_bias_and_singular_corner(driver: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -190,7 +238,7 @@ def test_gradients(driver: Path, tmp_path: Path, case: Case, image_type: str, tr
 @pytest.mark.parametrize(
     "changes",
     [
-        {"channels": 5},
+        {"channels": 9, "forced_regime": LANES},
         {"kernel_w": 2},
         {"kernel_h": 5, "kernel_w": 5},
         {"height": 2},  # the window is clipped
@@ -220,7 +268,7 @@ def test_plans_stay_within_the_device(driver: Path, tmp_path: Path) -> None:  # 
                     assert facts["shared_bytes"][0] <= shared_bytes
                     assert facts["threads"][0] % 32 == 0
                     assert facts["threads"][0] <= min(threads, 256)
-                    rows = 32 if channels <= 2 else 16
+                    rows = rows_of_band(channels)
                     tile, tiles = facts["tile"], facts["tiles"]
                     assert facts["bands"] == [-(-tile[0] // rows)]
                     assert facts["bands"][0] * 32 <= facts["threads"][0]
@@ -261,8 +309,8 @@ PLANTED = {
     ),
     "a shuffle without half of the warp": (
         "solve_lanes.cuh",
-        "__shfl_up_sync(kFullWarp, above[a - 1][c], kLanes)",
-        "__shfl_up_sync(PLANTED(6) ? 0xffffu : kFullWarp, above[a - 1][c], kLanes)",
+        "__shfl_up_sync(kFullWarp, ",
+        "__shfl_up_sync(PLANTED(6) ? 0xffffu : kFullWarp, ",
     ),
     "flags that are not cleared": (
         "sequence_lanes.cuh",
@@ -276,11 +324,43 @@ PLANTED = {
     ),
     "a shuffle across images": (
         "solve_lanes.cuh",
-        "above[a - 1][c] = is_first ? pixel.value[c] : above[a - 1][c];",
-        "above[a - 1][c] = is_first && !(PLANTED(9) && slot > 0) ? pixel.value[c] : above[a - 1][c];",
+        "above[a - 1][c] = reads_above ? pixel[c] : above[a - 1][c];",
+        "above[a - 1][c] = reads_above && !(PLANTED(9) && slot > 0) ? pixel[c] : above[a - 1][c];",
+    ),
+    "a shuffle from the wrong lane": (
+        "solve_lanes.cuh",
+        "solved[c], kLanes);",
+        "solved[c], PLANTED(10) ? 2 : kLanes);",
+    ),
+    "lanes of a pixel that do not wait": (
+        "solve_lanes.cuh",
+        "__syncwarp();",
+        "if (!PLANTED(11)) __syncwarp();",
+    ),
+    "rows above the image": (
+        "solve_lanes.cuh",
+        "rows_above >= (kLanes == 1 ? kTaps - 1 : a)",
+        "(PLANTED(12) || rows_above >= (kLanes == 1 ? kTaps - 1 : a))",
+    ),
+    "a mirrored row that is not reversed": (
+        "solve_lanes.cuh",
+        "const bool exchanges = ((turn ^ mirror) & bit) != 0;",
+        "const bool exchanges = ((PLANTED(13) ? turn : turn ^ mirror) & bit) != 0;",
+    ),
+    "a row that is not aligned": (
+        "sequence_lanes.cuh",
+        "reinterpret_cast<uintptr_t>(data) % kBytes == 0;",
+        "(PLANTED(14) || reinterpret_cast<uintptr_t>(data) % kBytes == 0);",
+    ),
+    "a tile that is not aligned": (
+        "sequence_lanes.cuh",
+        "is_multiple(plan.tile_w)",
+        "(PLANTED(15) || is_multiple(plan.tile_w))",
     ),
 }
-IMAGES_OF_A_WARP = lanes_case(4, (TOP_LEFT, BOTTOM_RIGHT), 3, 5, 6, 3, 3, GENERAL, seeds=(1, 2, 3))
+IMAGES_OF_A_WARP = lanes_case(4, (TOP_LEFT, BOTTOM_RIGHT), 2, 5, 6, 3, 3, GENERAL, seeds=(1, 2, 3))
+# Eight lanes a pixel, two bands, and rows that move four pixels at a time.
+PIXEL_LANES = lanes_case(2, (TOP_RIGHT, BOTTOM_LEFT), 6, 7, 8, 3, 3, GENERAL, seeds=(1, 2, 3))
 BANDS = lanes_case(2, (TOP_LEFT, BOTTOM_RIGHT), 3, 35, 12, 3, 3, GENERAL, seeds=(1, 2, 3))
 # Smaller tiles than TILED has, and more of them.
 WAITING = lanes_case(1, (TOP_LEFT,), 1, 65, 40, 3, 3, GENERAL, threads_per_block=32, shared_bytes=3000, seeds=(1, 2, 3))
@@ -291,7 +371,11 @@ def spoilt_driver(tmp_path_factory: pytest.TempPathFactory, worker: str) -> Path
     return build_spoilt(shared_folder(tmp_path_factory, worker) / "spoilt-lanes", PLANTED)
 
 
-@pytest.mark.parametrize("case", [IMAGES_OF_A_WARP, BANDS, WAITING], ids=["images of a warp", "bands", "waiting"])
+@pytest.mark.parametrize(
+    "case",
+    [IMAGES_OF_A_WARP, BANDS, WAITING, PIXEL_LANES, PIXEL_LANES.but(input_layout="shifted"), WIDE[-1]],
+    ids=["images of a warp", "bands", "waiting", "pixel lanes", "shifted", "tiles not aligned"],
+)
 def test_without_a_planted_mistake_the_checks_pass(spoilt_driver: Path, tmp_path: Path, case: Case) -> None:
     check(spoilt_driver, tmp_path, case)
 
@@ -309,6 +393,13 @@ def test_without_a_planted_mistake_the_checks_pass(spoilt_driver: Path, tmp_path
         ("flags that are not cleared", WAITING, "."),
         ("a flag that is never set", WAITING, "waits for a flag that nobody sets"),
         ("a shuffle across images", IMAGES_OF_A_WARP, "off by"),
+        ("a shuffle from the wrong lane", IMAGES_OF_A_WARP, "off by"),
+        ("lanes of a pixel that do not wait", PIXEL_LANES, "depends on the order|off by"),
+        ("lanes of a pixel that do not wait", BANDS, "depends on the order|off by"),
+        ("rows above the image", PIXEL_LANES, "off by|depends on the order|AddressSanitizer"),
+        ("a mirrored row that is not reversed", PIXEL_LANES, "off by"),
+        ("a row that is not aligned", PIXEL_LANES.but(input_layout="shifted"), "misaligned"),
+        ("a tile that is not aligned", WIDE[-1], "."),
     ],
 )
 def test_a_planted_mistake_shows(spoilt_driver: Path, tmp_path: Path, name: str, case: Case, message: str) -> None:
