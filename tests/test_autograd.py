@@ -56,7 +56,7 @@ def test_gradgradcheck(case: Case, needed: tuple[bool, bool, bool], device: torc
 @pytest.mark.parametrize("case", FEW_TINY, ids=str)
 def test_gradcheck_of_the_transposed_solve(case: Case, needed: tuple[bool, bool, bool], device: torch.device) -> None:
     def transposed(*tensors: Tensor) -> Tensor:
-        return Solve.apply(*tensors, case.order_codes, case.corner_code, True)
+        return Solve.apply(*tensors, case.order_codes, case.corner_code, True, False)
 
     assert gradcheck(transposed, leaves(case, needed, device))
 

@@ -35,10 +35,10 @@ CASE = Case(9, 4, 4, 5, groups=2, order=("bottom_right", "top_left"), corner="un
 
 def edited(**changes: Callable[[Any], Any]) -> Operator:
     """The solve with some of its arguments changed."""
-    names = ("input", "weight", "bias", "orders", "corner", "transposed")
+    names = ("input", "weight", "bias", "orders", "corner", "transposed", "allow_tf32")
 
     def broken(*arguments: Any) -> Tensor:
-        return solve(*(changes[n](a) if n in changes else a for n, a in zip(names, arguments, strict=True)))
+        return solve(*(changes[n](a) if n in changes else a for n, a in zip(names, arguments, strict=False)))
 
     return broken
 
@@ -90,8 +90,8 @@ FAULTS: dict[str, Operator] = {
 
 BACKWARD_FAULTS: dict[str, Operator] = {
     # The released code: A⁻¹ g for A⁻ᵀ g, the layer's input for its output, zeros for few channels.
-    "the solve is not transposed": lambda g, x, w, o, c, t: solve_backward(g, x, w, o, c, not t),
-    "the weight gradient takes the input for the output": lambda g, x, w, o, c, t: solve_backward(
+    "the solve is not transposed": lambda g, x, w, o, c, t, *_: solve_backward(g, x, w, o, c, not t),
+    "the weight gradient takes the input for the output": lambda g, x, w, o, c, t, *_: solve_backward(
         g, solve(x, w, None, o, c, t), w, o, c, t
     ),
     "the weight gradient is zero": lambda *a: (solve_backward(*a)[0], torch.zeros_like(a[2]), solve_backward(*a)[2]),
@@ -101,12 +101,12 @@ BACKWARD_FAULTS: dict[str, Operator] = {
     "the bias gradient has the wrong sign": lambda *a: tuple(
         -r if i == 2 else r for i, r in enumerate(solve_backward(*a))
     ),
-    "what is not read gets a gradient": lambda g, x, w, o, c, t: (
+    "what is not read gets a gradient": lambda g, x, w, o, c, t, *_: (
         *solve_backward(g, x, w, o, c, t)[:1],
         solve_backward(g, x, w, o, 2, t)[1],
         solve_backward(g, x, w, o, c, t)[2],
     ),
-    "the last image is left out": lambda g, x, w, o, c, t: (
+    "the last image is left out": lambda g, x, w, o, c, t, *_: (
         solve_backward(g, x, w, o, c, t)[0],
         *solve_backward(g[:-1], x[:-1], w, o, c, t)[1:],
     ),

@@ -195,7 +195,7 @@ void for_types(ScalarType io, F f) {
 }
 
 Tensor solve(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, std::vector<int64_t> orders,
-             int64_t corner, bool transposed) {
+             int64_t corner, bool transposed, bool /*allow_tf32*/) {
   const Shape shape = check_problem(input, weight, bias, orders, corner, transposed);
   const Tensor output = torch::stable::empty_like(input);
   for_types(input.scalar_type(), [&](auto io, auto state) {
@@ -205,7 +205,8 @@ Tensor solve(const Tensor& input, const Tensor& weight, const std::optional<Tens
 }
 
 std::tuple<Tensor, Tensor, Tensor> solve_backward(const Tensor& grad_output, const Tensor& output, const Tensor& weight,
-                                                  std::vector<int64_t> orders, int64_t corner, bool transposed) {
+                                                  std::vector<int64_t> orders, int64_t corner, bool transposed,
+                                                  bool /*allow_tf32*/) {
   const Shape shape = check_problem(grad_output, weight, std::nullopt, orders, corner, !transposed);
   check_same_images(grad_output, output);
   const ScalarType state = state_type(grad_output.scalar_type());

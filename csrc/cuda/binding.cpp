@@ -53,7 +53,8 @@ Tensor new_bytes(const Tensor& like, int64_t bytes) {
 // Solves, with the device guarded by the caller. `state`, when asked for, receives x in the state type: `output` itself
 // if that is of the state type, else a contiguous tensor.
 Tensor run_solve(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                 const std::vector<int64_t>& orders, const Shape& shape, const DeviceLimits& limits, Tensor* state) {
+                 const std::vector<int64_t>& orders, const Shape& shape, const DeviceLimits& limits, bool allow_tf32,
+                 Tensor* state) {
   Tensor output = torch::stable::empty_like(input);
   const ScalarType type = input.scalar_type();
   const ScalarType wide_type = state_type(type);
@@ -88,23 +89,25 @@ Tensor run_solve(const Tensor& input, const Tensor& weight, const std::optional<
   problem.weight_type = element_type(weight.scalar_type());
   problem.state = wide.has_value() ? wide->mutable_data_ptr() : nullptr;
   problem.workspace = workspace.has_value() ? workspace->mutable_data_ptr() : nullptr;
+  problem.allow_tf32 = allow_tf32;
   check_launch(launch_solve(problem, plan, current_stream(input)));
   if (state != nullptr) *state = is_half ? *wide : output;
   return output;
 }
 
 Tensor solve(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, std::vector<int64_t> orders,
-             int64_t corner, bool transposed) {
+             int64_t corner, bool transposed, bool allow_tf32) {
   const Shape shape = check_problem(input, weight, bias, orders, corner, transposed);
   check_same_device(input, weight, "the weight");
   if (bias.has_value()) check_same_device(input, *bias, "the bias");
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   if (shape.batch == 0) return torch::stable::empty_like(input);
-  return run_solve(input, weight, bias, orders, shape, current_limits(), nullptr);
+  return run_solve(input, weight, bias, orders, shape, current_limits(), allow_tf32, nullptr);
 }
 
 std::tuple<Tensor, Tensor, Tensor> solve_backward(const Tensor& grad_output, const Tensor& output, const Tensor& weight,
-                                                  std::vector<int64_t> orders, int64_t corner, bool transposed) {
+                                                  std::vector<int64_t> orders, int64_t corner, bool transposed,
+                                                  bool allow_tf32) {
   check_same_images(grad_output, output);
   const Shape shape = check_problem(output, weight, std::nullopt, orders, corner, transposed);
   check_same_device(output, grad_output, "grad_output");
@@ -124,7 +127,7 @@ std::tuple<Tensor, Tensor, Tensor> solve_backward(const Tensor& grad_output, con
   Shape adjoint_shape = shape;
   adjoint_shape.transposed = !transposed;
   Tensor adjoint = output;
-  Tensor grad_input = run_solve(grad_output, weight, std::nullopt, orders, adjoint_shape, limits, &adjoint);
+  Tensor grad_input = run_solve(grad_output, weight, std::nullopt, orders, adjoint_shape, limits, allow_tf32, &adjoint);
 
   const ScalarType wide_type = state_type(output.scalar_type());
   const GradientPlan plan = plan_weight_gradient(shape, element_bytes(element_type(wide_type)), limits);
@@ -142,6 +145,7 @@ std::tuple<Tensor, Tensor, Tensor> solve_backward(const Tensor& grad_output, con
   problem.weight_gradient = weight_gradient.mutable_data_ptr();
   problem.bias_gradient = bias_gradient.mutable_data_ptr();
   problem.workspace = workspace.mutable_data_ptr();
+  problem.allow_tf32 = allow_tf32;
   check_launch(launch_gradient(problem, plan, current_stream(output)));
   return {grad_input, weight_gradient, bias_gradient};
 }

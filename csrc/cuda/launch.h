@@ -26,6 +26,7 @@ struct SolveProblem {
   // null.
   void* state;
   void* workspace;  // solve_workspace_bytes of memory; null if that is 0
+  bool allow_tf32;  // tensor cores multiply once, in TF32; else three times, which is as exact as float32
 };
 
 struct GradientProblem {
@@ -41,6 +42,7 @@ struct GradientProblem {
   void* weight_gradient;  // contiguous
   void* bias_gradient;    // contiguous
   void* workspace;        // gradient_workspace_bytes of memory
+  bool allow_tf32;        // as of the solve
 };
 
 // Limits of the current device.

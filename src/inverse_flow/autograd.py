@@ -25,17 +25,23 @@ from .ops import Orders
 
 
 class Solve(torch.autograd.Function):
-    """``apply(input, weight, bias, orders, corner, transposed) -> output``"""
+    """``apply(input, weight, bias, orders, corner, transposed, allow_tf32) -> output``"""
 
     @staticmethod
     def forward(
-        input: Tensor, weight: Tensor, bias: Tensor | None, orders: Orders, corner: int, transposed: bool
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        orders: Orders,
+        corner: int,
+        transposed: bool,
+        allow_tf32: bool,
     ) -> Tensor:
-        return ops.solve(input, weight, bias, orders, corner, transposed)
+        return ops.solve(input, weight, bias, orders, corner, transposed, allow_tf32)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, weight, _, ctx.orders, ctx.corner, ctx.transposed = inputs
+        _, weight, _, ctx.orders, ctx.corner, ctx.transposed, ctx.allow_tf32 = inputs
         ctx.save_for_backward(output, weight)
 
     @staticmethod
@@ -43,11 +49,11 @@ class Solve(torch.autograd.Function):
         output, weight = ctx.saved_tensors
         _, weight_needed, bias_needed, *_ = ctx.needs_input_grad
         if weight_needed:
-            grads = solve_backward(grad_output, output, weight, ctx.orders, ctx.corner, ctx.transposed)
-            return (*grads[:2], grads[2] if bias_needed else None, None, None, None)
-        grad_input = solve(grad_output, weight, None, ctx.orders, ctx.corner, not ctx.transposed)
+            grads = solve_backward(grad_output, output, weight, ctx.orders, ctx.corner, ctx.transposed, ctx.allow_tf32)
+            return (*grads[:2], grads[2] if bias_needed else None, None, None, None, None)
+        grad_input = solve(grad_output, weight, None, ctx.orders, ctx.corner, not ctx.transposed, ctx.allow_tf32)
         grad_bias = -grad_input.sum((0, 2, 3), dtype=weight.dtype) if bias_needed else None
-        return grad_input, None, grad_bias, None, None, None
+        return grad_input, None, grad_bias, None, None, None, None
 
     @staticmethod
     def vmap(
@@ -59,11 +65,12 @@ class Solve(torch.autograd.Function):
         orders: Orders,
         corner: int,
         transposed: bool,
+        allow_tf32: bool,
     ) -> tuple[Tensor, int]:
         size, (input_dim, weight_dim, bias_dim, *_) = info.batch_size, in_dims
         if weight_dim is None and bias_dim is None:
             images = input.movedim(input_dim, 0)
-            output = solve(images.flatten(0, 1), weight, bias, orders, corner, transposed)
+            output = solve(images.flatten(0, 1), weight, bias, orders, corner, transposed, allow_tf32)
             return output.unflatten(0, images.shape[:2]), 0
         output = solve(
             _into_channels(input, input_dim, size, 1),
@@ -72,22 +79,30 @@ class Solve(torch.autograd.Function):
             orders * size,
             corner,
             transposed,
+            allow_tf32,
         )
         return output.unflatten(1, (size, -1)), 1
 
 
 class SolveBackward(torch.autograd.Function):
-    """``apply(grad_output, output, weight, orders, corner, transposed) -> (grad_input, grad_weight, grad_bias)``"""
+    """``apply(grad_output, output, weight, orders, corner, transposed, allow_tf32)
+    -> (grad_input, grad_weight, grad_bias)``"""
 
     @staticmethod
     def forward(
-        grad_output: Tensor, output: Tensor, weight: Tensor, orders: Orders, corner: int, transposed: bool
+        grad_output: Tensor,
+        output: Tensor,
+        weight: Tensor,
+        orders: Orders,
+        corner: int,
+        transposed: bool,
+        allow_tf32: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return ops.solve_backward(grad_output, output, weight, orders, corner, transposed)
+        return ops.solve_backward(grad_output, output, weight, orders, corner, transposed, allow_tf32)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor, Tensor]) -> None:
-        _, output, weight, ctx.orders, ctx.corner, ctx.transposed = inputs
+        _, output, weight, ctx.orders, ctx.corner, ctx.transposed, ctx.allow_tf32 = inputs
         ctx.save_for_backward(output, outputs[0], weight)
 
     @staticmethod
@@ -100,8 +115,10 @@ class SolveBackward(torch.autograd.Function):
         into_u = into_u - into_bias.to(into_u.dtype).view(-1, 1, 1)
         into_x = -convolve(u, taps, ctx.orders, transposed=not ctx.transposed) if ctx.needs_input_grad[1] else None
         # u = A⁻ᵀ g is a solve like any other.
-        into_grad, into_w, _ = solve_backward(into_u, u, weight, ctx.orders, ctx.corner, not ctx.transposed)
-        return into_grad, into_x, into_w, None, None, None
+        into_grad, into_w, _ = solve_backward(
+            into_u, u, weight, ctx.orders, ctx.corner, not ctx.transposed, ctx.allow_tf32
+        )
+        return into_grad, into_x, into_w, None, None, None, None
 
     @staticmethod
     def vmap(
@@ -113,6 +130,7 @@ class SolveBackward(torch.autograd.Function):
         orders: Orders,
         corner: int,
         transposed: bool,
+        allow_tf32: bool,
     ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int, int]]:
         size, (grad_dim, output_dim, weight_dim, *_) = info.batch_size, in_dims
         # Each sample has a weight gradient of its own, so samples become groups even where they share a weight.
@@ -123,6 +141,7 @@ class SolveBackward(torch.autograd.Function):
             orders * size,
             corner,
             transposed,
+            allow_tf32,
         )
         split = (size, -1)
         grads = grad_input.unflatten(1, split), grad_weight.unflatten(0, split), grad_bias.unflatten(0, split)
@@ -150,7 +169,7 @@ class SolveForwardMode(Solve):
         if weight_tangent is not None:
             taps = weight_tangent * read_mask(weight, ctx.orders, ctx.corner)
             tangent = tangent - convolve(output, taps, ctx.orders, transposed=ctx.transposed)
-        return solve(tangent, weight, None, ctx.orders, ctx.corner, ctx.transposed)
+        return solve(tangent, weight, None, ctx.orders, ctx.corner, ctx.transposed, ctx.allow_tf32)
 
 
 class SolveBackwardForwardMode(SolveBackward):
@@ -168,7 +187,7 @@ class SolveBackwardForwardMode(SolveBackward):
         """u̇ = A⁻ᵀ(ġ − A(ẇ)ᵀ u); the weight gradient −Σ u xᵀ is bilinear, and each half of its tangent is what this
         very Function gives, once for (u̇, x) and once for (u, ẋ)."""
         grad_output, output, u, weight = ctx.saved_tensors
-        rest = (weight, ctx.orders, ctx.corner, ctx.transposed)
+        rest = (weight, ctx.orders, ctx.corner, ctx.transposed, ctx.allow_tf32)
         tangent = torch.zeros_like(grad_output) if grad_tangent is None else grad_tangent
         if weight_tangent is not None:
             taps = weight_tangent * read_mask(weight, ctx.orders, ctx.corner)
@@ -217,19 +236,33 @@ def _records_gradients(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def solve(input: Tensor, weight: Tensor, bias: Tensor | None, orders: Orders, corner: int, transposed: bool) -> Tensor:
+def solve(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    orders: Orders,
+    corner: int,
+    transposed: bool,
+    allow_tf32: bool,
+) -> Tensor:
     """The differentiable solve, in reverse mode and, inside a forward-mode level, in forward mode."""
-    args = (input, weight, bias, orders, corner, transposed)
+    args = (input, weight, bias, orders, corner, transposed, allow_tf32)
     if _in_forward_mode():
         return _apply(SolveForwardMode, *args)
     return _apply(Solve, *args) if _records_gradients(input, weight, bias) else ops.solve(*args)
 
 
 def solve_backward(
-    grad_output: Tensor, output: Tensor, weight: Tensor, orders: Orders, corner: int, transposed: bool
+    grad_output: Tensor,
+    output: Tensor,
+    weight: Tensor,
+    orders: Orders,
+    corner: int,
+    transposed: bool,
+    allow_tf32: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of :func:`solve`, themselves differentiable in both modes."""
-    args = (grad_output, output, weight, orders, corner, transposed)
+    args = (grad_output, output, weight, orders, corner, transposed, allow_tf32)
     if _in_forward_mode():
         return _apply(SolveBackwardForwardMode, *args)
     recorded = _records_gradients(grad_output, output, weight)

@@ -11,6 +11,7 @@ from ._checks import FLOAT_DTYPES, Order, parse_corner, parse_orders
 from .autograd import solve_backward
 from .causal import corner_index
 from .functional import causal_conv2d, inverse_conv2d
+from .ops import allows_tf32
 from .reversible import backpropagate
 
 __all__ = ["InverseConv2d"]
@@ -140,7 +141,7 @@ class InverseConv2d(nn.Module):
             log_det = self._log_det(z, inverse=True)
         x = causal_conv2d(z, weight, self.bias, order=self.order, groups=self.groups, corner=corner)
         grad_x, grad_weight, grad_bias = solve_backward(
-            grad_z, z, weight, self._orders, parse_corner(corner), transposed=False
+            grad_z, z, weight, self._orders, parse_corner(corner), False, allows_tf32(z)
         )
         backpropagate([weight, self.bias, log_det], [grad_weight, grad_bias, grad_logdet])
         return x, grad_x

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _native, autograd
+from . import _native, autograd, ops
 from ._checks import Order, check_arguments, parse_corner, parse_orders
 from .causal import convolve, effective_weight
 
@@ -33,6 +33,12 @@ def inverse_conv2d(
     ``weight[:, :, kH-1, kW-1]``). The state is float32 (float64 for float64 images), also for bfloat16 and float16
     images. The backward pass is one transposed solve and one weight-gradient pass. The result can be differentiated
     any number of times in reverse mode, and once more in forward mode on top (``torch.func.hessian``).
+
+    On a GPU, layers of 9 channels a group or more use tensor cores, to the accuracy of float32. Products are rounded to
+    TF32, three digits less, where both of PyTorch's switches allow it: ``torch.backends.cudnn.conv.fp32_precision`` is
+    ``"tf32"`` by default, and ``torch.set_float32_matmul_precision("high")`` sets the other,
+    ``torch.backends.cuda.matmul.fp32_precision``. They are read in the forward pass, whose derivatives do the same;
+    by ``torch.compile`` once, when it compiles.
 
     Args:
         input: y, of shape (B, C, H, W); float32, float64, bfloat16 or float16; any strides.
@@ -58,7 +64,7 @@ def inverse_conv2d(
     check_arguments(input, weight, bias, groups)
     _check_device(input.device)
     try:
-        return autograd.solve(input, weight, bias, orders, corner_code, False)
+        return autograd.solve(input, weight, bias, orders, corner_code, False, ops.allows_tf32(input))
     except RuntimeError as error:
         if "the corner tap is singular" in str(error):
             raise ValueError(str(error).splitlines()[0]) from error
