@@ -85,7 +85,7 @@ inline void multiply_tf32(float (&sum)[4], const uint32_t (&a)[4], const uint32_
 
 #endif
 
-// kCount values in two TF32 parts each, value = big + small.
+// kCount values in two TF32 parts each, value = big + small. TF32 alone takes big and leaves small unused.
 template <int kCount>
 struct Split {
   uint32_t big[kCount];
@@ -101,10 +101,13 @@ struct Split {
   }
 };
 
-// sum += a b, the small products first.
+// sum += a b: in TF32, or all three products, the small ones first.
+template <bool kTf32>
 __device__ inline void multiply_split(float (&sum)[4], const Split<4>& a, const Split<2>& b) {
-  multiply_tf32(sum, a.small, b.big);
-  multiply_tf32(sum, a.big, b.small);
+  if constexpr (!kTf32) {
+    multiply_tf32(sum, a.small, b.big);
+    multiply_tf32(sum, a.big, b.small);
+  }
   multiply_tf32(sum, a.big, b.big);
 }
 

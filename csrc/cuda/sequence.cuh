@@ -74,7 +74,9 @@ const char* run_solve(const SolveProblem& problem, const SolvePlan& plan, void* 
     kernel = plan.pack == 1 ? solve_kernel<Element, 1, true> : solve_kernel<Element, kPack, true>;
   }
   if constexpr (sizeof(State) == sizeof(float)) {
-    if (plan.regime == SolveRegime::kTensor) kernel = solve_tensor_kernel<Element>;
+    if (plan.regime == SolveRegime::kTensor) {
+      kernel = problem.allow_tf32 ? solve_tensor_kernel<Element, true> : solve_tensor_kernel<Element, false>;
+    }
   }
 
   return for_each_group_chunk(
@@ -112,14 +114,16 @@ const char* run_solve(const SolveProblem& problem, const SolvePlan& plan, void* 
       });
 }
 
-// The kernel of a plan: one for each number of channels of a thread, and tensor cores for float32.
+// The kernel of a plan: one for each number of channels of a thread, and tensor cores for float32, in two precisions.
 template <typename State>
-auto gradient_kernel(const GradientPlan& plan) {
+auto gradient_kernel(const GradientPlan& plan, bool allow_tf32) {
   constexpr int kSide = 16 / sizeof(State);
   void (*kernel)(GradientArguments<State>) =
       plan.side == 1 ? weight_gradient_kernel<State, 1> : weight_gradient_kernel<State, kSide>;
   if constexpr (sizeof(State) == sizeof(float)) {
-    if (plan.tensor_cores) kernel = weight_gradient_tensor_kernel<State>;
+    if (plan.tensor_cores) {
+      kernel = allow_tf32 ? weight_gradient_tensor_kernel<State, true> : weight_gradient_tensor_kernel<State, false>;
+    }
   }
   return kernel;
 }
@@ -148,7 +152,7 @@ const char* run_gradient(const GradientProblem& problem, const GradientPlan& pla
         args.orders = orders;
         const unsigned groups_y = static_cast<unsigned>(groups);
         const char* failed =
-            launch_kernel(gradient_kernel<State>(plan),
+            launch_kernel(gradient_kernel<State>(plan, problem.allow_tf32),
                           {static_cast<unsigned>(plan.splits), groups_y, static_cast<unsigned>(plan.blocks())},
                           plan.threads, plan.shared_bytes, args, stream);
         if (failed != nullptr || plan.is_direct()) return failed;

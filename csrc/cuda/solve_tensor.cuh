@@ -1,5 +1,5 @@
 // The solve x = A(w)^-1 (y - bias) on tensor cores: a block owns whole images of one group, and solves one
-// anti-diagonal of all of them after the other, each as one matrix product in 3xTF32 (mma.cuh).
+// anti-diagonal of all of them after the other, each as one matrix product in 3xTF32 (mma.cuh), or TF32 if allowed.
 //
 //   x_d = -(M^-1 (bias - y_d) + sum over taps t != (0, 0) of W'_t x_{d-t})
 //   outputs: channels, in tiles of 16 | columns: the pixels of the diagonal, in tiles of 8 | k: taps x channels, by 8
@@ -14,8 +14,8 @@
 // Where warps are left over, they add up the sums, load and store, while the others are ahead already.
 // Barriers, two a diagonal: x of the diagonal before is complete and its sums have been read; the splits' sums are
 // complete and y has been read. Before the sweep: the fold's scratch becomes x; zeros and bias; weights and y.
-// Operations: 3 products of 1024 multiply-adds a k-step, output tile and pixel tile. Bytes: images once; of weights a
-// diagonal, those of the taps that reach into the image; of x, 256 a product tile and output tile.
+// Operations: 3 products (TF32: 1) of 1024 multiply-adds a k-step, output tile and pixel tile. Bytes: images once; of
+// weights a diagonal, those of the taps that reach into the image; of x, 256 a product tile and output tile.
 #pragma once
 
 #include "mma.cuh"
@@ -121,7 +121,7 @@ __device__ inline Pack<float, kLaneWeights> load_fragment(const TensorOperands& 
 }
 
 // Adds this split's share of the k-steps of the taps to the sums of the first kTiles tiles of a job.
-template <int kTiles>
+template <bool kTf32, int kTiles>
 __device__ void accumulate(JobSums& sums, const TensorOperands& from, const TensorPlan& plan, const Diagonal& diagonal,
                            const TapRange& taps, int split, int output_tile, int first_column) {
   const int steps = taps.count * plan.k_steps;
@@ -184,25 +184,28 @@ __device__ void accumulate(JobSums& sums, const TensorOperands& from, const Tens
       INVERSE_FLOW_UNROLL
       for (int v = 0; v < 4; ++v) sums.big[i][v] += product[v];
     }
-    INVERSE_FLOW_UNROLL
-    for (int i = 0; i < kTiles; ++i) multiply_tf32(sums.small[i], weights.small, x[i].big);
-    INVERSE_FLOW_UNROLL
-    for (int i = 0; i < kTiles; ++i) multiply_tf32(sums.small[i], weights.big, x[i].small);
+    if constexpr (!kTf32) {
+      INVERSE_FLOW_UNROLL
+      for (int i = 0; i < kTiles; ++i) multiply_tf32(sums.small[i], weights.small, x[i].big);
+      INVERSE_FLOW_UNROLL
+      for (int i = 0; i < kTiles; ++i) multiply_tf32(sums.small[i], weights.big, x[i].small);
+    }
   }
 }
 
 // Whole warps take one branch: tiles without a pixel are left out.
+template <bool kTf32>
 __device__ inline void accumulate_tiles(JobSums& sums, const TensorOperands& from, const TensorPlan& plan,
                                         const Diagonal& diagonal, const TapRange& taps, int split, int job) {
   const int output_tile = job % plan.output_tiles;
   const int first_column = job / plan.output_tiles * kJobTiles * kMmaPixels;
   const int columns = diagonal.columns - first_column;
   if (columns <= kMmaPixels) {
-    accumulate<1>(sums, from, plan, diagonal, taps, split, output_tile, first_column);
+    accumulate<kTf32, 1>(sums, from, plan, diagonal, taps, split, output_tile, first_column);
   } else if (columns <= 2 * kMmaPixels) {
-    accumulate<2>(sums, from, plan, diagonal, taps, split, output_tile, first_column);
+    accumulate<kTf32, 2>(sums, from, plan, diagonal, taps, split, output_tile, first_column);
   } else {
-    accumulate<kJobTiles>(sums, from, plan, diagonal, taps, split, output_tile, first_column);
+    accumulate<kTf32, kJobTiles>(sums, from, plan, diagonal, taps, split, output_tile, first_column);
   }
 }
 
@@ -237,7 +240,7 @@ __device__ Pack<float, 4> load_negated(const SolveArguments<Element>& args, cons
 }
 
 // Grid: (blocks of images, groups).
-template <typename Element>
+template <typename Element, bool kTf32>
 __global__ void __launch_bounds__(kTensorThreads, 1)
     solve_tensor_kernel(const __grid_constant__ SolveArguments<Element> args) {
   const TensorPlan& plan = args.plan.tensor;
@@ -363,13 +366,14 @@ __global__ void __launch_bounds__(kTensorThreads, 1)
     const int jobs = plan.output_tiles * ((diagonal.columns + kJobTiles * kMmaPixels - 1) / (kJobTiles * kMmaPixels));
     JobSums sums;
     sums.clear();
-    if (multiplies && first_job < jobs) accumulate_tiles(sums, operands, plan, diagonal, ahead, split, first_job);
+    if (multiplies && first_job < jobs)
+      accumulate_tiles<kTf32>(sums, operands, plan, diagonal, ahead, split, first_job);
     __syncthreads();  // x of the diagonal before is there, and the sums may be overwritten
     for (int job = first_job; multiplies && job < jobs; job += plan.job_warps) {
       if (job != first_job) sums.clear();
       const bool is_begun = job == first_job;
       const TapRange rest{is_begun ? 1 : 0, is_begun ? near : reaching, false};
-      accumulate_tiles(sums, operands, plan, diagonal, rest, split, job);
+      accumulate_tiles<kTf32>(sums, operands, plan, diagonal, rest, split, job);
       leave_sums(sums, plan, diagonal, split, job, shared_sums);
     }
     if (streams) {

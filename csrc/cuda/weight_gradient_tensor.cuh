@@ -34,7 +34,7 @@ __device__ inline void place_pixels(const GradientPlan& plan, float* left, int32
   }
 }
 
-template <typename State>
+template <typename State, bool kTf32>
 __global__ void __launch_bounds__(kGradientTensorThreads, 2)
     weight_gradient_tensor_kernel(const __grid_constant__ GradientArguments<State> args) {
   static_assert(sizeof(State) == sizeof(float));
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kGradientTensorThreads, 2)
         int later_place = positions[pixel + 4] * plan.right_pitch + first_input + g;
         INVERSE_FLOW_UNROLL
         for (int v = 0; v < kFragmentTaps; ++v) {
-          if (v < taps) multiply_split(sum[v], a, Split<2>({right[place], right[later_place]}));
+          if (v < taps) multiply_split<kTf32>(sum[v], a, Split<2>({right[place], right[later_place]}));
           const int distance = plan.right_pitch + ((row_ends >> v & 1) != 0 ? row_jump : 0);
           place -= distance;
           later_place -= distance;

@@ -232,6 +232,7 @@ int main(int argc, char** argv) {
     problem.weight_type = weight_type;
     problem.state = state.get();
     problem.workspace = workspace.get();
+    problem.allow_tf32 = input.get("allow_tf32") != 0;
     check(solve(problem, plan));
     const int64_t solve_launches = emulation::device.launches;
     write(result, output, output_bytes);
@@ -252,6 +253,7 @@ int main(int argc, char** argv) {
       gradient.weight_gradient = weight_gradient.get();
       gradient.bias_gradient = bias_gradient.get();
       gradient.workspace = partials.get();
+      gradient.allow_tf32 = problem.allow_tf32;
       check(launch_gradient(gradient, gradient_plan, nullptr));
       write(result, weight_gradient, weight_bytes);
       write(result, bias_gradient, bias_bytes);

@@ -142,6 +142,7 @@ class Case:
     shared_bytes: int = 99 * 1024
     multiprocessors: int = 1
     forced_regime: int = BLOCK
+    allow_tf32: bool = False
     seeds: tuple[int, ...] = (1, 2)
     planted: int = 0  # the mistake to make, in a driver built with mistakes
 
@@ -335,6 +336,7 @@ def header(case: Case, operation: str) -> str:
         "output_strides": output_strides,
         "seeds": case.seeds,
         "transposed": int(case.transposed),
+        "allow_tf32": int(case.allow_tf32),
         "planted": case.planted,
     }
     for name in ["batch", "channels", "height", "width", "kernel_h", "kernel_w", "corner"]:

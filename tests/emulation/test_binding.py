@@ -132,6 +132,18 @@ def test_binding_agrees_with_the_cpu(
             assert_same(a, b)
 
 
+def test_allow_tf32_reaches_both_kernels(emulated: Any) -> None:
+    """The fourth digit changes where products are rounded, and only if that was asked for."""
+    y, grad, weight, bias = tensors(PROBLEMS[1], torch.float32, torch.float32)
+    codes = ((1,), 2, False)
+    x = emulated.solve(y, weight, bias, *codes)
+    exact = [x, *emulated.solve_backward(grad, x, weight, *codes)]
+    found = [emulated.solve(y, weight, bias, *codes, True), *emulated.solve_backward(grad, x, weight, *codes, True)]
+    for rounded, wanted in zip(found, exact, strict=True):
+        error = (rounded - wanted).abs().max() / wanted.abs().max()
+        assert 1e-5 < error < 3e-3
+
+
 def test_empty_batch(emulated: Any) -> None:
     y, _, weight, bias = tensors(PROBLEMS[0], torch.float32, torch.float32)
     x = emulated.solve(y[:0], weight, bias, (0, 3), 1, False)

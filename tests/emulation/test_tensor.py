@@ -30,6 +30,7 @@ from .emulator import (
     Run,
     compiler,
     make_data,
+    oracle_gradients,
     oracle_solve,
     round_to,
     run,
@@ -204,6 +205,41 @@ def test_wide_layers(driver: Path, tmp_path: Path, channels: int) -> None:  # no
     """Sums of hundreds of products, which the tensor cores truncate at every step."""
     case = Case(2, (TOP_LEFT,), channels, 5, 6, 3, 3, GENERAL, bias=False, seeds=(1,), forced_regime=TENSOR)
     assert_exact(driver, tmp_path, case.but(shared_bytes=227 * 1024), make_data(case))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("image_type", ["float", "bfloat16"])
+@pytest.mark.parametrize("shared_bytes", [99 * 1024, 36000])
+def test_tf32_only_where_it_is_allowed(
+    driver: Path,  # noqa: F811
+    tmp_path: Path,
+    shared_bytes: int,
+    image_type: str,
+    transposed: bool,
+) -> None:
+    """About 1e-3 of error in place of 1e-7, for the solve and for the gradients: so it is taken, and not by mistake."""
+    case = RING.but(channels=17, transposed=transposed, image_type=image_type, shared_bytes=shared_bytes)
+    case = case.but(input_layout="channels_last")
+    data = make_data(case)
+    weight = np.nan_to_num(data.weight)
+    data.x = round_to(oracle_solve(case, data.y, weight, transposed), image_type)
+    expected = oracle_gradients(case, data.y, data.x, weight)
+    errors = []
+    for allow_tf32 in (False, True):
+        done = run(driver, tmp_path, case.but(allow_tf32=allow_tf32), data, "backward")
+        assert done.facts["regime"] == [TENSOR]
+        assert done.facts["gradient_tensor_cores"] == [1]
+        assert all(piece == done.raw[0] for piece in done.raw)
+        actual = done.outputs[0]
+        errors.append([np.abs(a - e).max() / np.abs(e).max() for a, e in zip(actual, expected, strict=True)])
+    exact, rounded = errors
+    rounding = EPS[image_type] if image_type != "float" else 0.0
+    assert exact[0] < 3e-6 + rounding
+    assert exact[1] < 3e-6
+    assert rounded[0] < 2e-3 + rounding
+    assert 2e-5 < rounded[1] < 2e-3
+    if image_type == "float":
+        assert rounded[0] > 2e-5
 
 
 def assert_exact(driver: Path, folder: Path, case: Case, data: Data) -> None:  # noqa: F811
