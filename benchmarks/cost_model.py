@@ -83,7 +83,7 @@ class Constants:
 
 # Registers a thread, sm_90: the table of docs/kernels-cuda.md.
 SOLVE_REGISTERS = {(True, False): 77, (True, True): 56, (False, False): 84}  # (weights in shared memory, one channel)
-GRADIENT_REGISTERS = {False: 162, True: 128}  # (tensor cores)
+GRADIENT_REGISTERS = {False: 156, True: 124}  # (tensor cores)
 # Of the regime of rows as lanes, sm_90, by (channels of a group, taps of the window): registers a thread, and the
 # instructions of a step, counted in the disassembly of the sweep's loop.
 LANES_REGISTERS = {
