@@ -71,6 +71,8 @@ class Constants:
     # multiply-adds a cycle of a multiprocessor; and how long a product takes (published: 17 to 33 cycles).
     tensor_multiply_adds: float = 568.0
     tensor_latency: float = 25.0
+    # Products of tensor cores for one of float32: 3xTF32, or 1 where TF32 is allowed.
+    products: int = 3
     # Assumed: bytes of L2 traffic of one value that a diagonal moves alone, out of a row.
     sector_bytes: float = 32.0
     # Assumed: a division in double precision.
@@ -81,7 +83,7 @@ class Constants:
 
 # Registers a thread, sm_90: the table of docs/kernels-cuda.md.
 SOLVE_REGISTERS = {(True, False): 77, (True, True): 56, (False, False): 84}  # (weights in shared memory, one channel)
-GRADIENT_REGISTERS = {False: 162, True: 128}  # (tensor cores)
+GRADIENT_REGISTERS = {False: 156, True: 124}  # (tensor cores)
 # Of the regime of rows as lanes, sm_90, by (channels of a group, taps of the window): registers a thread, and the
 # instructions of a step, counted in the disassembly of the sweep's loop.
 LANES_REGISTERS = {
@@ -108,9 +110,11 @@ STORE_INSTRUCTIONS = {
 LONGEST_PHASE = 8  # kLanesLongestPhase of csrc/cuda/plan_lanes.h
 TENSOR_REGISTERS = 119
 STATE_BYTES = 4
-# csrc/cuda/plan_tensor.h: tiles of one matrix product, tiles of pixels of a job; products of a float32 one (3xTF32).
+# csrc/cuda/plan_tensor.h: tiles of one matrix product, tiles of pixels of a job.
 OUTPUT_TILE, INPUT_TILE, PIXEL_TILE, JOB_TILES = 16, 8, 8, 4
-PRODUCTS = 3
+# csrc/cuda/plan_gradient.h: instructions of a warp's step of the gradient on tensor cores, of a tap of it, and of 32
+# copied values.
+STEP_INSTRUCTIONS, TAP_INSTRUCTIONS, COPY_INSTRUCTIONS = 30, 14, 6
 # csrc/cuda/solve_tensor.cuh: packs that a thread stages in registers, and that it loads at a time.
 STAGED_PACKS, LOADED_PACKS = 2, 4
 
@@ -309,7 +313,10 @@ def tensor_step_cycles(
         # The first loads and their split; then two products into one sum wait for each other, or the cores are busy.
         warps_a_quarter = math.ceil(warps / 4) * busy
         first = constants.l2_latency if streamed >= count else constants.shared_latency
-        pipeline = own * max(2 * constants.tensor_latency, warps_a_quarter * job_tiles * PRODUCTS * product)
+        pipeline = own * max(
+            max(constants.products - 1, 1) * constants.tensor_latency,
+            warps_a_quarter * job_tiles * constants.products * product,
+        )
         through_l2 = tensor.output_tiles * groups * tensor.k_steps * fragment * streamed
         shared = (
             tensor.output_tiles
@@ -448,18 +455,19 @@ def gradient_time(plan: CudaPlan, gradient: GradientPlan, constants: Constants) 
     waves, busy = _waves(gradient.blocks, resident, plan.gpu)
     tiles = math.ceil(gradient.tiles / gradient.splits)
 
-    # The tile: packs of four channels, two of them of a thread under way at a time.
+    # A tile is copied while the one before it is used: bytes from L2, and the copies' instructions.
     margin = gradient.images * (rows + gradient.window[0] - 1) * (columns + gradient.window[1] - 1)
     values = pixels * outputs + margin * inputs
-    load = math.ceil(values / 4 / gradient.threads / 2) * constants.global_latency
-    loaded_bytes = (pixels * (outputs + inputs)) * STATE_BYTES
-    load = max(load, busy * loaded_bytes / constants.l2_bandwidth)
+    load = busy * pixels * (outputs + inputs) * STATE_BYTES / constants.l2_bandwidth
+    copies = values / 32 * COPY_INSTRUCTIONS / constants.schedulers
+    copied = values * STATE_BYTES / constants.shared_bandwidth
     if gradient.tensor_cores:
-        # Three products; a lane loads four words for a step and two for each tap of it.
-        multiply_adds = 3 * pixels * outputs * inputs * taps
+        # A lane loads four words for a step and two for each tap of it.
+        multiply_adds = constants.products * pixels * outputs * inputs * taps
         warp_steps = pixels / 8 * (outputs / 16) * (inputs / 8)
         words = warp_steps * (4 + 2 * taps) * 32 * STATE_BYTES / constants.shared_bandwidth
-        sums = max(busy * multiply_adds / constants.tensor_multiply_adds, busy * words)
+        instructions = warp_steps * (STEP_INSTRUCTIONS + TAP_INSTRUCTIONS * taps) / constants.schedulers
+        sums = busy * max(multiply_adds / constants.tensor_multiply_adds, words + copied, instructions + copies)
     else:
         # A thread: a pack of left and one of right for a strip of three taps.
         side = min(4, problem.channels // problem.groups)
@@ -469,8 +477,10 @@ def gradient_time(plan: CudaPlan, gradient: GradientPlan, constants: Constants) 
         latency = a_thread * (constants.shared_latency / 2 + side * side * 3)  # a warp's own multiply-adds, one a cycle
         multiply_adds = pixels * items * side * side * 3
         words = pixels * items * 2 * side * STATE_BYTES / constants.shared_bandwidth
-        sums = max(latency, busy * multiply_adds / constants.multiply_adds, busy * words)
-    time = waves * tiles * (load + sums + 2 * constants.barrier) * us
+        sums = max(latency, busy * (multiply_adds / constants.multiply_adds + copies), busy * (words + copied))
+    # Nothing hides the first tile's copies, and nothing but the last tile's sums is left at the end.
+    cycles = constants.global_latency + load + (tiles - 1) * max(load, sums) + sums + tiles * constants.barrier
+    time = waves * cycles * us
     if gradient.splits == 1:
         return time
     # Lanes of a warp add up the blocks' sums, eight loads of each under way at a time.

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from inverse_flow import InverseConv2d, ops
+from inverse_flow import InverseConv2d, explain, ops
 from inverse_flow.functional import inverse_conv2d
+from inverse_flow.plans import H200
 
 from .cases import FEW, Case
 
@@ -45,6 +46,19 @@ def test_both_switches_are_needed(matmul: str, conv: str) -> None:
         assert ops.allows_tf32(on_gpu(dtype)) == wanted
     assert not ops.allows_tf32(on_gpu(torch.float64))
     assert not ops.allows_tf32(torch.empty(2, 3, 4, 4))
+
+
+def test_explain_tells_what_holds() -> None:
+    def lines(dtype: torch.dtype = torch.float32) -> str:
+        return str(explain((100, 24, 16, 16), 3, dtype=dtype, device="cuda", gpu=H200, backward=True))
+
+    assert lines().count("3xTF32") == 2
+    torch.set_float32_matmul_precision("high")
+    for dtype in (torch.float32, torch.bfloat16):
+        assert "3xTF32" not in lines(dtype)
+        assert lines(dtype).count("TF32") == 2
+    assert "TF32" not in lines(torch.float64)
+    assert "TF32" not in str(explain((100, 3, 16, 16), 3, device="cuda", gpu=H200, backward=True))
 
 
 def test_set_float32_matmul_precision_is_enough() -> None:
@@ -127,7 +141,7 @@ def test_compiled_code_keeps_what_held_when_it_was_compiled() -> None:
     torch._dynamo.reset()
 
     def function(x: Tensor) -> Tensor:
-        return x + (1 if ops._switches_allow_tf32() else 0)
+        return x + (1 if ops.switches_allow_tf32() else 0)
 
     zero = torch.zeros(1)
     torch.backends.cuda.matmul.fp32_precision = "tf32"

@@ -1,6 +1,5 @@
-// The tensor cores: products of 16 x 8 weights and 8 x 8 values in TF32 (11 significant bits), float32 split into two
-// TF32 numbers, and copies into shared memory that nobody waits for until wait_for_copies. PTX, and beside it an
-// emulated twin with the same rounding.
+// The tensor cores: products of 16 x 8 weights and 8 x 8 values in TF32 (11 significant bits), and float32 split into
+// two TF32 numbers. PTX, and beside it an emulated twin with the same rounding.
 //
 // A warp does a product together. With g = lane / 4 and t = lane % 4 a lane holds of
 //   a (16 outputs x 8 inputs)  [g][t], [g + 8][t], [g][t + 4], [g + 8][t + 4]
@@ -31,22 +30,7 @@ __device__ inline void multiply_tf32(float (&sum)[4], const uint32_t (&a)[4], co
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// 16 bytes, which may be read after wait_for_copies (by the thread that copied them) and a barrier (by others).
-__device__ inline void copy_to_shared(void* shared, const void* global) {
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
-}
-
-__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
 #else
-
-// As late as the GPU may: at the wait.
-inline void copy_to_shared(void* shared, const void* global) {
-  emulation::Block::current().put_off([=] { std::memcpy(shared, global, 16); });
-}
-
-inline void wait_for_copies() { emulation::Block::current().make_up_for(); }
 
 inline uint32_t round_to_tf32(float value) {
   const uint32_t bits = float_bits(value);

@@ -18,11 +18,9 @@ constexpr int32_t kSegmentColumns = 8;
 // SIMT: threads of a block. 65536 registers over two blocks of them, which hide each other's loads, leave 168 each, for
 // twice 48 sums; and 16 channels with a 3 x 3 window make 48 threads a team.
 constexpr int32_t kGradientThreads = 192;
-// SIMT: channels of a block, at most; and the tile's pixels: two loads of them are under way for one barrier.
+// SIMT: channels of a block, at most; and the tile's pixels.
 constexpr int32_t kGradientBlockChannels = 16;
 constexpr int64_t kGradientTilePixels = 512;
-// The shared memory that any GPU gives without opting in.
-constexpr int64_t kGradientSharedBytes = 48 * 1024;
 
 // Tensor cores: mma.m16n8k8, so a warp owns 16 outputs x 8 inputs, and eight pixels are a step.
 constexpr int32_t kFragmentOutputs = 16;
@@ -34,8 +32,14 @@ constexpr int32_t kFragmentTaps = 9;
 // From 16 channels the three TF32 products of padded channels take less time than one product in float32 does.
 constexpr int64_t kMinGradientTensorChannels = 16;
 constexpr int64_t kTensorTilePixels = 256;
-// Two blocks fit the 228 KiB of a multiprocessor of compute capability 9.0.
-constexpr int64_t kTensorSharedBytes = 100 * 1024;
+// The tile that is used, and the next, which is on its way meanwhile.
+constexpr int64_t kTileBuffers = 2;
+// What a multiprocessor keeps of its shared memory for each block.
+constexpr int64_t kReservedSharedBytes = 1024;
+// Instructions of a warp of the tensor core kernel: see tensor_cycles.
+constexpr double kStepInstructions = 30;
+constexpr double kTapInstructions = 14;
+constexpr double kCopyInstructions = 6;
 // The partial sums may take 1 / kWorkspaceShare of the images' bytes.
 constexpr int64_t kWorkspaceShare = 10;
 
@@ -61,7 +65,7 @@ struct GradientPlan {
   int64_t image_tiles;
   int64_t tiles_h;
   int64_t tiles_w;
-  // State elements from a pixel to the next, in shared memory.
+  // State elements, in shared memory, from a pixel to the next (SIMT) or from a channel to the next (tensor cores).
   int32_t left_pitch;
   int32_t right_pitch;
   // Threads (SIMT) or warps (tensor cores) of a team; teams share a tile's pixels.
@@ -70,9 +74,10 @@ struct GradientPlan {
   int32_t threads;
   int64_t splits;         // blocks that share the pixels of one window
   int32_t combine_lanes;  // threads that add up an entry of the splits' sums
-  // Shared memory, in bytes: left, right, and for tensor cores where in `right` each pixel stands. The sums of teams
-  // meet in the same memory.
+  // Shared memory, in bytes: kTileBuffers times left and right, and for tensor cores where in `right` each pixel
+  // stands. The sums of teams meet in the same memory.
   int64_t right_offset;
+  int64_t buffer_bytes;
   int64_t positions_offset;
   int64_t shared_bytes;
 
@@ -104,13 +109,26 @@ inline void set_windows(GradientPlan& plan, int64_t strips_w) {
   plan.windows_w = divide_up(strips_w, plan.window_w);
 }
 
-// Shared memory of the tile; sets the offsets of its parts.
+// Shared memory of the tile and the next; sets the pitches and the offsets of its parts.
 inline int64_t layout_gradient_tile(GradientPlan& plan, int64_t state_bytes) {
-  const int64_t step = plan.tensor_cores ? kFragmentPixels : 1;
   const int64_t right_pixels = static_cast<int64_t>(plan.images) * plan.right_rows() * plan.right_columns();
-  const int64_t left_pixels = round_up(plan.pixels(), step);
-  plan.right_offset = round_up(left_pixels * plan.left_pitch * state_bytes, 16);
-  plan.positions_offset = plan.right_offset + round_up(right_pixels * plan.right_pitch * state_bytes, 16);
+  const int64_t left_pixels = round_up(plan.pixels(), plan.tensor_cores ? kFragmentPixels : 1);
+  int64_t left_rows = left_pixels;
+  int64_t right_rows = right_pixels;
+  if (plan.tensor_cores) {
+    // An odd multiple of 4 elements: four pixels of the eight channels of a fragment meet 32 banks.
+    plan.left_pitch = static_cast<int32_t>((divide_up(left_pixels, 4) | 1) * 4);
+    plan.right_pitch = static_cast<int32_t>((divide_up(right_pixels, 4) | 1) * 4);
+    left_rows = plan.block_outputs;
+    right_rows = plan.block_inputs;
+  } else {
+    // An odd number of packs: neighbouring pixels meet different banks.
+    plan.left_pitch = (plan.block_outputs / plan.side | 1) * plan.side;
+    plan.right_pitch = (plan.block_inputs / plan.side | 1) * plan.side;
+  }
+  plan.right_offset = round_up(left_rows * plan.left_pitch * state_bytes, 16);
+  plan.buffer_bytes = plan.right_offset + round_up(right_rows * plan.right_pitch * state_bytes, 16);
+  plan.positions_offset = kTileBuffers * plan.buffer_bytes;
   return plan.positions_offset + (plan.tensor_cores ? left_pixels * 4 : 0);
 }
 
@@ -146,7 +164,6 @@ inline bool lay_out_gradient(GradientPlan& plan, const Shape& shape, int64_t sta
   const int64_t wanted_splits = splits_wanted(plan, shape, device);
 
   const int64_t tile_pixels = plan.tensor_cores ? kTensorTilePixels : kGradientTilePixels;
-  const int64_t limit = std::min(plan.tensor_cores ? kTensorSharedBytes : kGradientSharedBytes, device.shared_bytes);
   plan.tile_w = static_cast<int32_t>(std::min<int64_t>(shape.width, 32));
   plan.tile_h = static_cast<int32_t>(std::min<int64_t>(shape.height, std::max<int64_t>(tile_pixels / plan.tile_w, 1)));
   plan.images = 1;
@@ -156,14 +173,19 @@ inline bool lay_out_gradient(GradientPlan& plan, const Shape& shape, int64_t sta
     plan.images = static_cast<int32_t>(std::clamp<int64_t>(tile_pixels / plan.pixels(), 1, share));
   }
   // Too large: fewer images, then smaller tiles down to a few pixels, then smaller windows, then single pixels.
-  const auto fits = [&] { return layout_gradient_tile(plan, state_bytes) <= limit; };
+  // A block alone on its multiprocessor may have all of the memory, else two share it: they fill each other's gaps.
+  const auto fits = [&] {
+    const bool is_alone = plan.blocks() * shape.groups * wanted_splits <= device.multiprocessors;
+    const int64_t limit = is_alone ? device.shared_bytes : (device.shared_bytes - kReservedSharedBytes) / 2;
+    return layout_gradient_tile(plan, state_bytes) <= limit;
+  };
   const auto halve = [](int32_t& count) { count = (count + 1) / 2; };
   while (!fits() && plan.images > 1) halve(plan.images);
   while (!fits() && plan.tile_h * plan.tile_w > 16) halve(plan.tile_h >= plan.tile_w ? plan.tile_h : plan.tile_w);
   while (!fits() && plan.window_h > 1) halve(plan.window_h);
   while (!fits() && plan.window_w > 1) halve(plan.window_w);
   while (!fits() && plan.tile_h * plan.tile_w > 1) halve(plan.tile_h >= plan.tile_w ? plan.tile_h : plan.tile_w);
-  if (!fits()) return false;
+  if (layout_gradient_tile(plan, state_bytes) > device.shared_bytes) return false;
   set_windows(plan, strips_w);
   plan.image_tiles = divide_up(shape.batch, plan.images);
   plan.tiles_h = divide_up(shape.height, plan.tile_h);
@@ -199,16 +221,20 @@ inline bool lay_out_gradient(GradientPlan& plan, const Shape& shape, int64_t sta
   return plan.shared_bytes <= device.shared_bytes;
 }
 
-// Cycles of a multiprocessor that a plan for tensor cores takes, in a rough count that only compares plans: loads from
-// L2 at 64 bytes a cycle, and products at 7 cycles of a scheduler, four of them a multiprocessor.
+// Cycles of a multiprocessor that a plan for tensor cores takes, in a rough count that only compares plans. Beside each
+// other: loads from L2 at 64 bytes a cycle, and on four schedulers products at 7 cycles, or the instructions, which
+// were counted in the code for sm_90: of a warp's step, of a tap of it, and of a copied value.
 inline double tensor_cycles(const GradientPlan& plan, const Shape& shape, const DeviceLimits& device) {
   const int64_t splits = splits_wanted(plan, shape, device);
   const int64_t waves = divide_up(plan.blocks() * shape.groups * splits, device.multiprocessors);
   const double pixels = static_cast<double>(shape.batch * shape.height * shape.width) / static_cast<double>(splits);
   const int64_t fragments = plan.block_outputs / kFragmentOutputs * (plan.block_inputs / kFragmentInputs);
   const double load = 4.0 * (plan.block_outputs + plan.block_inputs) / 64.0;
-  const double products = 3.0 * static_cast<double>(fragments * plan.window_h * plan.window_w) / kFragmentPixels;
-  return static_cast<double>(waves) * pixels * (load + products * 7.0 / 4.0);
+  const double taps = plan.window_h * plan.window_w;
+  const double steps = static_cast<double>(fragments) / kFragmentPixels;
+  const double copies = kCopyInstructions * (plan.block_outputs + plan.block_inputs) / 32.0;
+  const double instructions = steps * (kStepInstructions + kTapInstructions * taps) + copies;
+  return static_cast<double>(waves) * pixels * std::max(load, std::max(3 * 7 * taps * steps, instructions) / 4);
 }
 
 // Channels and window of a block: of all that fit its warps, those that take the least time. Larger blocks load less
@@ -235,9 +261,6 @@ inline GradientPlan choose_fragments(const GradientPlan& start, const Shape& sha
       } while (shrink_window(plan));
     }
   }
-  // An odd multiple of 8 elements: the four pixels and eight channels of a fragment meet 32 banks.
-  best.left_pitch = (best.block_outputs / 8 | 1) * 8;
-  best.right_pitch = (best.block_inputs / 8 | 1) * 8;
   return best;
 }
 
@@ -285,9 +308,6 @@ inline GradientPlan plan_weight_gradient(const Shape& shape, int64_t state_bytes
     while (too_few() && plan_detail::shrink_window(plan)) {
     }
     plan.block_outputs = static_cast<int32_t>(output_packs * plan.side);
-    // An odd number of packs: neighbouring pixels meet different banks.
-    plan.left_pitch = static_cast<int32_t>((output_packs | 1) * plan.side);
-    plan.right_pitch = static_cast<int32_t>((packs | 1) * plan.side);
     if (plan_detail::lay_out_gradient(plan, shape, state_bytes, device) || packs == 1) return plan;
   }
 }

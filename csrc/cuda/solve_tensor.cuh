@@ -18,6 +18,7 @@
 // weights a diagonal, those of the taps that reach into the image; of x, 256 a product tile and output tile.
 #pragma once
 
+#include "async_copy.cuh"
 #include "mma.cuh"
 #include "solve.cuh"
 
@@ -283,7 +284,7 @@ __global__ void __launch_bounds__(kTensorThreads, 1)
     __syncthreads();  // the fold's scratch is free for x
   } else {
     const int count = plan.resident_steps * plan.output_tiles * kFragmentElements;
-    for (int i = thread * 4; i < count; i += threads * 4) copy_to_shared(shared_weights + i, folded + i);
+    for (int i = thread * 4; i < count; i += threads * 4) copy_to_shared<16>(shared_weights + i, folded + i);
   }
 
   for (int i = thread; i < plan.images * plan.image_stride / 4; i += threads) {

@@ -7,8 +7,8 @@
 // float32, so 32 bytes a lane for 48 cycles of a warp's multiply-adds over four schedulers; neither waits for the
 // other. Teams of threads take every teams-th segment. Sums are kept a tile at a time before they join the total, which
 // keeps float32 rounding small.
-// Barriers: after a tile is loaded, after it was used, two for each halving of the teams, and after the sums are
-// gathered.
+// Barriers: one a tile (it is complete, the one before was used), after the last tile, two for each halving of the
+// teams, and after the sums are gathered.
 #pragma once
 
 #include "gradient_tile.cuh"
@@ -34,14 +34,13 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
   const int window_b = strip % plan.window_w * kTapColumns;
 
   unsigned char* const shared = dynamic_shared_memory();
-  State* const left = reinterpret_cast<State*>(shared);
-  State* const right = reinterpret_cast<State*>(shared + plan.right_offset);
+  State* const sums = reinterpret_cast<State*>(shared);
   ChannelSum<State> channel_sum(plan, args.shape.transposed);
 
   State total[kSums] = {};
-  for (int64_t index = blockIdx.x; index < plan.pixel_tiles(); index += plan.splits) {
-    load_tile<kSide>(args, block, index, left, right);
-    __syncthreads();  // the tile is complete
+  for_each_tile(args, block, shared, [&](const unsigned char* buffer) {
+    const State* const left = reinterpret_cast<const State*>(buffer);
+    const State* const right = reinterpret_cast<const State*>(buffer + plan.right_offset);
     if (block.sums_channels) channel_sum.add_tile(plan, args.shape.transposed, left, right);
     if (team < plan.teams) {
       State sum[kSums] = {};
@@ -80,21 +79,20 @@ __global__ void __launch_bounds__(kGradientThreads, 2)
       INVERSE_FLOW_UNROLL
       for (int v = 0; v < kSums; ++v) total[v] += sum[v];
     }
-    __syncthreads();  // the tile may be overwritten
-  }
+  });
 
-  meet(total, left, team, plan.teams, item, plan.items);
-  store_the_rest(args, block, channel_sum, left);
+  meet(total, sums, team, plan.teams, item, plan.items);
+  store_the_rest(args, block, channel_sum, sums);
   if (team == 0) {
     INVERSE_FLOW_UNROLL
     for (int v = 0; v < kSums; ++v) {
       const int pair = v / kTapColumns;
-      left[sum_place(plan, output + pair / kSide, input + pair % kSide, window_a, window_b + v % kTapColumns)] =
+      sums[sum_place(plan, output + pair / kSide, input + pair % kSide, window_a, window_b + v % kTapColumns)] =
           total[v];
     }
   }
   __syncthreads();  // the block's sums are gathered
-  store_sums(args, block, left);
+  store_sums(args, block, sums);
 }
 
 }  // namespace inverse_flow

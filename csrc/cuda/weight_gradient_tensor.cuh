@@ -6,9 +6,9 @@
 // of right, read a fixed distance away. Eight pixels are a step: a lane loads four values of left, once for all taps,
 // and two of right for each tap, splits them (mma.cuh) and multiplies three times. Pixels are counted without
 // margin; `positions` says where in right each stands. Teams of warps take every teams-th step. Sums are kept a tile at
-// a time before they join the total, as the tensor core rounds each of its additions towards zero. Barriers: after a
-// tile is loaded, after it was used, two for each halving of the teams, and after the sums are
-// gathered. Bytes: a step of a 9-tap warp loads 22
+// a time before they join the total, as the tensor core rounds each of its additions towards zero. Barriers: one a
+// tile (it is complete, the one before was used), after the last tile, two for each halving of the teams, and after the
+// sums are gathered. Bytes: a step of a 9-tap warp loads 22
 // words a lane for 27 products of 1024 multiply-adds; shared memory gives a warp's words in a cycle, a scheduler's
 // tensor core takes at least four for a product, so the products bind. Fragments meet 32 different banks but where a
 // step goes over the end of a row.
@@ -19,8 +19,9 @@
 
 namespace inverse_flow {
 
-// The pixels that fill the last step up: zero in left; where their right is does not matter.
-__device__ inline void place_pixels(const GradientPlan& plan, float* left, int32_t* positions) {
+// The pixels that fill the last step up: zero in left of both buffers; where their right is does not matter.
+__device__ inline void place_pixels(const GradientPlan& plan, unsigned char* shared) {
+  int32_t* const positions = reinterpret_cast<int32_t*>(shared + plan.positions_offset);
   const int pixels = plan.pixels();
   const int padded = static_cast<int>(round_up(pixels, kFragmentPixels));
   for (int pixel = threadIdx.x; pixel < padded; pixel += blockDim.x) {
@@ -29,8 +30,12 @@ __device__ inline void place_pixels(const GradientPlan& plan, float* left, int32
     positions[pixel] = pixel < pixels ? right_pixel(plan, image, line - image * plan.tile_h, pixel - line * plan.tile_w)
                                       : right_pixel(plan, 0, 0, 0);
   }
-  for (int item = pixels * plan.left_pitch + threadIdx.x; item < padded * plan.left_pitch; item += blockDim.x) {
-    left[item] = 0;
+  const int filled = padded - pixels;
+  for (int item = threadIdx.x; item < kTileBuffers * plan.block_outputs * filled; item += blockDim.x) {
+    const int row = item / filled;
+    const int output = row % plan.block_outputs;
+    float* const left = reinterpret_cast<float*>(shared + row / plan.block_outputs * plan.buffer_bytes);
+    left[output * plan.left_pitch + pixels + item - row * filled] = 0;
   }
 }
 
@@ -53,9 +58,8 @@ __global__ void __launch_bounds__(kGradientTensorThreads, 2)
   const int t = lane % 4;
 
   unsigned char* const shared = dynamic_shared_memory();
-  float* const left = reinterpret_cast<float*>(shared);
-  float* const right = reinterpret_cast<float*>(shared + plan.right_offset);
-  int32_t* const positions = reinterpret_cast<int32_t*>(shared + plan.positions_offset);
+  float* const gathered = reinterpret_cast<float*>(shared);
+  const int32_t* const positions = reinterpret_cast<const int32_t*>(shared + plan.positions_offset);
   ChannelSum<float> channel_sum(plan, args.shape.transposed);
 
   const int taps = plan.window_h * plan.window_w;
@@ -64,28 +68,28 @@ __global__ void __launch_bounds__(kGradientTensorThreads, 2)
   unsigned row_ends = 0;
   INVERSE_FLOW_UNROLL
   for (int v = 0; v < kFragmentTaps; ++v) row_ends |= (v % plan.window_w == plan.window_w - 1 ? 1u : 0u) << v;
-  const int row_jump = (plan.right_columns() - plan.window_w) * plan.right_pitch;
   const int steps = static_cast<int>(divide_up(plan.pixels(), kFragmentPixels));
-  place_pixels(plan, left, positions);
+  place_pixels(plan, shared);
 
   float total[kFragmentTaps * 4] = {};
-  for (int64_t index = blockIdx.x; index < plan.pixel_tiles(); index += plan.splits) {
-    load_tile<4>(args, block, index, left, right);
-    __syncthreads();  // the tile is complete
+  for_each_tile(args, block, shared, [&](const unsigned char* buffer) {
+    const float* const left = reinterpret_cast<const float*>(buffer);
+    const float* const right = reinterpret_cast<const float*>(buffer + plan.right_offset);
     if (block.sums_channels) channel_sum.add_tile(plan, args.shape.transposed, left, right);
     if (team < plan.teams) {
       float sum[kFragmentTaps][4] = {};
       for (int step = team; step < steps; step += plan.teams) {
         const int pixel = step * kFragmentPixels + t;
-        const float* l = left + pixel * plan.left_pitch + first_output + g;
-        const float* later_l = l + 4 * plan.left_pitch;
-        const Split<4> a({l[0], l[8], later_l[0], later_l[8]});
-        int place = positions[pixel] * plan.right_pitch + first_input + g;
-        int later_place = positions[pixel + 4] * plan.right_pitch + first_input + g;
+        const float* l = left + (first_output + g) * plan.left_pitch + pixel;
+        const float* other_l = l + 8 * plan.left_pitch;
+        const Split<4> a({l[0], other_l[0], l[4], other_l[4]});
+        int place = positions[pixel] + (first_input + g) * plan.right_pitch;
+        int later_place = positions[pixel + 4] + (first_input + g) * plan.right_pitch;
         INVERSE_FLOW_UNROLL
         for (int v = 0; v < kFragmentTaps; ++v) {
           if (v < taps) multiply_split<kTf32>(sum[v], a, Split<2>({right[place], right[later_place]}));
-          const int distance = plan.right_pitch + ((row_ends >> v & 1) != 0 ? row_jump : 0);
+          // Of constants, here and not ahead of the loop: a register more would spill.
+          const int distance = (row_ends >> v & 1) != 0 ? plan.right_columns() - plan.window_w + 1 : 1;
           place -= distance;
           later_place -= distance;
         }
@@ -93,15 +97,14 @@ __global__ void __launch_bounds__(kGradientTensorThreads, 2)
       INVERSE_FLOW_UNROLL
       for (int v = 0; v < kFragmentTaps * 4; ++v) total[v] += sum[v / 4][v % 4];
     }
-    __syncthreads();  // the tile may be overwritten
-  }
+  });
 
-  meet(total, left, team, plan.teams, item * kWarp + lane, plan.items * kWarp);
-  store_the_rest(args, block, channel_sum, left);
+  meet(total, gathered, team, plan.teams, item * kWarp + lane, plan.items * kWarp);
+  store_the_rest(args, block, channel_sum, gathered);
   if (team == 0) {
     INVERSE_FLOW_UNROLL
     for (int i = 0; i < 4; ++i) {
-      float* const sums = left + sum_place(plan, first_output + g + i / 2 * 8, first_input + 2 * t + i % 2, 0, 0);
+      float* const sums = gathered + sum_place(plan, first_output + g + i / 2 * 8, first_input + 2 * t + i % 2, 0, 0);
       INVERSE_FLOW_UNROLL
       for (int v = 0; v < kFragmentTaps; ++v) {
         if (v < taps) sums[v] = total[v * 4 + i];
@@ -109,7 +112,7 @@ __global__ void __launch_bounds__(kGradientTensorThreads, 2)
     }
   }
   __syncthreads();  // the block's sums are gathered
-  store_sums(args, block, left);
+  store_sums(args, block, gathered);
 }
 
 }  // namespace inverse_flow

@@ -23,7 +23,8 @@ solve_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.inverse
 :func:`solve` for (input, weight, bias), from its output."""
 
 
-def _switches_allow_tf32() -> bool:
+def switches_allow_tf32() -> bool:
+    """Whether PyTorch's switches allow TF32 now, both for matrix products and for convolutions."""
     backends: Any = torch.backends  # PyTorch's own description of it lacks cudnn.conv
     # The one that is off by default first: each costs a microsecond.
     return bool(backends.cuda.matmul.fp32_precision == "tf32" and backends.cudnn.conv.fp32_precision == "tf32")
@@ -31,14 +32,14 @@ def _switches_allow_tf32() -> bool:
 
 # torch.compile refuses to trace the switches. What torch.compiler.assume_constant_result does, which would import the
 # compiler, seconds of it, into every program.
-_switches_allow_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
+switches_allow_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def allows_tf32(images: Tensor) -> bool:
     """Whether the solve of these images may multiply in TF32: on a GPU, with a float32 recurrence, where PyTorch's
     switches allow it both for matrix products and for convolutions. Compiled code keeps what held when it was compiled.
     """
-    return images.is_cuda and images.dtype != torch.float64 and _switches_allow_tf32()
+    return images.is_cuda and images.dtype != torch.float64 and switches_allow_tf32()
 
 
 @torch.library.register_fake("inverse_flow::solve")

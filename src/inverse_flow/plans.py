@@ -14,6 +14,7 @@ import torch
 
 from . import _C
 from ._checks import FLOAT_DTYPES, ORDERS, Order, parse_corner, parse_orders
+from .ops import switches_allow_tf32
 
 __all__ = ["H200", "CpuPlan", "CudaPlan", "GpuProperties", "GradientPlan", "Problem", "TensorPlan", "explain"]
 
@@ -136,7 +137,7 @@ class GradientPlan:
     where several share the pixels.
 
     Attributes:
-        tensor_cores: Whether tensor cores multiply, in three TF32 products that are as exact as float32.
+        tensor_cores: Whether tensor cores multiply.
         channels: Output and input channels whose pairs a block accumulates.
         window: Rows and columns of taps that a block accumulates.
         images: Images, whole ones if several, whose pixels are in shared memory at a time.
@@ -220,6 +221,8 @@ class CudaPlan:
         scratch_bytes: Memory beside inputs, outputs and gradients.
         gradient: Of a backward pass, what comes behind the transposed solve.
         tensor: On tensor cores, how they share the work.
+        tf32: Whether tensor cores multiply once, in TF32, as PyTorch's switches allow it now; else three times, which
+            is as exact as float32.
     """
 
     problem: Problem
@@ -244,6 +247,7 @@ class CudaPlan:
     scratch_bytes: int = 0
     gradient: GradientPlan | None = field(default=None)
     tensor: TensorPlan | None = field(default=None)
+    tf32: bool = False
 
     def __str__(self) -> str:
         rows: dict[str, object] = {
@@ -265,15 +269,17 @@ class CudaPlan:
             "launches": self.launches,
             "scratch": _bytes(self.scratch_bytes),
         }
+        rounding = "TF32" if self.tf32 else "3xTF32"
         if self.tensor is not None:
             rows["matrix products"] = (
-                f"{self.tensor.output_tiles} tiles of outputs, {self.tensor.splits} warps a job, "
+                f"{rounding}, {self.tensor.output_tiles} tiles of outputs, {self.tensor.splits} warps a job, "
                 f"{self.tensor.job_warps} jobs at a time"
             )
         if self.gradient is not None:
             part = self.gradient
             rows["gradient"] = (
-                f"{'tensor cores, ' if part.tensor_cores else ''}{part.blocks} blocks of {part.threads} threads, "
+                f"{f'tensor cores, {rounding}, ' if part.tensor_cores else ''}"
+                f"{part.blocks} blocks of {part.threads} threads, "
                 f"{part.channels[0]} × {part.channels[1]} channels, {part.window[0]} × {part.window[1]} taps, "
                 f"{_bytes(part.shared_bytes)} of shared memory"
             )
@@ -395,7 +401,7 @@ def _explain_cuda(
         plan["scratch_bytes"] += gradient.scratch_bytes
     part = plan.pop("tensor", None)
     tensor = None if part is None else TensorPlan(**part)
-    return CudaPlan(problem, gpu, regime, **plan, gradient=gradient, tensor=tensor)
+    return CudaPlan(problem, gpu, regime, **plan, gradient=gradient, tensor=tensor, tf32=switches_allow_tf32())
 
 
 # SolveRegime of csrc/cuda/device_limits.h.

@@ -137,8 +137,11 @@ class Block {
     return reinterpret_cast<const T*>(warp.exchanged);
   }
 
-  // What this thread may do later, and does at last.
-  void put_off(std::function<void()> action) { threads_[active_].put_off.push_back(std::move(action)); }
+  // What this thread may do at once or later, and does at last.
+  void put_off(std::function<void()> action) {
+    if (random_() % 2 == 0) return action();
+    threads_[active_].put_off.push_back(std::move(action));
+  }
   void make_up_for() {
     for (const auto& action : threads_[active_].put_off) action();
     threads_[active_].put_off.clear();

@@ -103,7 +103,7 @@ def test_one_block_writes_the_gradient_itself(
 
 
 def test_small_images_share_a_tile(driver: Path, tmp_path: Path) -> None:  # noqa: F811
-    for channels, less in ((2, 3000), (16, 7000)):
+    for channels, less in ((2, 6000), (16, 24000)):
         case = Case(5, (TOP_RIGHT,), channels, 3, 5, 3, 2)
         done = check_backward(driver, tmp_path, case)
         assert done.facts["gradient_images"][0] == 5
