@@ -1,21 +1,16 @@
-// What both kernels of the weight gradient share: dW[o, c, (a, b)] = -sum over
-// images and pixels p of left[o, p] right[c, p - (a, b)], in the coordinates
-// mirrored to the group's order; left, right = u, x, and x, u for a transposed
+// What both kernels of the weight gradient share: dW[o, c, (a, b)] = -sum over images and pixels p of left[o, p]
+// right[c, p - (a, b)], in the coordinates mirrored to the group's order; left, right = u, x, and x, u for a transposed
 // solve. db = -sum of u.
 //
-// A block walks over the pixel tiles of its split. A tile brings into shared
-// memory left [pixel][output] and right [pixel][input] (tensor cores:
-// [output][pixel] and [input][pixel]), the latter with the margin above and to
-// the left that the window of taps reaches into, zeros outside the image. While
-// a tile is used the next one is copied into a second buffer, asynchronously if
-// it is of the state type. A thread copies channels of a pixel: neighbouring
-// threads neighbouring pixels, or channels where those are neighbours in
-// memory. Both are rounded to nothing: x is read in its own type, u is of the
-// state type. u passes through here anyway, so the blocks of one window add up
-// its channels too: a thread owns a channel and every so manieth segment of the
-// tile. Sums are added in a fixed order everywhere: along a thread, teams in
-// shared memory by halves (two barriers a level), splits in a launch of their
-// own (combine_gradients.cuh). So the result is deterministic.
+// A block walks over the pixel tiles of its split. A tile brings into shared memory left [pixel][output] and right
+// [pixel][input] (tensor cores: [output][pixel] and [input][pixel]), the latter with the margin above and to the left
+// that the window of taps reaches into, zeros outside the image. While a tile is used the next one is copied into a
+// second buffer, asynchronously if it is of the state type. A thread copies channels of a pixel: neighbouring threads
+// neighbouring pixels, or channels where those are neighbours in memory. Both are rounded to nothing: x is read in its
+// own type, u is of the state type. u passes through here anyway, so the blocks of one window add up its channels too:
+// a thread owns a channel and every so manieth segment of the tile. Sums are added in a fixed order everywhere: along a
+// thread, teams in shared memory by halves (two barriers a level), splits in a launch of their own
+// (combine_gradients.cuh). So the result is deterministic.
 #pragma once
 
 #include "async_copy.cuh"
@@ -31,23 +26,20 @@ struct GradientArguments {
   GradientPlan plan;
   GroupOrders orders;
   int64_t first_group;
-  // u and x in whatever types they are stored; `left` and `right` as said
-  // above.
+  // u and x in whatever types they are stored; `left` and `right` as said above.
   const void* left;
   Strides left_strides;
   ElementType left_type;
   const void* right;
   Strides right_strides;
   ElementType right_type;
-  State* partials;  // splits x (all weights, then all biases); not used when the
-                    // block writes the gradient itself
+  State* partials;  // splits x (all weights, then all biases); not used when the block writes the gradient itself
   void* weight_gradient;
   void* bias_gradient;
   ElementType gradient_type;
 };
 
-// The element offset of a pixel in a tensor whose group is mirrored; ImageView
-// for a type known at run time.
+// The element offset of a pixel in a tensor whose group is mirrored; ImageView for a type known at run time.
 struct OffsetView {
   int64_t base;
   Strides strides;
@@ -112,8 +104,7 @@ struct Region {
   int columns;
 };
 
-// Where a value of left or right stands in its buffer: pixel * of_pixel +
-// channel * of_channel.
+// Where a value of left or right stands in its buffer: pixel * of_pixel + channel * of_channel.
 struct TileSteps {
   int of_pixel;
   int of_channel;
@@ -126,8 +117,8 @@ __device__ inline TileSteps tile_steps(const GradientPlan& plan, int pitch) {
 // Values of a thread that are under way at a time where they must be converted.
 constexpr int kConverted = 4;
 
-// Puts `count` channels of a pixel, `step` elements apart in memory, into a
-// buffer: by copies that are waited for later, or with a conversion.
+// Puts `count` channels of a pixel, `step` elements apart in memory, into a buffer: by copies that are waited for
+// later, or with a conversion.
 template <typename State>
 __device__ void begin_channels(State* target, int target_step, const State* source, int64_t step, int count) {
   INVERSE_FLOW_UNROLL_BY(2)
@@ -152,8 +143,7 @@ __device__ void begin_channels(State* target, int target_step, const Element* so
   }
 }
 
-// Begins to fill a buffer with `channels` channels of a region; zeros outside
-// the image and beyond the last channel.
+// Begins to fill a buffer with `channels` channels of a region; zeros outside the image and beyond the last channel.
 template <typename State>
 __device__ void begin_region(State* buffer, const TileSteps& steps, int channel_lanes, int channels,
                              const Region& region, const void* data, ElementType type, const OffsetView& view,
@@ -186,15 +176,15 @@ __device__ void begin_region(State* buffer, const TileSteps& steps, int channel_
   });
 }
 
-// Lanes of a warp that share a pixel: so many that the elements they read lie
-// in few sectors, and those they write in different banks.
+// Lanes of a warp that share a pixel: so many that the elements they read lie in few sectors, and those they write in
+// different banks.
 __device__ inline int channel_lanes(const GradientPlan& plan, const Strides& strides) {
   if (!plan.tensor_cores) return plan.side;
   return strides.channel == 1 ? kFragmentInputs : 1;
 }
 
-// Begins to bring the block's channels of tile `index` into a buffer. They are
-// there after wait_for_copies and a barrier.
+// Begins to bring the block's channels of tile `index` into a buffer. They are there after wait_for_copies and a
+// barrier.
 template <typename State>
 __device__ void begin_tile(const GradientArguments<State>& args, const GradientBlock& block, int64_t index,
                            unsigned char* buffer) {
@@ -221,8 +211,7 @@ __device__ void begin_tile(const GradientArguments<State>& args, const GradientB
                shape, block.first_input);
 }
 
-// Calls use(buffer) for each of the block's tiles. While one is used the next
-// is on its way into the other buffer.
+// Calls use(buffer) for each of the block's tiles. While one is used the next is on its way into the other buffer.
 template <typename State, typename Use>
 __device__ void for_each_tile(const GradientArguments<State>& args, const GradientBlock& block, unsigned char* shared,
                               Use use) {
@@ -267,16 +256,13 @@ __device__ inline Segment segment_at(const GradientPlan& plan, int index) {
   return found;
 }
 
-// Where in `right` the value stands that the first tap of the window, (first_a,
-// first_b), takes for a pixel.
+// Where in `right` the value stands that the first tap of the window, (first_a, first_b), takes for a pixel.
 __device__ inline int right_pixel(const GradientPlan& plan, int image, int row, int column) {
   return (image * plan.right_rows() + row + plan.margin_h()) * plan.right_columns() + column + plan.margin_w();
 }
 
-// Adds up, over the teams of threads that own the same `items` sums of kCount
-// each, by halves; team 0 has the result. The whole block takes part, those
-// without a team (team >= teams) too, and nothing else may be in `memory` by
-// then.
+// Adds up, over the teams of threads that own the same `items` sums of kCount each, by halves; team 0 has the result.
+// The whole block takes part, those without a team (team >= teams) too, and nothing else may be in `memory` by then.
 template <int kCount, typename State>
 __device__ void meet(State (&sums)[kCount], State* memory, int team, int teams, int item, int items) {
   for (int active = teams; active > 1;) {
@@ -339,14 +325,13 @@ __device__ inline int64_t weight_index(const Shape& shape, const GradientBlock& 
   return (((block.group * shape.channels + o) * shape.channels + c) * shape.kernel_h + row) * shape.kernel_w + column;
 }
 
-// Where a block gathers its sums, before it stores them: [output][input][row of
-// taps][column].
+// Where a block gathers its sums, before it stores them: [output][input][row of taps][column].
 __device__ inline int sum_place(const GradientPlan& plan, int output, int input, int window_a, int window_b) {
   return ((output * plan.block_inputs + input) * plan.window_h + window_a) * plan.window_w * plan.strip + window_b;
 }
 
-// Stores the block's gathered sums: as the gradient, or for the launch that
-// adds up the splits. Outputs, inputs and taps may lie beyond what there is.
+// Stores the block's gathered sums: as the gradient, or for the launch that adds up the splits. Outputs, inputs and
+// taps may lie beyond what there is.
 template <typename State>
 __device__ void store_sums(const GradientArguments<State>& args, const GradientBlock& block, const State* sums) {
   const Shape& shape = args.shape;
@@ -371,8 +356,8 @@ __device__ void store_sums(const GradientArguments<State>& args, const GradientB
   }
 }
 
-// Besides the sums of the weight: those of the channels, and zeros for taps
-// beyond the image. `memory` is free when this returns.
+// Besides the sums of the weight: those of the channels, and zeros for taps beyond the image. `memory` is free when
+// this returns.
 template <typename State>
 __device__ void store_the_rest(const GradientArguments<State>& args, const GradientBlock& block, ChannelSum<State>& sum,
                                State* memory) {
