@@ -2,6 +2,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <atomic>
@@ -148,22 +150,73 @@ void run(const Shape& shape, const std::vector<int64_t>& orders, const Prepared<
   }
 }
 
+int64_t channel_count(const Shape& shape) { return shape.groups * shape.channels; }
+int64_t weight_count(const Shape& shape) { return channel_count(shape) * shape.channels * shape.taps(); }
+
 template <class T>
 constexpr ScalarType kScalarType = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
 
-template <class T>
-Tensor as_state(const Tensor& tensor) {
-  const Tensor converted = tensor.scalar_type() == kScalarType<T> ? tensor : torch::stable::to(tensor, kScalarType<T>);
-  return as_contiguous(converted);
+// Calls f with the half-precision type.
+template <class F>
+void with_half_type(ScalarType type, F f) {
+  if (type == ScalarType::Half) return f(torch::headeronly::Half{});
+  f(torch::headeronly::BFloat16{});
 }
+
+// A weight or bias in the state type: its memory, or a copy. torch's own conversion would take as long as a small
+// solve.
+template <class T>
+class StateValues {
+ public:
+  StateValues(const Tensor& tensor, int64_t count) : memory_(as_contiguous(tensor)) {
+    if (memory_.scalar_type() == kScalarType<T>) {
+      data_ = static_cast<const T*>(memory_.const_data_ptr());
+      return;
+    }
+    with_half_type(memory_.scalar_type(), [&](auto half) {
+      const auto* from = static_cast<const decltype(half)*>(memory_.const_data_ptr());
+      copy_.assign(from, from + count);
+    });
+    data_ = copy_.data();
+  }
+  const T* data() const { return data_; }
+
+ private:
+  Tensor memory_;
+  std::vector<T> copy_;
+  const T* data_;
+};
+
+// A gradient to be summed in the state type, from zero: in the tensor's memory, or beside it and rounded once.
+template <class T>
+class StateSums {
+ public:
+  StateSums(const Tensor& target, int64_t count)
+      : target_(target), beside_(target.scalar_type() == kScalarType<T> ? 0 : count) {
+    data_ = beside_.empty() ? static_cast<T*>(target.mutable_data_ptr()) : beside_.data();
+    std::fill_n(data_, count, T(0));
+  }
+  T* data() const { return data_; }
+  void finish() const {
+    if (beside_.empty()) return;
+    with_half_type(target_.scalar_type(), [&](auto half) {
+      std::copy(beside_.begin(), beside_.end(), static_cast<decltype(half)*>(target_.mutable_data_ptr()));
+    });
+  }
+
+ private:
+  Tensor target_;
+  std::vector<T> beside_;
+  T* data_;
+};
 
 template <class IO, class T>
 void solve_as(const Shape& shape, const std::vector<int64_t>& orders, const Tensor& input, const Tensor& weight,
               const std::optional<Tensor>& bias, const Tensor& output) {
-  const Tensor w = as_state<T>(weight);
-  const Tensor b = bias ? as_state<T>(*bias) : w;
-  const Prepared<T> prepared = prepare(shape, orders, static_cast<const T*>(w.const_data_ptr()),
-                                       bias ? static_cast<const T*>(b.const_data_ptr()) : nullptr, isa_in_use());
+  const StateValues<T> w(weight, weight_count(shape));
+  std::optional<StateValues<T>> b;
+  if (bias) b.emplace(*bias, channel_count(shape));
+  const Prepared<T> prepared = prepare(shape, orders, w.data(), b ? b->data() : nullptr, isa_in_use());
   if (shape.batch > 0) run<IO, T>(shape, orders, prepared, input, output, nullptr, nullptr, nullptr);
 }
 
@@ -171,16 +224,15 @@ template <class IO, class T>
 void solve_backward_as(const Shape& shape, const std::vector<int64_t>& orders, const Tensor& grad_output,
                        const Tensor& output, const Tensor& weight, const Tensor& grad_input, const Tensor& grad_weight,
                        const Tensor& grad_bias) {
-  const Tensor w = as_state<T>(weight);
-  const Prepared<T> prepared =
-      prepare<T>(shape, orders, static_cast<const T*>(w.const_data_ptr()), nullptr, isa_in_use());
-  T* const weight_sums = static_cast<T*>(grad_weight.mutable_data_ptr());
-  T* const bias_sums = static_cast<T*>(grad_bias.mutable_data_ptr());
-  std::fill_n(weight_sums, shape.groups * shape.channels * shape.channels * shape.taps(), T(0));
-  std::fill_n(bias_sums, shape.groups * shape.channels, T(0));
+  const StateValues<T> w(weight, weight_count(shape));
+  const Prepared<T> prepared = prepare<T>(shape, orders, w.data(), nullptr, isa_in_use());
+  const StateSums<T> weight_sums(grad_weight, weight_count(shape));
+  const StateSums<T> bias_sums(grad_bias, channel_count(shape));
   if (shape.batch > 0) {
-    run<IO, T>(shape, orders, prepared, grad_output, grad_input, &output, weight_sums, bias_sums);
+    run<IO, T>(shape, orders, prepared, grad_output, grad_input, &output, weight_sums.data(), bias_sums.data());
   }
+  weight_sums.finish();
+  bias_sums.finish();
 }
 
 // Calls f with the image type and the state type.
@@ -213,18 +265,16 @@ std::tuple<Tensor, Tensor, Tensor> solve_backward(const Tensor& grad_output, con
                                                   bool /*allow_tf32*/) {
   const Shape shape = check_problem(grad_output, weight, std::nullopt, orders, corner, !transposed);
   check_same_images(grad_output, output);
-  const ScalarType state = state_type(grad_output.scalar_type());
-  const int64_t channels = shape.groups * shape.channels;
   const Tensor grad_input = new_image_like(grad_output);
-  const Tensor grad_weight = new_tensor(weight, {channels, shape.channels, shape.kernel_h, shape.kernel_w}, state);
-  const Tensor grad_bias = new_tensor(weight, {channels}, state);
+  const ScalarType type = weight.scalar_type();
+  const Tensor grad_weight =
+      new_tensor(weight, {channel_count(shape), shape.channels, shape.kernel_h, shape.kernel_w}, type);
+  const Tensor grad_bias = new_tensor(weight, {channel_count(shape)}, type);
   for_types(grad_output.scalar_type(), [&](auto io, auto acc) {
     solve_backward_as<decltype(io), decltype(acc)>(shape, orders, grad_output, output, weight, grad_input, grad_weight,
                                                    grad_bias);
   });
-  const ScalarType wanted = weight.scalar_type();
-  if (wanted == state) return {grad_input, grad_weight, grad_bias};
-  return {grad_input, torch::stable::to(grad_weight, wanted), torch::stable::to(grad_bias, wanted)};
+  return {grad_input, grad_weight, grad_bias};
 }
 
 }  // namespace
