@@ -221,8 +221,8 @@ class CudaPlan:
         scratch_bytes: Memory beside inputs, outputs and gradients.
         gradient: Of a backward pass, what comes behind the transposed solve.
         tensor: On tensor cores, how they share the work.
-        tf32: Whether tensor cores multiply once, in TF32, as PyTorch's switches allow it now; else three times, which is
-            as exact as float32.
+        tf32: Whether tensor cores multiply once, in TF32, as PyTorch's switches allow it now; else three times, which
+            is as exact as float32.
     """
 
     problem: Problem
@@ -278,7 +278,8 @@ class CudaPlan:
         if self.gradient is not None:
             part = self.gradient
             rows["gradient"] = (
-                f"{f'tensor cores, {rounding}, ' if part.tensor_cores else ''}{part.blocks} blocks of {part.threads} threads, "
+                f"{f'tensor cores, {rounding}, ' if part.tensor_cores else ''}"
+                f"{part.blocks} blocks of {part.threads} threads, "
                 f"{part.channels[0]} × {part.channels[1]} channels, {part.window[0]} × {part.window[1]} taps, "
                 f"{_bytes(part.shared_bytes)} of shared memory"
             )
