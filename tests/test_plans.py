@@ -168,7 +168,7 @@ def test_the_backward_pass_on_a_gpu() -> None:
     assert plan.gradient.channels == (4, 12)
     assert plan.gradient.window == (1, 3)
     assert plan.gradient.blocks >= plan.gpu.multiprocessors
-    assert plan.gradient.shared_bytes <= 48 * KIB
+    assert plan.gradient.shared_bytes <= (H200.shared_bytes - KIB) // 2  # two blocks fit a multiprocessor
     # Half-precision images: u unrounded, for the gradient.
     half = cuda((100, 12, 16, 16), 3, backward=True, dtype=torch.bfloat16)
     assert half.scratch_bytes == plan.scratch_bytes + 4 * 100 * 12 * 16 * 16

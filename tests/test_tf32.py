@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,9 +21,10 @@ from .cases import FEW, Case
 
 @pytest.fixture(autouse=True)
 def _switches() -> Iterator[None]:
-    """PyTorch's switches as they were."""
+    """PyTorch's switches at their defaults, and afterwards as they were."""
     matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
     before = matmul.fp32_precision, conv.fp32_precision
+    matmul.fp32_precision, conv.fp32_precision = "none", "tf32"
     yield
     matmul.fp32_precision, conv.fp32_precision = before
 
@@ -32,7 +35,10 @@ def on_gpu(dtype: torch.dtype) -> Tensor:
 
 
 def test_off_by_default() -> None:
-    assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+    """In a process of its own, where nothing has been set; one switch is on."""
+    code = "import torch; print(torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["tf32", "none"]
     assert not ops.allows_tf32(on_gpu(torch.float32))
 
 
@@ -59,6 +65,14 @@ def test_explain_tells_what_holds() -> None:
         assert lines(dtype).count("TF32") == 2
     assert "TF32" not in lines(torch.float64)
     assert "TF32" not in str(explain((100, 3, 16, 16), 3, device="cuda", gpu=H200, backward=True))
+
+
+def test_the_old_names_of_the_switches_count_too() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = True
+    assert ops.allows_tf32(on_gpu(torch.float32))
+    torch.backends.cudnn.allow_tf32 = False
+    assert not ops.allows_tf32(on_gpu(torch.float32))
+    torch.backends.cudnn.allow_tf32 = True
 
 
 def test_set_float32_matmul_precision_is_enough() -> None:

@@ -223,7 +223,7 @@ inline bool lay_out_gradient(GradientPlan& plan, const Shape& shape, int64_t sta
 
 // Cycles of a multiprocessor that a plan for tensor cores takes, in a rough count that only compares plans. Beside each
 // other: loads from L2 at 64 bytes a cycle, and on four schedulers products at 7 cycles, or the instructions, which
-// were counted in the code for sm_90: of a warp's step, of a tap of it, and of a copied value.
+// were counted by hand in the source: of a warp's step, of a tap of it, and of a copied value.
 inline double tensor_cycles(const GradientPlan& plan, const Shape& shape, const DeviceLimits& device) {
   const int64_t splits = splits_wanted(plan, shape, device);
   const int64_t waves = divide_up(plan.blocks() * shape.groups * splits, device.multiprocessors);
