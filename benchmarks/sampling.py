@@ -212,7 +212,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--activation", choices=("none", "spline"), default="none", help="of the InverseFlow")
     parser.add_argument("--images", type=int, default=TIMED_IMAGES, help="in a batch of samples")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--tables", action="store_true", help="also the tables of image and kernel sizes")
+    parser.add_argument(
+        "--tables", nargs="?", const="also", choices=("also", "only"), help="the tables of image and kernel sizes"
+    )
     parser.add_argument("--sizes", type=int, nargs="+", choices=SIZES, default=list(SIZES), help="of the table")
     parser.add_argument("--kernels", type=int, nargs="+", choices=KERNELS, default=list(KERNELS), help="of the table")
     parser.add_argument("--budget", type=float, default=120.0, help="seconds of timing, at least 15 rounds")
@@ -240,7 +242,8 @@ def main() -> int:
     print(f"{OURS}: {flow.num_parameters:,} parameters; {GLOW}: {glow.num_parameters:,}")
 
     results: dict[str, Any] = {"sampling": []}
-    for threads in arguments.threads:
+    torch.set_num_threads(arguments.threads[-1])
+    for threads in arguments.threads if arguments.tables != "only" else ():
         torch.set_num_threads(threads)
         try:
             works, differences = ways(flow, glow, arguments.images, device, compiled=not arguments.no_compile)
@@ -281,7 +284,7 @@ def main() -> int:
     if arguments.json:
         settings = {
             "shape": SHAPE, **options, "activation": arguments.activation, "images": arguments.images,
-            "budget_seconds": arguments.budget,
+            "budget_seconds": arguments.budget, "table_threads": torch.get_num_threads(),
         }  # fmt: skip
         write_json(arguments.json, "sampling", device, settings, results)
     return 0
