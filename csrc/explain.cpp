@@ -32,18 +32,18 @@ py::dict plan_cpu_as(const Shape& shape, int64_t threads, bool backward) {
   found["isa"] = cpu::isa_name(cpu::isa_in_use());
   found["workers"] = 0;
   if (shape.batch == 0) return found;
-  const cpu::Plan plan = cpu::make_plan(shape, kernels.min_lanes, kernels.max_lanes, sizeof(T), threads);
+  const cpu::Plan plan = cpu::make_plan(shape, backward, kernels.min_lanes, kernels.max_lanes, sizeof(T), threads);
   cpu::Problem<IO, T> problem{};
   problem.shape = shape;
   problem.with_gradient = backward;
-  const int64_t line_steps = plan.rows ? cpu::band_steps(shape, plan.lanes) : shape.width;
-  found["rows"] = plan.rows;
+  const int64_t line_steps = plan.by_rows ? cpu::band_steps(shape, plan.lanes) : shape.width;
+  found["rows"] = plan.by_rows;
   found["lanes"] = plan.lanes;
-  found["units"] = plan.units * shape.groups * (plan.rows ? shape.batch : 1);
+  found["units"] = plan.units * shape.groups * (plan.by_rows ? shape.batch : 1);
   found["workers"] = plan.workers;
-  found["steps"] = plan.rows ? line_steps : line_steps * shape.height;
+  found["steps"] = plan.by_rows ? line_steps : line_steps * shape.height;
   found["thread_bytes"] = cpu::thread_scratch(kernels, plan, problem);
-  found["halo_bytes"] = plan.jobs * cpu::band_halo(shape, plan) * static_cast<int64_t>(sizeof(T));
+  found["halo_bytes"] = plan.jobs * cpu::halo_elements(shape, plan) * static_cast<int64_t>(sizeof(T));
   found["sum_bytes"] = plan.sets * cpu::sum_sizes(shape, backward).total() * static_cast<int64_t>(sizeof(T));
   return found;
 }

@@ -63,9 +63,10 @@ Image<IO> mirrored_group(const Shape& shape, IO* data, Strides stride, int64_t g
 template <class IO, class T>
 void run(const Shape& shape, const std::vector<int64_t>& orders, const Prepared<T>& prepared, const Tensor& input,
          const Tensor& output, const Tensor* other, T* weight_gradient, T* bias_gradient) {
-  const Kernels<IO, T> kernels = kernels_in_use<IO, T>();
-  const Plan plan = make_plan(shape, kernels.min_lanes, kernels.max_lanes, sizeof(T), torch::stable::get_num_threads());
   const bool with_gradient = other != nullptr;
+  const Kernels<IO, T> kernels = kernels_in_use<IO, T>();
+  const Plan plan = make_plan(shape, with_gradient, kernels.min_lanes, kernels.max_lanes, sizeof(T),
+                              torch::stable::get_num_threads());
 
   std::vector<Problem<IO, T>> problems;
   for (int64_t g = 0; g < shape.groups; ++g) {
@@ -93,28 +94,22 @@ void run(const Shape& shape, const std::vector<int64_t>& orders, const Prepared<
   for (const auto& problem : problems) bytes = std::max(bytes, thread_scratch(kernels, plan, problem));
   const int64_t jobs = plan.jobs;
 
-  if (plan.rows) {
-    const int64_t units_per_group = shape.batch * plan.units;
-    const int64_t halo = band_halo(shape, plan);
-    std::vector<T> halos(jobs * halo);
+  if (plan.by_rows) {
+    const int64_t halo = halo_elements(shape, plan);
+    const Scratch halos(jobs * halo * sizeof(T));
     std::unique_ptr<std::atomic<int64_t>[]> steps_done(new std::atomic<int64_t>[jobs]);
     for (int64_t i = 0; i < jobs; ++i) steps_done[i].store(0, std::memory_order_relaxed);
     // Bands are claimed in order, so the band a claimed one waits for is always being worked on, whatever the
     // number of threads that really run.
     std::atomic<int64_t> next{0};
+    const Bands<T> bands{plan.rows, &next, steps_done.get(), static_cast<T*>(halos.get())};
     torch::stable::parallel_for(0, plan.workers, 1, [&](int64_t begin, int64_t end) {
       const Scratch scratch(bytes);
       for (int64_t worker = begin; worker < end; ++worker) {
         for (int64_t job = next.fetch_add(1); job < jobs; job = next.fetch_add(1)) {
-          const int64_t group = job / units_per_group;
-          const int64_t image = job % units_per_group / plan.units;
-          const int64_t band = job % plan.units;
-          const Neighbours<T> neighbours{band > 0 ? halos.data() + (job - 1) * halo : nullptr,
-                                         band + 1 < plan.units ? halos.data() + job * halo : nullptr,
-                                         band > 0 ? &steps_done[job - 1] : nullptr, &steps_done[job]};
+          const int64_t group = job / (shape.batch * plan.units);
           group_of_set[job] = group;
-          kernels.rows(problems[group], image, band, plan.lanes, plan.stretch, neighbours, scratch.get(),
-                       gradients(job));
+          kernels.rows(problems[group], bands, job, scratch.get(), gradients(job));
         }
       }
     });

@@ -27,39 +27,59 @@ Kernels<IO, T> kernels_in_use() {
 
 // How the work is cut up. Lanes are images where that fills the vectors and the threads, else the rows of a band.
 struct Plan {
-  bool rows;
+  bool by_rows;
+  RowsPlan rows;  // of rows as lanes
   int64_t lanes;
-  int64_t stretch;  // steps of a band that are packed, solved and unpacked at a time (rows)
-  int64_t units;    // pieces of a group that run independently (images) or in a pipeline (bands of an image)
+  int64_t units;    // pieces of a group that run independently (images), or bands of an image (rows)
   int64_t jobs;     // what the threads share: bands (rows), or ranges of neighbouring units (images)
   int64_t workers;  // threads that have a job
   int64_t sets;     // partial sums of the gradients that are kept apart
 };
 
-// Steps of a band between two looks at the band above. Long stretches are packed in long runs, which the hardware
-// prefetches (see kSlabBytes), but `threads` that share an image each start a band and a stretch after the one above.
-inline int64_t band_stretch(const Shape& shape, int64_t band, int64_t state_bytes, int64_t threads) {
-  const int64_t steps = band_steps(shape, band);
-  const int64_t apart = threads > 1 ? steps / threads - band : steps + kStretch - 1;
-  const int64_t in_cache = kSlabBytes / (shape.channels * band * state_bytes);
-  return std::max(std::min(apart, in_cache) / kStretch * kStretch, kStretch);
+// Whether `threads` that share an image can sweep joined bands. The band that a thread joins to its line begins a
+// period after the one before it, and a stretch and a band behind the band above it, which is another thread's; that
+// one waits in turn for the band above, and so on around to this very thread. With a period as long as all these delays
+// together somebody is always ahead of who waits for him.
+inline bool joined_lines_fit(const Shape& shape, int64_t band, int64_t stretch, int64_t threads) {
+  return band_period(shape) >= threads * (stretch + band);
 }
 
-inline Plan make_plan(const Shape& shape, int64_t min_lanes, int64_t max_lanes, int64_t state_bytes, int64_t threads) {
+// How an image is swept by bands of so many rows. Long stretches are packed in long runs, which the hardware prefetches
+// (see kSlabBytes), but `threads` that share an image each start a band and a stretch after the one above.
+inline RowsPlan plan_rows(const Shape& shape, bool with_gradient, int64_t band, int64_t state_bytes, int64_t threads) {
+  const int64_t steps = band_steps(shape, band);
+  const int64_t in_cache = kSlabBytes / (shape.channels * band * state_bytes);
+  const auto stretch = [&](int64_t most) { return std::max(std::min(most, in_cache) / kStretch * kStretch, kStretch); };
+  RowsPlan plan{band, (shape.height + band - 1) / band, 0, 0, false};
+  // Of what a thread may be ahead or behind, half is left to chance.
+  const int64_t apart = band_period(shape) / threads - band;
+  plan.stretch = stretch(threads > 1 ? apart / 2 : apart);
+  // A line of several threads' gradients would depend on who claimed which band.
+  plan.joined =
+      plan.bands > 1 && joined_lines_fit(shape, band, plan.stretch, threads) && !(with_gradient && threads > 1);
+  if (!plan.joined) plan.stretch = stretch(threads > 1 ? steps / threads - band : steps + kStretch - 1);
+  // Sums over a long window cost little more than its products.
+  plan.window =
+      with_gradient ? std::max((steps + plan.stretch - 1) / plan.stretch, int64_t{1}) * plan.stretch : plan.stretch;
+  return plan;
+}
+
+inline Plan make_plan(const Shape& shape, bool with_gradient, int64_t min_lanes, int64_t max_lanes, int64_t state_bytes,
+                      int64_t threads) {
   const auto pieces = [](int64_t total, int64_t piece) { return (total + piece - 1) / piece; };
   const int64_t band = shape.height > min_lanes ? max_lanes : min_lanes;
   const int64_t bands = pieces(shape.height, band);
+  const int64_t jobs_by_rows = shape.groups * shape.batch * bands;
   // Steps of min_lanes-wide vectors each thread would run.
   const int64_t by_images = pieces(pieces(shape.batch, min_lanes) * shape.groups, threads) * shape.height * shape.width;
   // Bands of one image overlap but for a start-up of one band's width each, so one image fills at most this many.
   const int64_t per_image = std::max<int64_t>(1, std::min(bands, band_steps(shape, band) / (band + kStretch)));
   const int64_t busy = std::min(threads, shape.batch * shape.groups * per_image);
-  const int64_t by_rows =
-      pieces(shape.batch * shape.groups * bands, busy) * band_steps(shape, band) * (band / min_lanes);
-  if (by_rows < by_images) {
-    const int64_t jobs = shape.groups * shape.batch * bands;
-    const int64_t stretch = band_stretch(shape, band, state_bytes, pieces(threads, shape.batch * shape.groups));
-    return {true, band, stretch, bands, jobs, std::min(threads, jobs), jobs};
+  const RowsPlan rows = plan_rows(shape, with_gradient, band, state_bytes, busy);
+  const int64_t steps = rows.joined ? pieces(jobs_by_rows, busy) * band_period(shape) + band
+                                    : pieces(jobs_by_rows, busy) * band_steps(shape, band);
+  if (steps * (band / min_lanes) < by_images) {
+    return {true, rows, band, bands, jobs_by_rows, busy, jobs_by_rows};
   }
   // Enough pieces for the threads to share evenly, each as wide as a line can be.
   const int64_t vectors = pieces(shape.batch, min_lanes);
@@ -69,20 +89,20 @@ inline Plan make_plan(const Shape& shape, int64_t min_lanes, int64_t max_lanes, 
   const int64_t lanes = shape.batch <= min_lanes || units == vectors ? min_lanes : max_lanes;
   // A thread works through neighbouring units with one set of sums, and its range may straddle groups.
   const int64_t jobs = std::min(threads, shape.groups * units);
-  return {false, lanes, 0, units, jobs, jobs, jobs + shape.groups};
+  return {false, {}, lanes, units, jobs, jobs, jobs + shape.groups};
 }
 
 // Working memory of one thread, in bytes.
 template <class IO, class T>
 size_t thread_scratch(const Kernels<IO, T>& kernels, const Plan& plan, const Problem<IO, T>& problem) {
-  if (plan.rows) return kernels.rows_scratch(problem, plan.lanes);
+  if (plan.by_rows) return kernels.rows_scratch(problem, plan.rows);
   // Narrow pieces may keep more rows than wide ones.
   return std::max(kernels.images_scratch(problem, kernels.min_lanes), kernels.images_scratch(problem, plan.lanes));
 }
 
-// Elements, in the state type, that the halo below a band takes; those of all bands are kept.
-inline int64_t band_halo(const Shape& shape, const Plan& plan) {
-  return plan.rows && plan.units > 1 ? halo_size(shape, plan.lanes) : 0;
+// Elements, in the state type, of the halo below a band; those of all bands are kept.
+inline int64_t halo_elements(const Shape& shape, const Plan& plan) {
+  return plan.by_rows && plan.units > 1 ? halo_size(shape) : 0;
 }
 
 // Elements, in the state type, of one set of sums: the weight's, then the bias's.

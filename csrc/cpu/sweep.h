@@ -71,14 +71,33 @@ struct Problem {
   bool with_gradient;
 };
 
-// Where a band of rows meets the band above, when rows are lanes. `halo` holds, for every step, the rows above the
-// band; the band writes the halo of the band below and announces the steps it has finished.
+// How rows as lanes are swept. The rows of an image are cut into bands, a lane a row. A line is one band, or `joined`
+// ones: a lane that is through with its row goes on with that of a next band, `period` steps after it began, and
+// between the two it passes as many zeros as the taps reach to the left.
+struct RowsPlan {
+  int64_t lanes;    // rows of a band
+  int64_t bands;    // of an image
+  int64_t stretch;  // steps that are packed, solved and unpacked at a time
+  int64_t window;   // steps whose state is kept, and whose gradient is summed, at a time
+  bool joined;
+};
+
+// The bands of all images, which lines claim in order, and what passes from a band to the one below it.
 template <class T>
-struct Neighbours {
-  const T* halo_in;  // null for the first band
-  T* halo_out;       // null for the last band
-  const std::atomic<int64_t>* steps_above;
-  std::atomic<int64_t>* steps_done;
+struct Bands {
+  RowsPlan plan;
+  std::atomic<int64_t>* next;        // to be claimed
+  std::atomic<int64_t>* steps_done;  // of each band, counted from its own first
+  T* halos;                          // of each band: its last kernel_h - 1 rows
+
+  // The next band, if it is of the same image as `band`; else -1.
+  int64_t claim_after(int64_t band) const {
+    int64_t claimed = next->load(std::memory_order_relaxed);
+    while (claimed / plan.bands == band / plan.bands) {
+      if (next->compare_exchange_weak(claimed, claimed + 1)) return claimed;
+    }
+    return -1;
+  }
 };
 
 // Partial sums of the gradients, zeroed by the caller: over taps in sweep order and then the corner tap,
@@ -97,19 +116,18 @@ struct Kernels {
   int64_t max_lanes;
   // Bytes of 64-byte-aligned scratch a call needs.
   size_t (*images_scratch)(const Problem<IO, T>&, int64_t lanes);
-  size_t (*rows_scratch)(const Problem<IO, T>&, int64_t lanes);
+  size_t (*rows_scratch)(const Problem<IO, T>&, const RowsPlan&);
   // Images first .. first + count of one group; count <= lanes.
   void (*images)(const Problem<IO, T>&, int64_t first, int64_t count, int64_t lanes, void* scratch, Gradients<T>);
-  // Rows band * lanes .. of image `image`, `stretch` steps at a time.
-  void (*rows)(const Problem<IO, T>&, int64_t image, int64_t band, int64_t lanes, int64_t stretch, const Neighbours<T>&,
-               void* scratch, Gradients<T>);
+  // A line that begins with `band`; if lines are joined, it claims bands of the same image as long as there are any.
+  void (*rows)(const Problem<IO, T>&, const Bands<T>&, int64_t band, void* scratch, Gradients<T>);
 };
 
-// Steps of a band, and elements of the halo buffer between two bands.
+// Steps of a line that is one band, and from the start of a band to that of the next one of its line.
 inline int64_t band_steps(const Shape& shape, int64_t lanes) { return shape.width + lanes - 1; }
-inline int64_t halo_size(const Shape& shape, int64_t lanes) {
-  return (band_steps(shape, lanes) + shape.kernel_h + shape.kernel_w) * shape.channels * (shape.kernel_h - 1);
-}
+inline int64_t band_period(const Shape& shape) { return shape.width + shape.kernel_w - 1; }
+// Elements of a band's halo: [row, the last one first][channel][column].
+inline int64_t halo_size(const Shape& shape) { return (shape.kernel_h - 1) * shape.width * shape.channels; }
 
 // The (p, q) of the taps in sweep order, without the corner tap: the farthest first, so that what a step needs of its
 // direct predecessor comes last and the steps overlap.

@@ -115,12 +115,13 @@ INVERSE_FLOW_INLINE void for_blocks(int64_t channels, bool backwards, F f) {
 }
 
 // Solves `steps` neighbouring steps that share a list of taps, in place: the state holds the packed y - bias. `right`
-// keeps y - bias of a step whose blocks each read all of it, while they overwrite the state.
-// A general M is a case of its own at compile time: as a branch between the sums it costs the others registers.
+// keeps y - bias of a step whose blocks each read all of it, while they overwrite the state. Where `held`,
+// [step][lane], has no bits set the solution is zero; null: nowhere. A general M is a case of its own at compile time:
+// as a branch between the sums it costs the others registers.
 template <class T, int kVectors, bool kGeneralCorner>
 static __attribute__((noinline)) void solve_steps(const Weights<T>& weights, const Shape& shape, int64_t steps,
                                                   T* state, ptrdiff_t step_state, ptrdiff_t channel_state,
-                                                  const Tap* taps, int64_t tap_count, T* right) {
+                                                  const Tap* taps, int64_t tap_count, const T* held, T* right) {
   constexpr int64_t lanes = kVectors * kVectorLanes<T>;
   const int64_t channels = shape.channels;
   const bool triangular = !kGeneralCorner && weights.corner;
@@ -149,6 +150,12 @@ static __attribute__((noinline)) void solve_steps(const Weights<T>& weights, con
       }
     }
     if (triangular) multiply_unit_triangular<T>(sum, corner + first * kOut, upper);
+    if (held) {
+      for (int v = 0; v < kVectors; ++v) {
+        const Vector<T> mask = load(held + s * lanes + v * kVectorLanes<T>);
+        for (int o = 0; o < kOut; ++o) sum[o][v] = where_held<T>(sum[o][v], mask);
+      }
+    }
     store_sums<T>(sum, x + first * channel_state, channel_state);
   };
   const auto block_taps = [=](int64_t first) { return weights.taps + first * channels * (shape.taps() - 1); };
@@ -353,12 +360,24 @@ INVERSE_FLOW_INLINE void unpack_whole(IO* to, const ptrdiff_t* start, int64_t us
   }
 }
 
+// Steps are packed and unpacked in pieces of eight, from multiples of eight on, since there the lanes of a skewed band
+// begin and end. Calls f(first step of a piece) for steps [begin, begin + steps), counted from `begin`; where that is
+// not so, and at the end, pieces overlap rather than be cut. Only where there are fewer than eight steps a piece is
+// shorter.
+template <class F>
+INVERSE_FLOW_INLINE void for_pieces(int64_t begin, int64_t steps, F f) {
+  for (int64_t piece = 0; piece < steps; piece = ((begin + piece) / 8 + 1) * 8 - begin) {
+    f(larger(smaller(piece, steps - 8), 0));
+  }
+}
+
 // Steps [begin, begin + steps) of an image tensor into the state, minus the bias; zero where a lane holds no pixel.
-// `state` is at step `begin`. A channel's steps are read in one go, so that each cache line is visited once.
+// `state` is at step `begin`. A channel's steps are read in one go, so that each cache line is visited once. With
+// `merge` the lanes that hold no pixel keep what is in the state.
 template <class IO, class T>
 static __attribute__((noinline)) void pack(const Image<const IO>& image, const ptrdiff_t* start, const Lanes& lanes,
                                            int64_t channels, int64_t begin, int64_t steps, const T* bias, T* state,
-                                           ptrdiff_t channel_state, ptrdiff_t step_state) {
+                                           ptrdiff_t channel_state, ptrdiff_t step_state, bool merge = false) {
   const ptrdiff_t step_stride = image.stride.column;
   const ptrdiff_t channel_stride = image.stride.channel;
   for (int64_t block = 0; block < lanes.count; block += 8) {
@@ -378,7 +397,10 @@ static __attribute__((noinline)) void pack(const Image<const IO>& image, const p
     };
     const auto put = [&](int64_t s, int64_t c, Eight<T> value) {
       if (bias) value -= bias[c];
-      store8(state + s * step_state + c * channel_state + block, masked<T>(value, held.mask(s)));
+      T* const to = state + s * step_state + c * channel_state + block;
+      const auto mask = held.mask(s);
+      value = masked<T>(value, mask);
+      store8(to, merge ? value + masked<T>(load8(to), ~mask) : value);
     };
     const auto gather = [&](int64_t s, int64_t c) {
       IO values[8] = {};
@@ -389,15 +411,15 @@ static __attribute__((noinline)) void pack(const Image<const IO>& image, const p
     };
     if (step_stride == 1 || step_stride == -1) {
       for (int64_t c = 0; c < channels; ++c) {
-        for (int64_t piece = 0; piece < steps; piece += 8) {
+        for_pieces(begin, steps, [&](int64_t piece) INVERSE_FLOW_INLINED {
           const int64_t count = smaller(8, steps - piece);
           // A mirrored row is read from its other end.
           const ptrdiff_t offset = c * channel_stride + (step_stride == 1 ? begin + piece : -(begin + piece + 7));
-          if (held.everywhere(piece, piece + 8) && readable(offset)) {
+          if (held.everywhere(piece, piece + 8) && readable(offset) && (!merge || held.used == 8)) {
             pack_whole(from, offset, step_stride, bias ? bias[c] : T(0), held.mask(piece),
                        state + piece * step_state + c * channel_state + block, step_state);
           } else if (held.nowhere(piece, piece + count)) {
-            for (int64_t s = piece; s < piece + count; ++s) put(s, c, Eight<T>{});
+            for (int64_t s = piece; !merge && s < piece + count; ++s) put(s, c, Eight<T>{});
           } else if (readable(offset)) {
             Eight<T> rows[8];
             for (int64_t l = 0; l < 8; ++l) rows[l] = load8(from[l] + offset);
@@ -406,7 +428,7 @@ static __attribute__((noinline)) void pack(const Image<const IO>& image, const p
           } else {
             for (int64_t s = piece; s < piece + count; ++s) put(s, c, gather(s, c));
           }
-        }
+        });
       }
       continue;
     }
@@ -452,16 +474,16 @@ static __attribute__((noinline)) void unpack(const Image<IO>& image, const ptrdi
     const LaneBlock<T> held(lanes, block, begin, steps);
     if (step_stride == 1 || step_stride == -1) {
       for (int64_t c = 0; c < channels; ++c) {
-        for (int64_t piece = 0; piece < steps; piece += 8) {
+        for_pieces(begin, steps, [&](int64_t piece) INVERSE_FLOW_INLINED {
           const int64_t count = smaller(8, steps - piece);
           const T* from = state + piece * step_state + c * channel_state + block;
           const ptrdiff_t offset = step_stride == 1 ? begin + piece : -(begin + piece + 7);
           IO* channel = image.data + c * channel_stride + offset;
           if (held.everywhere(piece, piece + 8)) {
             unpack_whole(channel, start + block, held.used, step_stride, from, step_state);
-            continue;
+            return;
           }
-          if (held.nowhere(piece, piece + count)) continue;
+          if (held.nowhere(piece, piece + count)) return;
           Eight<T> rows[8];
           for (int64_t s = 0; s < 8; ++s) rows[s] = load8(from + smaller(s, count - 1) * step_state);
           transpose8<T>(rows);
@@ -476,7 +498,7 @@ static __attribute__((noinline)) void unpack(const Image<IO>& image, const ptrdi
               store_some<T>(row, reverse8<T>(rows[l]), 8 - high, high - low);
             }
           }
-        }
+        });
       }
       continue;
     }
@@ -620,7 +642,7 @@ static void sweep_images(const Problem<IO, T>& problem, int64_t first_image, int
       const int64_t steps = column < shape.kernel_w - 1 ? 1 : end - column;
       T* at = state + column * step_state;
       solve(problem.weights, shape, steps, at, step_state, lane_count, scratch.taps + list * shape.taps(),
-            tap_rows * (list + 1) - 1, scratch.right);
+            tap_rows * (list + 1) - 1, nullptr, scratch.right);
       column += steps;
     }
   };
@@ -670,18 +692,22 @@ static void sweep_images(const Problem<IO, T>& problem, int64_t first_image, int
 
 // ---------------------------------------------------------------------------------------------- rows as lanes
 
-// The state of a band: [step][channel][lane], with the halo of the band above in front of the lanes and zero steps in
-// front of the first.
+// Steps with lanes that hold no pixel are solved so many at a time at most.
+constexpr int64_t kMaskedSteps = 32;
+
+// The state of a line: [step][channel][lane], with the halo of the band above in front of the lanes, and in front of
+// the window the steps that its taps reach.
 template <class T>
 struct RowsScratch {
-  int64_t halo;         // rows above the band that its taps reach
+  int64_t halo;         // rows above a band that its taps reach
   int64_t lane_stride;  // halo, padded so that the lanes stay aligned, and lanes
-  int64_t lead;         // zero steps
-  T* state;             // at step 0, lane 0
-  T* memory;
-  int64_t state_size;
+  int64_t lead;         // steps in front of the window
+  T* memory;            // `lead_size`, then the window
+  int64_t lead_size;
+  T* state;  // at the window's first step, lane 0
   T* other;
   T* right;
+  T* held;
   TapPosition* order;
   Tap* taps;
   TapSpans<T>* tap_spans;
@@ -689,18 +715,19 @@ struct RowsScratch {
   size_t bytes;
 
   template <class IO>
-  RowsScratch(const Problem<IO, T>& problem, int64_t lanes, void* base) {
+  RowsScratch(const Problem<IO, T>& problem, const RowsPlan& plan, void* base) {
     const Shape& shape = problem.shape;
     halo = shape.kernel_h - 1;
     const int64_t padded = round_up(halo, 32 / static_cast<int64_t>(sizeof(T)));
-    lane_stride = padded + lanes;
+    lane_stride = padded + plan.lanes;
     lead = shape.kernel_h + shape.kernel_w - 2;
+    lead_size = lead * shape.channels * lane_stride;
     Arena arena{static_cast<char*>(base)};
-    state_size = (lead + band_steps(shape, lanes)) * shape.channels * lane_stride;
-    memory = arena.take<T>(state_size);
-    state = base ? memory + lead * shape.channels * lane_stride + padded : nullptr;
-    other = arena.take<T>(problem.with_gradient ? band_steps(shape, lanes) * shape.channels * lanes : 0);
-    right = arena.take<T>(shape.channels * lanes);
+    memory = arena.take<T>(lead_size + plan.window * shape.channels * lane_stride);
+    state = base ? memory + lead_size + padded : nullptr;
+    other = arena.take<T>(problem.with_gradient ? plan.window * shape.channels * plan.lanes : 0);
+    right = arena.take<T>(shape.channels * plan.lanes);
+    held = arena.take<T>(kMaskedSteps * plan.lanes);
     order = arena.take<TapPosition>(shape.taps());
     taps = arena.take<Tap>(shape.taps());
     tap_spans = arena.take<TapSpans<T>>(problem.with_gradient ? shape.taps() : 0);
@@ -710,127 +737,272 @@ struct RowsScratch {
 };
 
 template <class IO, class T>
-static size_t rows_scratch(const Problem<IO, T>& problem, int64_t lanes) {
-  return RowsScratch<T>(problem, lanes, nullptr).bytes;
+static size_t rows_scratch(const Problem<IO, T>& problem, const RowsPlan& plan) {
+  return RowsScratch<T>(problem, plan, nullptr).bytes;
 }
 
-// The `halo` lanes of every channel at one step, zero without a source. The lanes are the outer loop, since a memcpy of
-// so few would cost a call for each channel.
-template <class T>
-INVERSE_FLOW_INLINE void copy_halo(T* to, ptrdiff_t to_channel, const T* from, ptrdiff_t from_channel, int64_t channels,
-                                   int64_t halo) {
-  for (int64_t l = 0; l < halo; ++l) {
-    for (int64_t c = 0; c < channels; ++c) to[c * to_channel + l] = from ? from[c * from_channel + l] : T(0);
-  }
-}
+// A band of a line. Lane r runs r steps behind lane 0: at step s of the line it is at column s - start - r.
+struct LineBand {
+  int64_t index;  // among all bands
+  int64_t image;
+  int64_t row;   // of lane 0
+  int64_t used;  // lanes that have a row
+  int64_t start;
+  int64_t end;  // the first step at which no lane holds a pixel any more
 
-// Zeroes the state of lanes that hold no pixel; `state` is at step `begin`.
-template <class T>
-static void clear_outside(const Lanes& lanes, int64_t channels, int64_t begin, int64_t steps, T* state,
-                          ptrdiff_t channel_state, ptrdiff_t step_state) {
-  for (int64_t block = 0; block < lanes.count; block += 8) {
-    const LaneBlock<T> held(lanes, block, begin, steps);
-    for (int64_t s = 0; s < steps; ++s) {
-      if (held.used == 8 && held.everywhere(s, s + 1)) continue;
-      for (int64_t c = 0; c < channels; ++c) {
-        T* at = state + s * step_state + c * channel_state + block;
-        store8(at, masked<T>(load8(at), held.mask(s)));
-      }
+  LineBand(const Shape& shape, const RowsPlan& plan, int64_t band, int64_t first_step)
+      : index(band),
+        image(band / plan.bands % shape.batch),
+        row(band % plan.bands * plan.lanes),
+        used(smaller(plan.lanes, shape.height - row)),
+        start(first_step),
+        end(first_step + band_steps(shape, plan.lanes)) {}
+};
+
+// The one or two bands of a line that its lanes are at, the older one first.
+struct LineBands {
+  LineBand band[2];
+  int count;
+  const LineBand* begin() const { return band; }
+  const LineBand* end() const { return band + count; }
+  const LineBand& last() const { return band[count - 1]; }
+  // Forgets the older one when all lanes are at the newer one, and not only between the two.
+  void retire(int64_t step, int64_t lanes) {
+    if (count == 2 && band[1].start + lanes - 1 <= step) {
+      band[0] = band[1];
+      count = 1;
     }
   }
-}
+};
 
+// One line from its first band to its last.
 template <class IO, class T, int kVectors>
-static void sweep_rows(const Problem<IO, T>& problem, int64_t image, int64_t band, int64_t stretch,
-                       const Neighbours<T>& neighbours, void* memory, Gradients<T> gradients) {
-  const Shape& shape = problem.shape;
-  const int64_t channels = shape.channels;
-  const int64_t tap_count = shape.taps() - 1;
-  constexpr int64_t lane_count = kVectors * kVectorLanes<T>;
-  const int64_t line_steps = band_steps(shape, lane_count);
-  const RowsScratch<T> scratch(problem, lane_count, memory);
-  const ptrdiff_t lane_stride = scratch.lane_stride;
-  const ptrdiff_t step_state = channels * lane_stride;
-  const int64_t halo = scratch.halo;
-  const SolveSteps<T, kVectors> solve = solve_steps_of<T, kVectors>(shape);
-  __builtin_memset(scratch.memory, 0, scratch.lead * step_state * sizeof(T));
-
-  tap_order(shape, scratch.order);
-  for (int64_t t = 0; t < tap_count; ++t) {
-    const auto [p, q] = scratch.order[t];
-    scratch.taps[t] = {-(p + q) * step_state - p, t};
-  }
-
-  // Lane r runs r steps behind lane 0: at step s it is at column s - r.
-  Lanes lanes;
-  lanes.count = lane_count;
-  lanes.used = smaller(lane_count, shape.height - band * lane_count);
-  for (int64_t l = 0; l < lanes.used; ++l) {
-    lanes.first[l] = l;
-    lanes.last[l] = l + shape.width;
-  }
-  const auto starts = [&](const Strides& stride, ptrdiff_t* start) {
-    for (int64_t l = 0; l < lane_count; ++l) {
-      start[l] = image * stride.batch + (band * lane_count + l) * stride.row - l * stride.column;
+class RowsSweep {
+ public:
+  RowsSweep(const Problem<IO, T>& problem, const Bands<T>& bands, int64_t first_band, void* memory,
+            Gradients<T> gradients)
+      : problem_(problem),
+        shape_(problem.shape),
+        bands_(bands),
+        gradients_(gradients),
+        scratch_(problem, bands.plan, memory),
+        step_state_(shape_.channels * scratch_.lane_stride),
+        line_{{{shape_, bands.plan, first_band, 0}, {shape_, bands.plan, first_band, 0}}, 1} {
+    __builtin_memset(scratch_.memory, 0, scratch_.lead_size * sizeof(T));
+    tap_order(shape_, scratch_.order);
+    for (int64_t t = 0; t + 1 < shape_.taps(); ++t) {
+      const auto [p, q] = scratch_.order[t];
+      scratch_.taps[t] = {-(p + q) * step_state_ - p, t};
     }
-  };
-  ptrdiff_t in_start[kMaxLanes], out_start[kMaxLanes], other_start[kMaxLanes];
-  starts(problem.input.stride, in_start);
-  starts(problem.output.stride, out_start);
-  if (problem.with_gradient) starts(problem.other.stride, other_start);
+  }
 
-  // Halo entries run from step -halo on. The band above is `lane_count` steps ahead in its own count.
-  int64_t halo_read = -halo;
-  int64_t halo_written = -halo;
-  const int64_t halo_entry = channels * halo;
-  for (int64_t begin = 0; begin < line_steps; begin += stretch) {
-    const int64_t steps = smaller(stretch, line_steps - begin);
-    const int64_t end = begin + steps;
-    if (neighbours.halo_in) {
-      const int64_t needed = smaller(end + lane_count, line_steps);
-      while (neighbours.steps_above->load(std::memory_order_acquire) < needed) std::this_thread::yield();
-      for (; halo_read < smaller(end, line_steps - lane_count); ++halo_read) {
-        copy_halo(scratch.state + halo_read * step_state - halo, lane_stride,
-                  neighbours.halo_in + (halo_read + halo) * halo_entry, halo, channels, halo);
+  void run() {
+    for (int64_t begin = 0; begin < line_.last().end;) {
+      const int64_t window = begin;
+      while (begin < line_.last().end && begin + bands_.plan.stretch <= window + bands_.plan.window) {
+        begin = sweep_stretch(begin, window);
+      }
+      if (problem_.with_gradient) sum_gradients(begin - window);
+      // What the taps of the next window reach.
+      __builtin_memmove(scratch_.memory, scratch_.memory + (begin - window) * step_state_,
+                        scratch_.lead_size * sizeof(T));
+    }
+  }
+
+ private:
+  static constexpr int64_t kLanes = kVectors * kVectorLanes<T>;
+
+  // Packs, solves and unpacks the steps from `begin` on, and returns the first step after them.
+  int64_t sweep_stretch(int64_t begin, int64_t window) {
+    const Shape& shape = shape_;
+    T* const first = scratch_.state - window * step_state_;  // where step 0 would be
+    int64_t end = begin + bands_.plan.stretch;
+    for (const LineBand& band : line_) wait_for_halo(band, end);
+    // Only now: who claims while it waits could wait for itself (see joined_lines_fit).
+    const int64_t next_start = line_.last().start + band_period(shape);
+    if (bands_.plan.joined && end > next_start) {
+      if (const int64_t claimed = bands_.claim_after(line_.last().index); claimed >= 0) {
+        line_.band[1] = LineBand(shape, bands_.plan, claimed, next_start);
+        line_.count = 2;
+        wait_for_halo(line_.last(), end);
+        // Rows above lane 0 are ahead of it.
+        fill_halo(next_start - scratch_.halo, begin, first);
       }
     }
-    // Nothing lies above the image, nor beyond its last column.
-    for (; halo_read < end; ++halo_read) {
-      copy_halo<T>(scratch.state + halo_read * step_state - halo, lane_stride, nullptr, 0, channels, halo);
+    end = smaller(end, line_.last().end);
+    fill_halo(begin == 0 ? -scratch_.halo : begin, end, first);
+    T* const state = first + begin * step_state_;
+    pack_bands(problem_.input, begin, end, problem_.weights.bias, state, scratch_.lane_stride);
+    solve(begin, end, first);
+    for (const LineBand& band : line_) {
+      const int64_t from = larger(begin, band.start);
+      const int64_t to = smaller(end, band.end);
+      if (from >= to) continue;
+      ptrdiff_t start[kMaxLanes];
+      const Lanes lanes = lanes_of(band, problem_.output.stride, start);
+      unpack(problem_.output, start, lanes, shape.channels, from - band.start, to - from, first + from * step_state_,
+             scratch_.lane_stride, step_state_);
+      pass_halo(band, from, to, first);
     }
-    T* const state = scratch.state + begin * step_state;
-    pack(problem.input, in_start, lanes, channels, begin, steps, problem.weights.bias, state, lane_stride, step_state);
-    solve(problem.weights, shape, steps, state, step_state, lane_stride, scratch.taps, tap_count, scratch.right);
-    // Beyond the image the recurrence goes on by itself; what it leaves must not reach the gradient.
-    if (problem.with_gradient) {
-      clear_outside(lanes, channels, begin, steps, state, lane_stride, step_state);
+    if (problem_.with_gradient) {
+      pack_bands(problem_.other, begin, end, nullptr, scratch_.other + (begin - window) * shape.channels * kLanes,
+                 kLanes);
     }
-    unpack(problem.output, out_start, lanes, channels, begin, steps, state, lane_stride, step_state);
-    if (neighbours.halo_out) {
-      for (; halo_written < end - lane_count; ++halo_written) {
-        // The last `halo` rows before the next band, which may reach into this band's own halo.
-        copy_halo(neighbours.halo_out + (halo_written + halo) * halo_entry, halo,
-                  scratch.state + (halo_written + lane_count) * step_state + lane_count - halo, lane_stride, channels,
-                  halo);
+    line_.retire(end, kLanes);
+    return end;
+  }
+
+  // Waits until the band above has solved what lies above `band` before step `end`; it is `kLanes` steps ahead.
+  void wait_for_halo(const LineBand& band, int64_t end) const {
+    if (band.row == 0) return;
+    const int64_t needed = smaller(end - band.start + kLanes, band_steps(shape_, kLanes));
+    while (bands_.steps_done[band.index - 1].load(std::memory_order_acquire) < needed) std::this_thread::yield();
+  }
+
+  // The rows above lane 0 at steps [begin, end): of the halos of the bands above, or zero. Row h runs h steps ahead.
+  void fill_halo(int64_t begin, int64_t end, T* first) const {
+    for (int64_t h = 1; h <= scratch_.halo; ++h) {
+      for (int64_t c = 0; c < shape_.channels; ++c) {
+        T* const to = first + c * scratch_.lane_stride - h;
+        const auto fill = [&](int64_t from, int64_t until, const T* source) {
+          for (int64_t s = from; s < until; ++s) to[s * step_state_] = source ? source[s] : T(0);
+        };
+        int64_t filled = begin;
+        for (const LineBand& band : line_) {
+          if (band.row == 0) continue;
+          const int64_t start = band.start - h;
+          const int64_t from = larger(start, begin);
+          const int64_t until = smaller(start + shape_.width, end);
+          if (from >= until) continue;
+          fill(filled, from, nullptr);
+          fill(from, until, halo_of(band.index - 1, h, c) - start);
+          filled = until;
+        }
+        fill(filled, end, nullptr);
       }
     }
-    neighbours.steps_done->store(end, std::memory_order_release);
-    if (problem.with_gradient) {
-      pack<IO, T>(problem.other, other_start, lanes, channels, begin, steps, nullptr,
-                  scratch.other + begin * channels * lane_count, lane_count, channels * lane_count);
+  }
+
+  // Leaves what the band below needs of steps [begin, end), and says so.
+  void pass_halo(const LineBand& band, int64_t begin, int64_t end, const T* first) const {
+    if ((band.index + 1) % bands_.plan.bands == 0) return;
+    // Of a kernel higher than the band, rows of its own halo are among them, which are ahead of lane 0.
+    const int64_t first_step = begin == band.start ? begin - scratch_.halo : begin;
+    for (int64_t h = 1; h <= scratch_.halo; ++h) {
+      const int64_t lane = kLanes - h;
+      const int64_t start = band.start + lane;
+      const int64_t from = larger(first_step, start);
+      const int64_t until = smaller(end, start + shape_.width);
+      for (int64_t c = 0; c < shape_.channels; ++c) {
+        const T* const row = first + c * scratch_.lane_stride + lane;
+        T* const to = halo_of(band.index, h, c);
+        for (int64_t s = from; s < until; ++s) to[s - start] = row[s * step_state_];
+      }
+    }
+    bands_.steps_done[band.index].store(end - band.start, std::memory_order_release);
+  }
+
+  // A channel of a band's last row but h - 1.
+  T* halo_of(int64_t band, int64_t h, int64_t channel) const {
+    return bands_.halos + band * halo_size(shape_) + ((h - 1) * shape_.channels + channel) * shape_.width;
+  }
+
+  // The lanes of a band, counting steps from its own first.
+  Lanes lanes_of(const LineBand& band, const Strides& stride, ptrdiff_t* start) const {
+    Lanes lanes;
+    lanes.count = kLanes;
+    lanes.used = band.used;
+    for (int64_t l = 0; l < kLanes; ++l) {
+      start[l] = band.image * stride.batch + (band.row + l) * stride.row - l * stride.column;
+      lanes.first[l] = l;
+      lanes.last[l] = l + shape_.width;
+    }
+    return lanes;
+  }
+
+  // `state` is at step `begin`. Where two bands meet, the second is laid over the zeros of the first.
+  void pack_bands(const Image<const IO>& image, int64_t begin, int64_t end, const T* bias, T* state,
+                  ptrdiff_t channel_state) const {
+    int64_t packed = begin;
+    for (const LineBand& band : line_) {
+      ptrdiff_t start[kMaxLanes];
+      const Lanes lanes = lanes_of(band, image.stride, start);
+      const auto part = [&](int64_t from, int64_t to, bool merge) {
+        const ptrdiff_t step = shape_.channels * channel_state;
+        if (from < to) {
+          pack<IO, T>(image, start, lanes, shape_.channels, from - band.start, to - from, bias,
+                      state + (from - begin) * step, channel_state, step, merge);
+        }
+      };
+      // The first one also zeroes the steps at which neither holds a pixel.
+      const int64_t to = &band == &line_.last() ? end : smaller(end, larger(band.end, line_.last().start + kLanes));
+      part(larger(band.start, begin), packed, true);
+      part(packed, to, false);
+      packed = larger(packed, to);
     }
   }
-  if (!problem.with_gradient) return;
-  subtract_sums(scratch.state, channels, lane_stride, step_state, line_steps, lane_count, gradients.bias);
-  for (int64_t t = 0; t <= tap_count; ++t) {
-    const ptrdiff_t source = t < tap_count ? scratch.taps[t].source : 0;
-    scratch.spans[t] = {scratch.state + source, scratch.other};
-    scratch.tap_spans[t] = {&scratch.spans[t], 1, line_steps};
+
+  // Lanes past the end of their row would go on with the recurrence: they are zero instead, for those after the gap and
+  // for the gradient, in which the lanes without a row must be zero too.
+  void solve(int64_t begin, int64_t end, T* first) const {
+    const SolveSteps<T, kVectors> solve_steps = solve_steps_of<T, kVectors>(shape_);
+    for (int64_t s = begin; s < end;) {
+      bool masked = false;
+      int64_t until = end;
+      for (const LineBand& band : line_) {
+        // From the end of its first row to where the next band has begun all rows.
+        const bool last = &band == &line_.last();
+        const int64_t from = problem_.with_gradient && band.used < kLanes ? band.start : band.start + shape_.width;
+        const int64_t to = last ? end : line_.last().start + kLanes - 1;
+        if (s >= from && s < to) masked = true;
+        if (s < from) until = smaller(until, from);
+        if (s < to) until = smaller(until, to);
+      }
+      if (masked) {
+        until = smaller(until, s + kMaskedSteps);
+        mark_held(s, until);
+      }
+      solve_steps(problem_.weights, shape_, until - s, first + s * step_state_, step_state_, scratch_.lane_stride,
+                  scratch_.taps, shape_.taps() - 1, masked ? scratch_.held : nullptr, scratch_.right);
+      s = until;
+    }
   }
-  outer_sums<T, kVectors>(scratch.tap_spans, tap_count + 1, channels,
-                          {lane_stride, step_state, lane_count, static_cast<ptrdiff_t>(channels * lane_count)},
-                          gradients.weight);
-}
+
+  void mark_held(int64_t begin, int64_t end) const {
+    __builtin_memset(scratch_.held, 0, (end - begin) * kLanes * sizeof(T));
+    for (const LineBand& band : line_) {
+      for (int64_t l = 0; l < band.used; ++l) {
+        const int64_t last = smaller(end, band.start + l + shape_.width);
+        for (int64_t s = larger(begin, band.start + l); s < last; ++s) {
+          __builtin_memset(scratch_.held + (s - begin) * kLanes + l, 0xff, sizeof(T));
+        }
+      }
+    }
+  }
+
+  // The gradient of the window's `steps`.
+  void sum_gradients(int64_t steps) const {
+    const int64_t channels = shape_.channels;
+    const int64_t tap_count = shape_.taps() - 1;
+    subtract_sums(scratch_.state, channels, scratch_.lane_stride, step_state_, steps, kLanes, gradients_.bias);
+    for (int64_t t = 0; t <= tap_count; ++t) {
+      const ptrdiff_t source = t < tap_count ? scratch_.taps[t].source : 0;
+      scratch_.spans[t] = {scratch_.state + source, scratch_.other};
+      scratch_.tap_spans[t] = {&scratch_.spans[t], 1, steps};
+    }
+    outer_sums<T, kVectors>(scratch_.tap_spans, tap_count + 1, channels,
+                            {scratch_.lane_stride, step_state_, kLanes, static_cast<ptrdiff_t>(channels * kLanes)},
+                            gradients_.weight);
+  }
+
+  const Problem<IO, T>& problem_;
+  const Shape& shape_;
+  const Bands<T>& bands_;
+  const Gradients<T> gradients_;
+  const RowsScratch<T> scratch_;
+  const ptrdiff_t step_state_;
+  LineBands line_;
+};
 
 // ---------------------------------------------------------------------------------------------- entry points
 
@@ -851,12 +1023,12 @@ static void images(const Problem<IO, T>& problem, int64_t first, int64_t count, 
 }
 
 template <class IO, class T>
-static void rows(const Problem<IO, T>& problem, int64_t image, int64_t band, int64_t lanes, int64_t stretch,
-                 const Neighbours<T>& neighbours, void* scratch, Gradients<T> gradients) {
-  if (lanes == kMinVectors<T> * kVectorLanes<T>) {
-    sweep_rows<IO, T, kMinVectors<T>>(problem, image, band, stretch, neighbours, scratch, gradients);
+static void rows(const Problem<IO, T>& problem, const Bands<T>& bands, int64_t band, void* scratch,
+                 Gradients<T> gradients) {
+  if (bands.plan.lanes == kMinVectors<T> * kVectorLanes<T>) {
+    RowsSweep<IO, T, kMinVectors<T>>(problem, bands, band, scratch, gradients).run();
   } else {
-    sweep_rows<IO, T, kMaxVectors<T>>(problem, image, band, stretch, neighbours, scratch, gradients);
+    RowsSweep<IO, T, kMaxVectors<T>>(problem, bands, band, scratch, gradients).run();
   }
 }
 

@@ -17,11 +17,13 @@ template <>
 struct VectorOf<float> {
   typedef float type __attribute__((vector_size(INVERSE_FLOW_VECTOR_BYTES)));
   typedef float memory __attribute__((vector_size(INVERSE_FLOW_VECTOR_BYTES), aligned(4), may_alias));
+  typedef int32_t bits __attribute__((vector_size(INVERSE_FLOW_VECTOR_BYTES)));
 };
 template <>
 struct VectorOf<double> {
   typedef double type __attribute__((vector_size(INVERSE_FLOW_VECTOR_BYTES)));
   typedef double memory __attribute__((vector_size(INVERSE_FLOW_VECTOR_BYTES), aligned(8), may_alias));
+  typedef int64_t bits __attribute__((vector_size(INVERSE_FLOW_VECTOR_BYTES)));
 };
 template <class T>
 using Vector = typename VectorOf<T>::type;
@@ -35,6 +37,13 @@ INVERSE_FLOW_INLINE Vector<T> load(const T* p) {
 template <class T>
 INVERSE_FLOW_INLINE void store(T* p, Vector<T> v) {
   *reinterpret_cast<typename VectorOf<T>::memory*>(p) = v;
+}
+
+// `v` where the mask's bits are set, else zero.
+template <class T>
+INVERSE_FLOW_INLINE Vector<T> where_held(Vector<T> v, Vector<T> mask) {
+  using Bits = typename VectorOf<T>::bits;
+  return (Vector<T>)((Bits)v & (Bits)mask);
 }
 
 // Groups of eight, the unit of packing: eight pixels of one lane against one pixel of eight lanes.
