@@ -36,6 +36,12 @@ struct Arena {
   }
 };
 
+// Packing works on eight lanes, so a line has at least that many; two vectors hide the latency of the multiply-adds.
+template <class T>
+constexpr int64_t kMinVectors = kVectorLanes<T> >= 8 ? 1 : 8 / kVectorLanes<T>;
+template <class T>
+constexpr int64_t kMaxVectors = kMinVectors<T> > 2 ? kMinVectors<T> : 2;
+
 // ---------------------------------------------------------------------------------------------- micro-kernels
 
 // One tap of a line: where its source lies from the state of the current step, and its place in the weights.
@@ -787,6 +793,7 @@ class RowsSweep {
         gradients_(gradients),
         scratch_(problem, bands.plan, memory),
         step_state_(shape_.channels * scratch_.lane_stride),
+        half_(kVectors == 2 * kMinVectors<T> && shape_.channels > kOutputBlock ? kLanes / 2 : 0),
         line_{{{shape_, bands.plan, first_band, 0}, {shape_, bands.plan, first_band, 0}}, 1} {
     __builtin_memset(scratch_.memory, 0, scratch_.lead_size * sizeof(T));
     tap_order(shape_, scratch_.order);
@@ -811,7 +818,6 @@ class RowsSweep {
 
  private:
   static constexpr int64_t kLanes = kVectors * kVectorLanes<T>;
-
   // Packs, solves and unpacks the steps from `begin` on, and returns the first step after them.
   int64_t sweep_stretch(int64_t begin, int64_t window) {
     const Shape& shape = shape_;
@@ -942,42 +948,72 @@ class RowsSweep {
     }
   }
 
-  // Lanes past the end of their row would go on with the recurrence: they are zero instead, for those after the gap and
-  // for the gradient, in which the lanes without a row must be zero too.
+  // What steps have in common.
+  struct Run {
+    bool low, high;  // whether a lane of either half holds a pixel
+    bool masked;     // whether one is past the end of its row
+    int64_t end;
+  };
+
+  // The steps from `step` on, to `end` at most. Lanes past the end of their row would go on with the recurrence. They
+  // are zero instead: for the row that comes after the gap, and for the gradient, in which lanes without a row must be
+  // zero too.
+  Run run_at(int64_t step, int64_t end) const {
+    Run run{!half_, !half_, false, end};
+    for (const LineBand& band : line_) {
+      const int64_t at = step - band.start;
+      const int64_t width = shape_.width;
+      const auto change = [&](int64_t to) {
+        if (at < to) run.end = smaller(run.end, band.start + to);
+      };
+      // Until all lanes are at the next band.
+      const int64_t gone = &band == &line_.last() ? end : line_.last().start - band.start + kLanes - 1;
+      run.masked |= (at >= width && at < gone) || (problem_.with_gradient && band.used < kLanes);
+      change(0);
+      change(width);
+      change(gone);
+      if (!half_) continue;
+      run.low |= at >= 0 && at < width + half_ - 1;
+      run.high |= at >= half_ && at < width + kLanes - 1 && band.used > half_;
+      change(half_);
+      change(width + half_ - 1);
+      change(width + kLanes - 1);
+    }
+    return run;
+  }
+
   void solve(int64_t begin, int64_t end, T* first) const {
-    const SolveSteps<T, kVectors> solve_steps = solve_steps_of<T, kVectors>(shape_);
     for (int64_t s = begin; s < end;) {
-      bool masked = false;
-      int64_t until = end;
-      for (const LineBand& band : line_) {
-        // From the end of its first row to where the next band has begun all rows.
-        const bool last = &band == &line_.last();
-        const int64_t from = problem_.with_gradient && band.used < kLanes ? band.start : band.start + shape_.width;
-        const int64_t to = last ? end : line_.last().start + kLanes - 1;
-        if (s >= from && s < to) masked = true;
-        if (s < from) until = smaller(until, from);
-        if (s < to) until = smaller(until, to);
+      const Run run = run_at(s, end);
+      const int64_t until = run.masked ? smaller(run.end, s + kMaskedSteps) : run.end;
+      T* const state = first + s * step_state_;
+      if (run.low && run.high) {
+        solve_lanes<kVectors>(s, until, run.masked, 0, state);
+      } else if (run.low || run.high) {
+        solve_lanes<kMinVectors<T>>(s, until, run.masked, run.high ? half_ : 0, state);
       }
-      if (masked) {
-        until = smaller(until, s + kMaskedSteps);
-        mark_held(s, until);
-      }
-      solve_steps(problem_.weights, shape_, until - s, first + s * step_state_, step_state_, scratch_.lane_stride,
-                  scratch_.taps, shape_.taps() - 1, masked ? scratch_.held : nullptr, scratch_.right);
       s = until;
     }
   }
 
-  void mark_held(int64_t begin, int64_t end) const {
-    __builtin_memset(scratch_.held, 0, (end - begin) * kLanes * sizeof(T));
-    for (const LineBand& band : line_) {
-      for (int64_t l = 0; l < band.used; ++l) {
-        const int64_t last = smaller(end, band.start + l + shape_.width);
-        for (int64_t s = larger(begin, band.start + l); s < last; ++s) {
-          __builtin_memset(scratch_.held + (s - begin) * kLanes + l, 0xff, sizeof(T));
+  // Lanes first_lane .. of so many vectors.
+  template <int kCount>
+  void solve_lanes(int64_t begin, int64_t end, bool masked, int64_t first_lane, T* state) const {
+    constexpr int64_t count = kCount * kVectorLanes<T>;
+    if (masked) {
+      __builtin_memset(scratch_.held, 0, (end - begin) * count * sizeof(T));
+      for (const LineBand& band : line_) {
+        for (int64_t l = first_lane; l < smaller(band.used, first_lane + count); ++l) {
+          const int64_t last = smaller(end, band.start + l + shape_.width);
+          for (int64_t s = larger(begin, band.start + l); s < last; ++s) {
+            __builtin_memset(scratch_.held + (s - begin) * count + l - first_lane, 0xff, sizeof(T));
+          }
         }
       }
     }
+    solve_steps_of<T, kCount>(shape_)(problem_.weights, shape_, end - begin, state + first_lane, step_state_,
+                                      scratch_.lane_stride, scratch_.taps, shape_.taps() - 1,
+                                      masked ? scratch_.held : nullptr, scratch_.right);
   }
 
   // The gradient of the window's `steps`.
@@ -1001,16 +1037,13 @@ class RowsSweep {
   const Gradients<T> gradients_;
   const RowsScratch<T> scratch_;
   const ptrdiff_t step_state_;
+  // Lanes of half a line, which is swept by itself while no row is in the other half; 0 where it would take as long as
+  // the whole line, since a single block of channels has no other to be paired with (see solve_pair).
+  const int64_t half_;
   LineBands line_;
 };
 
 // ---------------------------------------------------------------------------------------------- entry points
-
-// Packing works on eight lanes, so a line has at least that many; two vectors hide the latency of the multiply-adds.
-template <class T>
-constexpr int64_t kMinVectors = kVectorLanes<T> >= 8 ? 1 : 8 / kVectorLanes<T>;
-template <class T>
-constexpr int64_t kMaxVectors = kMinVectors<T> > 2 ? kMinVectors<T> : 2;
 
 template <class IO, class T>
 static void images(const Problem<IO, T>& problem, int64_t first, int64_t count, int64_t lanes, void* scratch,
