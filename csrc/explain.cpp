@@ -42,6 +42,7 @@ py::dict plan_cpu_as(const Shape& shape, int64_t threads, bool backward) {
   found["units"] = plan.units * shape.groups * (plan.by_rows ? shape.batch : 1);
   found["workers"] = plan.workers;
   found["steps"] = plan.by_rows ? line_steps : line_steps * shape.height;
+  found["joined"] = plan.by_rows && plan.rows.joined;
   found["thread_bytes"] = cpu::thread_scratch(kernels, plan, problem);
   found["halo_bytes"] = plan.jobs * cpu::halo_elements(shape, plan) * static_cast<int64_t>(sizeof(T));
   found["sum_bytes"] = plan.sets * cpu::sum_sizes(shape, backward).total() * static_cast<int64_t>(sizeof(T));

@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from inverse_flow import explain, ops, reference
+from inverse_flow import build_info, explain, ops, reference
 from inverse_flow.functional import causal_conv2d, inverse_conv2d
+from inverse_flow.plans import CpuPlan
 
 from .cases import BATCHES, DIFFERENTIABLE, DTYPES, FEW, GAIN, LAYOUTS, ORDERS, OVERLAPPING, SHAPES, Case
 from .checks import (
@@ -301,19 +302,41 @@ def test_more_than_2_to_the_31_elements() -> None:
         assert torch.equal(x[image], few[0])
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """More threads would rather share the rows of few images."""
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     yield
     torch.set_num_threads(before)
 
 
+def check_by_convolutions(
+    shape: tuple[int, ...], kernel: tuple[int, int], order: str, dtype: torch.dtype, tolerance: float
+) -> None:
+    """For images too large for the dense oracle plain convolutions judge: A(w) x = y − b, and ∂L/∂w = −Σ u xᵀ is the
+    gradient of −⟨A(w) x + b, u⟩. They run in float64."""
+    channels = shape[1]
+    y = torch.randn(shape, dtype=dtype, requires_grad=True)
+    weight = torch.randn(channels, channels, *kernel, dtype=dtype) * GAIN / (channels * kernel[0] * kernel[1])
+    weight.requires_grad_()
+    bias = torch.randn(channels, dtype=dtype, requires_grad=True)
+    g = torch.randn(shape, dtype=dtype)
+    options = {"order": order, "corner": "unit_triangular"}
+
+    x = inverse_conv2d(y, weight, bias, **options)
+    u, grad_weight, grad_bias = torch.autograd.grad(x, (y, weight, bias), g)
+
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x, weight, bias)]
+    again = causal_conv2d(*exact, **options)
+    adjoint, expected_weight, expected_bias = torch.autograd.grad(again, exact, u.double())
+    for found, expected in [(again, y), (adjoint, g), (-expected_weight, grad_weight), (-expected_bias, grad_bias)]:
+        scale = expected.detach().abs().max().item()
+        torch.testing.assert_close(found, expected.double(), rtol=0, atol=tolerance * scale)
+
+
 # With images as lanes the CPU solves slabs of 192 KiB one after the other, and a row larger than that in stretches: a
-# pixel takes 64 bytes a channel in float64, twice that in the backward pass. Too large for the dense oracle, so plain
-# convolutions judge: A(w) x = y − b, and ∂L/∂w = −Σ u xᵀ is the gradient of −⟨A(w) x + b, u⟩.
-@pytest.mark.usefixtures("one_thread")
+# pixel takes 64 bytes a channel in float64, twice that in the backward pass. One thread, since more would rather share
+# the rows of few images.
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(
     ("shape", "kernel"),
@@ -324,22 +347,50 @@ def one_thread() -> Iterator[None]:
     ],
 )
 def test_images_of_many_slabs(shape: tuple[int, ...], kernel: tuple[int, int], order: str) -> None:
-    assert explain(shape, kernel, dtype=torch.float64).regime == "images as lanes"
-    channels = shape[1]
-    y = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(channels, channels, *kernel, dtype=torch.float64) * GAIN / (channels * kernel[0] * kernel[1])
-    weight.requires_grad_()
-    bias = torch.randn(channels, dtype=torch.float64, requires_grad=True)
-    g = torch.randn(shape, dtype=torch.float64)
-    options = {"order": order, "corner": "unit_triangular"}
+    with torch_threads(1):
+        assert explain(shape, kernel, dtype=torch.float64).regime == "images as lanes"
+        check_by_convolutions(shape, kernel, order, torch.float64, 1e-12)
 
-    x = inverse_conv2d(y, weight, bias, **options)
-    torch.testing.assert_close(causal_conv2d(x, weight, bias, **options), y, rtol=1e-10, atol=1e-10)
 
-    u, grad_weight, grad_bias = torch.autograd.grad(x, (y, weight, bias), g)
-    fixed = x.detach().requires_grad_()
-    again = causal_conv2d(fixed, weight, bias, **options)
-    adjoint, expected_weight, expected_bias = torch.autograd.grad(again, (fixed, weight, bias), u)
-    torch.testing.assert_close(adjoint, g, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(grad_weight, -expected_weight, rtol=1e-10, atol=1e-9)
-    torch.testing.assert_close(grad_bias, -expected_bias, rtol=1e-10, atol=1e-9)
+# With rows as lanes a line goes on with one band of the image after the other, if the image is wide enough for the
+# threads that share it; a whole band may pass before its last rows are needed, or none. The backward pass joins bands on
+# one thread alone.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("order", ["top_left", "bottom_right", "top_right"])
+@pytest.mark.parametrize(
+    ("shape", "kernel", "joined"),
+    [
+        pytest.param((1, 3, 40, 70), (3, 3), True, id="several bands"),
+        pytest.param((1, 7, 33, 130), (3, 2), True, id="a last band of one row"),
+        pytest.param((2, 13, 24, 65), (5, 5), True, id="a last band of half the rows"),
+        pytest.param((1, 2, 49, 150), (12, 12), True, id="a kernel of more rows than a band"),
+        pytest.param((2, 4, 18, 20), (1, 3), False, id="too narrow to join"),
+        pytest.param((1, 3, 34, 2500), (2, 4), True, id="long stretches"),
+    ],
+)
+def test_bands_of_one_line(
+    shape: tuple[int, ...],
+    kernel: tuple[int, int],
+    joined: bool,
+    threads: int,
+    order: str,
+    dtype: torch.dtype,
+) -> None:
+    with torch_threads(threads):
+        plan = explain(shape, kernel, dtype=dtype)
+        assert isinstance(plan, CpuPlan)
+        assert plan.regime == "rows as lanes"
+        if threads == 1 and build_info()["cpu_isa"] == "avx2" and dtype == torch.float32:
+            assert plan.joined == joined
+        check_by_convolutions(shape, kernel, order, dtype, 1e-12 if dtype == torch.float64 else 2e-5)
+
+
+def test_results_of_joined_bands_do_not_depend_on_the_threads() -> None:
+    y, weight = torch.randn(1, 5, 70, 140), torch.randn(5, 5, 3, 3) * GAIN / 45
+    found = []
+    for threads in (1, 2, 3):
+        with torch_threads(threads):
+            found.append(inverse_conv2d(y, weight, corner="identity"))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])

@@ -48,6 +48,15 @@ def test_a_large_image_has_rows_as_lanes() -> None:
     assert plan.workers == 2
 
 
+def test_bands_are_joined_where_no_thread_could_wait_for_itself() -> None:
+    # A line of two threads starts its next band when the other one is a band and a stretch, of 16 steps, behind.
+    for width, joined in [(2 * (16 + LANES[-1]), True), (60, False)]:
+        assert cpu((1, 3, 256, width), 3, threads=2).joined == joined
+    # The order in which two threads claim bands would show in the sums of the gradient.
+    assert not cpu((1, 3, 256, 256), 3, threads=2, backward=True).joined
+    assert cpu((1, 3, 256, 256), 3, threads=1, backward=True).joined
+
+
 def test_groups_are_units_of_their_own() -> None:
     assert cpu((100, 8, 8, 8), 3, groups=4, threads=1).units == 4 * cpu((100, 2, 8, 8), 3, threads=1).units
     assert cpu((1, 8, 200, 200), 3, groups=4, threads=1).units == 4 * cpu((1, 2, 200, 200), 3, threads=1).units

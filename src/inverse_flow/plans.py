@@ -101,6 +101,8 @@ class CpuPlan:
         lanes: Pixels that are solved at once: images of a batch, or rows of a band.
         units: Pieces of work: pieces of the batch times groups, or bands of all images and groups.
         steps: Steps that follow each other in a unit, each of ``lanes`` pixels.
+        joined: Whether a thread that is through with a band's first row goes on with the next band's, so that its lanes
+            are filled and drained once an image; with rows as lanes.
         scratch_bytes: Working memory of all threads, beside the tensors and a prepared copy of the weight.
     """
 
@@ -112,6 +114,7 @@ class CpuPlan:
     lanes: int = 0
     units: int = 0
     steps: int = 0
+    joined: bool = False
     scratch_bytes: int = 0
 
     def __str__(self) -> str:
@@ -124,7 +127,7 @@ class CpuPlan:
                 **head,
                 "lanes": self.lanes,
                 "steps of a unit": self.steps,
-                "units of work": self.units,
+                "units of work": f"{self.units} bands, joined" if self.joined else self.units,
                 "threads": f"{self.workers} of {self.threads}",
                 "scratch": _bytes(self.scratch_bytes),
             },
@@ -371,6 +374,7 @@ def _explain_cpu(problem: Problem, sizes: tuple[int, ...], corner: int, dtype: s
         plan["lanes"],
         plan["units"],
         plan["steps"],
+        plan["joined"],
         plan["workers"] * plan["thread_bytes"] + plan["halo_bytes"] + plan["sum_bytes"],
     )
 
