@@ -35,8 +35,18 @@ struct LaneBlock {
     }
   }
 
+  // The pieces at whose every step every used lane holds a pixel: the first step of the first one, and their number.
+  struct Pieces {
+    int64_t first;
+    int64_t count;
+    int64_t end() const { return first + 8 * count; }
+  };
+  Pieces whole(int64_t begin) const {
+    const int64_t first = round_up(begin + all_first, 8) - begin;
+    return {first, used > 0 ? larger(all_last - first, 0) / 8 : 0};
+  }
+
   bool holds(int64_t lane, int64_t step) const { return step >= first[lane] && step < last[lane]; }
-  bool everywhere(int64_t from, int64_t to) const { return from >= all_first && to <= all_last && used > 0; }
   bool nowhere(int64_t from, int64_t to) const { return to <= any_first || from >= any_last; }
   // All bits set in the lanes that hold a pixel.
   Index mask(int64_t step) const {
@@ -51,38 +61,52 @@ INVERSE_FLOW_INLINE Eight<T> masked(Eight<T> value, typename EightOf<T>::index m
   return (Eight<T>)((typename EightOf<T>::index)value & mask);
 }
 
-// The common case of `pack`, without a decision for each value: eight steps at which every used lane holds a pixel.
+// The common case of `pack`: `pieces` of eight steps at which every used lane holds a pixel, without a decision for
+// each. A function of its own, so that all it needs stays in registers.
 template <class IO, class T>
-INVERSE_FLOW_INLINE void pack_whole(const IO* const (&from)[8], ptrdiff_t offset, ptrdiff_t step_stride, T bias,
-                                    typename EightOf<T>::index used, T* to, ptrdiff_t to_step) {
-  Eight<T> rows[8];
-  for (int64_t l = 0; l < 8; ++l) rows[l] = load8(from[l] + offset);
-  transpose8<T>(rows);
+static __attribute__((noinline)) void pack_whole(const IO* const (&lanes)[8], ptrdiff_t offset, ptrdiff_t step_stride,
+                                                 T bias, typename EightOf<T>::index used, T* to, ptrdiff_t to_step,
+                                                 int64_t pieces) {
+  const IO* from[8];
+  for (int64_t l = 0; l < 8; ++l) from[l] = lanes[l] + offset;
   // A mirrored row comes last step first.
-  if (step_stride == -1) to += 7 * to_step;
-  for (int64_t s = 0; s < 8; ++s) store8(to + s * step_stride * to_step, masked<T>(rows[s] - bias, used));
+  const ptrdiff_t first = step_stride == -1 ? 7 * to_step : 0;
+  const ptrdiff_t next = step_stride * to_step;
+  for (ptrdiff_t at = 0; pieces > 0; --pieces, at += 8 * step_stride, to += 8 * to_step) {
+    Eight<T> rows[8];
+    for (int64_t l = 0; l < 8; ++l) rows[l] = load8(from[l] + at);
+    transpose8<T>(rows);
+    for (int64_t s = 0; s < 8; ++s) store8(to + first + s * next, masked<T>(rows[s] - bias, used));
+  }
 }
 
 // The inverse of `pack_whole`.
 template <class IO, class T>
-INVERSE_FLOW_INLINE void unpack_whole(IO* to, const ptrdiff_t* start, int64_t used, ptrdiff_t step_stride,
-                                      const T* from, ptrdiff_t from_step) {
-  Eight<T> rows[8];
-  for (int64_t s = 0; s < 8; ++s) rows[s] = load8(from + (step_stride == 1 ? s : 7 - s) * from_step);
-  transpose8<T>(rows);
-  for (int64_t l = 0; l < 8; ++l) {
-    if (l < used) store8(to + start[l], rows[l]);
+static __attribute__((noinline)) void unpack_whole(IO* channel, const ptrdiff_t* start, int64_t used,
+                                                   ptrdiff_t step_stride, const T* from, ptrdiff_t from_step,
+                                                   int64_t pieces) {
+  IO* to[8];
+  for (int64_t l = 0; l < 8; ++l) to[l] = channel + start[l < used ? l : 0];
+  const ptrdiff_t first = step_stride == -1 ? 7 * from_step : 0;
+  const ptrdiff_t next = step_stride * from_step;
+  for (ptrdiff_t at = 0; pieces > 0; --pieces, at += 8 * step_stride, from += 8 * from_step) {
+    Eight<T> rows[8];
+    for (int64_t s = 0; s < 8; ++s) rows[s] = load8(from + first + s * next);
+    transpose8<T>(rows);
+    for (int64_t l = 0; l < 8; ++l) {
+      if (l < used) store8(to[l] + at, rows[l]);
+    }
   }
 }
 
-// Steps are packed and unpacked in pieces of eight, from multiples of eight on, since there the lanes of a skewed band
-// begin and end. Calls f(first step of a piece) for steps [begin, begin + steps), counted from `begin`; where that is
-// not so, and at the end, pieces overlap rather than be cut. Only where there are fewer than eight steps a piece is
+// Calls f(first step of a piece) for pieces of eight steps that cover steps [from, to), of calls of `pack` and `unpack`
+// that begin at step `begin`. Pieces begin at multiples of eight of all steps, where the lanes of a skewed band begin
+// and end; elsewhere, and at the end, they overlap rather than be cut. Only where `to` is less than eight a piece is
 // shorter.
 template <class F>
-INVERSE_FLOW_INLINE void for_pieces(int64_t begin, int64_t steps, F f) {
-  for (int64_t piece = 0; piece < steps; piece = ((begin + piece) / 8 + 1) * 8 - begin) {
-    f(larger(smaller(piece, steps - 8), 0));
+INVERSE_FLOW_INLINE void for_pieces(int64_t begin, int64_t from, int64_t to, F f) {
+  for (int64_t piece = from; piece < to; piece = ((begin + piece) / 8 + 1) * 8 - begin) {
+    f(larger(smaller(piece, to - 8), 0));
   }
 }
 
@@ -126,24 +150,35 @@ static __attribute__((noinline)) void pack(const Image<const IO>& image, const p
     };
     if (step_stride == 1 || step_stride == -1) {
       for (int64_t c = 0; c < channels; ++c) {
-        for_pieces(begin, steps, [&](int64_t piece) INVERSE_FLOW_INLINED {
+        // A mirrored row is read from its other end.
+        const auto offset_of = [&](int64_t piece) {
+          return c * channel_stride + (step_stride == 1 ? begin + piece : -(begin + piece + 7));
+        };
+        auto whole = held.whole(begin);
+        if (merge && held.used < 8) whole.count = 0;
+        for (; whole.count > 0 && !readable(offset_of(whole.first)); --whole.count) whole.first += 8;
+        while (whole.count > 0 && !readable(offset_of(whole.end() - 8))) --whole.count;
+        const auto pack_piece = [&](int64_t piece) INVERSE_FLOW_INLINED {
           const int64_t count = smaller(8, steps - piece);
-          // A mirrored row is read from its other end.
-          const ptrdiff_t offset = c * channel_stride + (step_stride == 1 ? begin + piece : -(begin + piece + 7));
-          if (held.everywhere(piece, piece + 8) && readable(offset) && (!merge || held.used == 8)) {
-            pack_whole(from, offset, step_stride, bias ? bias[c] : T(0), held.mask(piece),
-                       state + piece * step_state + c * channel_state + block, step_state);
-          } else if (held.nowhere(piece, piece + count)) {
+          if (held.nowhere(piece, piece + count)) {
             for (int64_t s = piece; !merge && s < piece + count; ++s) put(s, c, Eight<T>{});
-          } else if (readable(offset)) {
+          } else if (readable(offset_of(piece))) {
             Eight<T> rows[8];
-            for (int64_t l = 0; l < 8; ++l) rows[l] = load8(from[l] + offset);
+            for (int64_t l = 0; l < 8; ++l) rows[l] = load8(from[l] + offset_of(piece));
             transpose8<T>(rows);
             for (int64_t s = 0; s < count; ++s) put(piece + s, c, rows[step_stride == 1 ? s : 7 - s]);
           } else {
             for (int64_t s = piece; s < piece + count; ++s) put(s, c, gather(s, c));
           }
-        });
+        };
+        if (whole.count == 0) {
+          for_pieces(begin, 0, steps, pack_piece);
+          continue;
+        }
+        for_pieces(begin, 0, whole.first, pack_piece);
+        pack_whole(from, offset_of(whole.first), step_stride, bias ? bias[c] : T(0), held.mask(whole.first),
+                   state + whole.first * step_state + c * channel_state + block, step_state, whole.count);
+        for_pieces(begin, whole.end(), steps, pack_piece);
       }
       continue;
     }
@@ -188,32 +223,38 @@ static __attribute__((noinline)) void unpack(const Image<IO>& image, const ptrdi
   for (int64_t block = 0; block < lanes.used; block += 8) {
     const LaneBlock<T> held(lanes, block, begin, steps);
     if (step_stride == 1 || step_stride == -1) {
+      const auto whole = held.whole(begin);
       for (int64_t c = 0; c < channels; ++c) {
-        for_pieces(begin, steps, [&](int64_t piece) INVERSE_FLOW_INLINED {
+        const auto place = [&](int64_t piece) {
+          return image.data + c * channel_stride + (step_stride == 1 ? begin + piece : -(begin + piece + 7));
+        };
+        const T* const channel = state + c * channel_state + block;
+        const auto unpack_piece = [&](int64_t piece) INVERSE_FLOW_INLINED {
           const int64_t count = smaller(8, steps - piece);
-          const T* from = state + piece * step_state + c * channel_state + block;
-          const ptrdiff_t offset = step_stride == 1 ? begin + piece : -(begin + piece + 7);
-          IO* channel = image.data + c * channel_stride + offset;
-          if (held.everywhere(piece, piece + 8)) {
-            unpack_whole(channel, start + block, held.used, step_stride, from, step_state);
-            return;
-          }
           if (held.nowhere(piece, piece + count)) return;
           Eight<T> rows[8];
-          for (int64_t s = 0; s < 8; ++s) rows[s] = load8(from + smaller(s, count - 1) * step_state);
+          for (int64_t s = 0; s < 8; ++s) rows[s] = load8(channel + (piece + smaller(s, count - 1)) * step_state);
           transpose8<T>(rows);
           for (int64_t l = 0; l < held.used; ++l) {
             const int64_t low = larger(held.first[l] - piece, 0);
             const int64_t high = smaller(held.last[l] - piece, count);
             if (low >= high) continue;
-            IO* row = channel + start[block + l];
+            IO* const row = place(piece) + start[block + l];
             if (step_stride == 1) {
               store_some<T>(row, rows[l], low, high - low);
             } else {
               store_some<T>(row, reverse8<T>(rows[l]), 8 - high, high - low);
             }
           }
-        });
+        };
+        if (whole.count == 0) {
+          for_pieces(begin, 0, steps, unpack_piece);
+          continue;
+        }
+        for_pieces(begin, 0, whole.first, unpack_piece);
+        unpack_whole(place(whole.first), start + block, held.used, step_stride, channel + whole.first * step_state,
+                     step_state, whole.count);
+        for_pieces(begin, whole.end(), steps, unpack_piece);
       }
       continue;
     }
