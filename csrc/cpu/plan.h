@@ -58,9 +58,8 @@ inline RowsPlan plan_rows(const Shape& shape, bool with_gradient, int64_t band, 
   plan.joined =
       plan.bands > 1 && joined_lines_fit(shape, band, plan.stretch, threads) && !(with_gradient && threads > 1);
   if (!plan.joined) plan.stretch = stretch(threads > 1 ? steps / threads - band : steps + kStretch - 1);
-  // Sums over a long window cost little more than its products.
-  plan.window =
-      with_gradient ? std::max((steps + plan.stretch - 1) / plan.stretch, int64_t{1}) * plan.stretch : plan.stretch;
+  // Of a window as long as a band, summing the lanes at the end is little beside the products.
+  plan.window = with_gradient ? (steps + plan.stretch - 1) / plan.stretch * plan.stretch : plan.stretch;
   return plan;
 }
 

@@ -121,6 +121,7 @@ class RowsSweep {
 
  private:
   static constexpr int64_t kLanes = kVectors * kVectorLanes<T>;
+
   // Packs, solves and unpacks the steps from `begin` on, and returns the first step after them.
   int64_t sweep_stretch(int64_t begin, int64_t window) {
     const Shape& shape = shape_;
