@@ -353,8 +353,7 @@ def test_images_of_many_slabs(shape: tuple[int, ...], kernel: tuple[int, int], o
 
 
 # With rows as lanes a line goes on with one band of the image after the other, if the image is wide enough for the
-# threads that share it; a whole band may pass before its last rows are needed, or none. The backward pass joins bands on
-# one thread alone.
+# threads that share it. The backward pass joins bands on one thread alone.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("order", ["top_left", "bottom_right", "top_right"])
