@@ -59,8 +59,6 @@ class Constants:
     shuffle_latency: float = 23.0
     # docs/kernels-cuda.md counts the barriers; 23 to 40 cycles each were published, for one block to eight warps.
     barrier: float = 32.0
-    # Assumed: less than a shuffle, which waits for all lanes too and moves a value besides.
-    warp_barrier: float = 14.0
     # A launch in a stream, a node of a graph, and a launch behind which the host waits for the GPU.
     launch_us: float = 2.0
     graph_node_us: float = 1.3
@@ -109,8 +107,6 @@ STORE_INSTRUCTIONS = {
     1: {1: 68, 2: 75, 3: 82, 4: 88, 5: 93, 6: 103, 7: 108, 8: 113},
     WIDE_PIXELS: {1: 87, 2: 101, 3: 115, 4: 129, 5: 147, 6: 161, 7: 175, 8: 189},
 }
-# inverted_by_warp of csrc/cuda/plan.h.
-MOST_CHANNELS_OF_WARP = {"unit_triangular": 12, "general": 5}
 LONGEST_PHASE = 8  # kLanesLongestPhase of csrc/cuda/plan_lanes.h
 TENSOR_REGISTERS = 119
 STATE_BYTES = 4
@@ -181,27 +177,24 @@ def _waves(blocks: int, resident: int, gpu: GpuProperties) -> tuple[int, float]:
     return waves, min(resident, math.ceil(blocks / gpu.multiprocessors))
 
 
-def inversion_cycles(corner: str, channels: int, threads: int, barrier: float, load: float, c: Constants) -> float:
-    """Inverting the corner by so many threads with such a barrier; ``load``: where the corner is loaded from."""
+def inversion_cycles(corner: str, channels: int, threads: int, constants: Constants) -> float:
+    """Inverting the corner, in one block."""
     if corner == "identity":
         return 0.0
-    # The corner comes into shared memory, eight loads of a thread at a time.
-    cycles = math.ceil(channels**2 / threads / 8) * load + c.shared_latency + barrier
+    # The corner comes from memory, eight loads of a thread at a time.
+    cycles = math.ceil(channels**2 / threads / 8) * constants.global_latency
     if corner == "general":
         rounds = math.ceil(channels**2 / threads)
-        step = 2 * barrier + 2 * c.shuffle_latency + c.double_division
-        return cycles + channels * (step + (2 + rounds) * 2 * c.shared_latency)
-    # Levels of two products: a thread's entries one after the other, of `size` terms at most. A warp has a quarter of
-    # the multiprocessor's double-precision units.
-    units = c.double_multiply_adds * min(1.0, threads / 32 / c.schedulers)
+        step = 2 * constants.barrier + 2 * constants.shuffle_latency + constants.double_division
+        return cycles + channels * (step + (2 + rounds) * 2 * constants.shared_latency)
+    # Levels of two products: a thread's entries one after the other, of `size` terms at most.
     size = 2
     while size < channels:
-        rest = max(0, channels % (2 * size) - size)
-        entries = (channels // (2 * size) * size + rest) * size
+        entries = channels / 2 * size
         rounds = math.ceil(entries / threads)
-        latency = rounds * (c.shared_latency + size * 2 * c.multiply_add_latency)
-        throughput = entries * size / 2 / units
-        cycles += 2 * (barrier + max(latency, throughput))
+        latency = rounds * (constants.shared_latency + size * 2 * constants.multiply_add_latency)
+        throughput = entries * size / 2 / constants.double_multiply_adds
+        cycles += 2 * (constants.barrier + max(latency, throughput))
         size *= 2
     return cycles
 
@@ -210,27 +203,17 @@ def fold_cycles(plan: CudaPlan, threads: int, blocks: int, constants: Constants)
     """Inverting the corner and folding the taps, in one block of ``blocks`` that share the entries of a group."""
     channels = plan.problem.channels // plan.problem.groups
     corner = plan.problem.corner
-    barrier, global_latency = constants.barrier, constants.global_latency
+    inversion = inversion_cycles(corner, channels, threads, constants)
     terms = {"identity": 1.0, "unit_triangular": channels / 2, "general": channels}[corner]
     entries = plan.folded_bytes // plan.problem.groups / STATE_BYTES
     rounds = math.ceil(entries / (threads * blocks))
     if plan.fold_launches or corner == "identity":
         # The entry's terms: a load of the weight, from the L1 cache, each.
-        inversion = inversion_cycles(corner, channels, threads, barrier, global_latency, constants)
-        latency = rounds * (global_latency + terms * constants.l1_latency / constants.loads_in_flight)
+        latency = rounds * (constants.global_latency + terms * constants.l1_latency / constants.loads_in_flight)
     else:
-        # A copy of the weights in shared memory, eight loads of a thread at a time, and the inversion: from there, or
-        # from global memory by one warp meanwhile. Then the terms from the copy.
-        by_warp = threads > 32 and channels <= MOST_CHANNELS_OF_WARP[corner]
-        copiers = threads - 32 if by_warp else threads
-        copy = math.ceil(entries / copiers / 8) * global_latency + constants.shared_latency
-        if by_warp:
-            own = inversion_cycles(corner, channels, 32, constants.warp_barrier, global_latency, constants)
-            inversion = max(copy, own) + barrier
-        else:
-            own = inversion_cycles(corner, channels, threads, barrier, constants.shared_latency, constants)
-            inversion = copy + barrier + own
-        latency = rounds * (1 + terms / constants.loads_in_flight) * constants.shared_latency
+        # A copy of the weights in shared memory, eight loads of a thread at a time; then from there.
+        latency = math.ceil(entries / threads / 8) * constants.global_latency + constants.barrier
+        latency += rounds * (1 + terms / constants.loads_in_flight) * constants.shared_latency
     throughput = rounds * threads * terms / constants.double_multiply_adds
     return inversion + max(latency, throughput)
 
