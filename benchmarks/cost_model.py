@@ -59,6 +59,8 @@ class Constants:
     shuffle_latency: float = 23.0
     # docs/kernels-cuda.md counts the barriers; 23 to 40 cycles each were published, for one block to eight warps.
     barrier: float = 32.0
+    # Assumed: less than a shuffle, which waits for all lanes too and moves a value besides.
+    warp_barrier: float = 14.0
     # A launch in a stream, a node of a graph, and a launch behind which the host waits for the GPU.
     launch_us: float = 2.0
     graph_node_us: float = 1.3
@@ -82,31 +84,51 @@ class Constants:
 
 
 # Registers a thread, sm_90: the table of docs/kernels-cuda.md.
-SOLVE_REGISTERS = {(True, False): 77, (True, True): 56, (False, False): 84}  # (weights in shared memory, one channel)
+SOLVE_REGISTERS = {(True, False): 90, (True, True): 66, (False, False): 84}  # (weights in shared memory, one channel)
 GRADIENT_REGISTERS = {False: 156, True: 124}  # (tensor cores)
+# Instructions of a thread of the block kernel, counted in the disassembly for sm_90 and float images, by whether it
+# pads channels to packs of four: of the value that it prepares, besides those of each pass over the inputs, and
+# stores (a pack of it); of a diagonal, of each of its values there, and of each row of taps.
+BLOCK_PREPARE = {False: (160, 24), True: (177, 102)}
+BLOCK_STORE = {False: 112, True: 160}
+BLOCK_DIAGONAL, BLOCK_VALUE, BLOCK_TAP_ROW = 15, {False: 36, True: 38}, 9
+BLOCK_TAP_OUTSIDE = {False: 46, True: 114}  # of a pass over a tap that reaches out of the tile
+
+
+def block_tap_instructions(packs: int, padded: bool) -> int:
+    """Of a tap of the block kernel: packs go by four at a time, and what is left over."""
+    if not padded:
+        return 28
+    fours, rest = divmod(packs, 4)
+    return 23 + (3 + 33 * fours if fours else 0) + (0, 9, 25, 25)[rest]
+
+
 # Of the regime of rows as lanes, sm_90, by (channels of a group, taps of the window): registers a thread, and the
 # instructions of a step, counted in the disassembly of the sweep's loop.
 LANES_REGISTERS = {
-    (1, 2): 62, (2, 2): 72, (3, 2): 93, (4, 2): 108,
-    (1, 3): 70, (2, 3): 80, (3, 3): 106, (4, 3): 119, (5, 3): 107, (6, 3): 120, (7, 3): 126, (8, 3): 127,
-    (1, 5): 72, (2, 5): 154,
+    (1, 2): 64, (2, 2): 72, (3, 2): 91, (4, 2): 111, (5, 2): 105, (6, 2): 122, (7, 2): 128, (8, 2): 128,
+    (1, 3): 64, (2, 3): 76, (3, 3): 110, (4, 3): 125, (5, 3): 107, (6, 3): 121, (7, 3): 125, (8, 3): 126,
+    (1, 5): 72, (2, 5): 162,
 }  # fmt: skip
 LANES_INSTRUCTIONS = {
-    (1, 2): 22, (2, 2): 39, (3, 2): 40, (4, 2): 46,
-    (1, 3): 35, (2, 3): 66, (3, 3): 74, (4, 3): 93, (5, 3): 67, (6, 3): 75, (7, 3): 83, (8, 3): 94,
-    (1, 5): 57, (2, 5): 144,
+    (1, 2): 22, (2, 2): 39, (3, 2): 40, (4, 2): 46, (5, 2): 37, (6, 2): 40, (7, 2): 43, (8, 2): 46,
+    (1, 3): 33, (2, 3): 68, (3, 3): 74, (4, 3): 93, (5, 3): 67, (6, 3): 75, (7, 3): 83, (8, 3): 94,
+    (1, 5): 57, (2, 5): 142,
 }  # fmt: skip
-# The same for what a thread prepares and stores at a time, a pixel or WIDE_PIXELS of a row (kWidePixels of
+# The same for what a thread prepares and stores at a time, a pixel or WIDE_PIXELS of a row (kAccessWidth of
 # csrc/cuda/plan_lanes.h), by channels of a group.
 WIDE_PIXELS = 4
 PREPARE_INSTRUCTIONS = {
-    1: {1: 81, 2: 89, 3: 101, 4: 113, 5: 131, 6: 148, 7: 167, 8: 188},
-    WIDE_PIXELS: {1: 109, 2: 143, 3: 191, 4: 236, 5: 257, 6: 322, 7: 395, 8: 474},
+    1: {1: 81, 2: 88, 3: 101, 4: 115, 5: 129, 6: 147, 7: 168, 8: 188},
+    WIDE_PIXELS: {1: 107, 2: 140, 3: 188, 4: 236, 5: 257, 6: 319, 7: 401, 8: 506},
 }
 STORE_INSTRUCTIONS = {
     1: {1: 68, 2: 75, 3: 82, 4: 88, 5: 93, 6: 103, 7: 108, 8: 113},
     WIDE_PIXELS: {1: 87, 2: 101, 3: 115, 4: 129, 5: 147, 6: 161, 7: 175, 8: 189},
 }
+# kFoldLoads of csrc/cuda/fold.cuh, inverted_by_warp of csrc/cuda/plan.h.
+FOLD_LOADS = 8
+MOST_CHANNELS_OF_WARP = {"unit_triangular": 12, "general": 5}
 LONGEST_PHASE = 8  # kLanesLongestPhase of csrc/cuda/plan_lanes.h
 TENSOR_REGISTERS = 119
 STATE_BYTES = 4
@@ -177,24 +199,27 @@ def _waves(blocks: int, resident: int, gpu: GpuProperties) -> tuple[int, float]:
     return waves, min(resident, math.ceil(blocks / gpu.multiprocessors))
 
 
-def inversion_cycles(corner: str, channels: int, threads: int, constants: Constants) -> float:
-    """Inverting the corner, in one block."""
+def inversion_cycles(corner: str, channels: int, threads: int, barrier: float, load: float, c: Constants) -> float:
+    """Inverting the corner by so many threads with such a barrier; ``load``: where the corner is loaded from."""
     if corner == "identity":
         return 0.0
-    # The corner comes from memory, eight loads of a thread at a time.
-    cycles = math.ceil(channels**2 / threads / 8) * constants.global_latency
+    # The corner comes into shared memory, a few loads of a thread at a time.
+    cycles = math.ceil(channels**2 / threads / FOLD_LOADS) * load + c.shared_latency + barrier
     if corner == "general":
         rounds = math.ceil(channels**2 / threads)
-        step = 2 * constants.barrier + 2 * constants.shuffle_latency + constants.double_division
-        return cycles + channels * (step + (2 + rounds) * 2 * constants.shared_latency)
-    # Levels of two products: a thread's entries one after the other, of `size` terms at most.
+        step = 2 * barrier + 2 * c.shuffle_latency + c.double_division
+        return cycles + channels * (step + (2 + rounds) * 2 * c.shared_latency)
+    # Levels of two products: a thread's entries one after the other, of `size` terms at most. A warp has a quarter of
+    # the multiprocessor's double-precision units.
+    units = c.double_multiply_adds * min(1.0, threads / 32 / c.schedulers)
     size = 2
     while size < channels:
-        entries = channels / 2 * size
+        rest = max(0, channels % (2 * size) - size)
+        entries = (channels // (2 * size) * size + rest) * size
         rounds = math.ceil(entries / threads)
-        latency = rounds * (constants.shared_latency + size * 2 * constants.multiply_add_latency)
-        throughput = entries * size / 2 / constants.double_multiply_adds
-        cycles += 2 * (constants.barrier + max(latency, throughput))
+        latency = rounds * (c.shared_latency + size * 2 * c.multiply_add_latency)
+        throughput = entries * size / 2 / units
+        cycles += 2 * (barrier + max(latency, throughput))
         size *= 2
     return cycles
 
@@ -203,17 +228,27 @@ def fold_cycles(plan: CudaPlan, threads: int, blocks: int, constants: Constants)
     """Inverting the corner and folding the taps, in one block of ``blocks`` that share the entries of a group."""
     channels = plan.problem.channels // plan.problem.groups
     corner = plan.problem.corner
-    inversion = inversion_cycles(corner, channels, threads, constants)
+    barrier, global_latency = constants.barrier, constants.global_latency
     terms = {"identity": 1.0, "unit_triangular": channels / 2, "general": channels}[corner]
     entries = plan.folded_bytes // plan.problem.groups / STATE_BYTES
     rounds = math.ceil(entries / (threads * blocks))
     if plan.fold_launches or corner == "identity":
         # The entry's terms: a load of the weight, from the L1 cache, each.
-        latency = rounds * (constants.global_latency + terms * constants.l1_latency / constants.loads_in_flight)
+        inversion = inversion_cycles(corner, channels, threads, barrier, global_latency, constants)
+        latency = rounds * (global_latency + terms * constants.l1_latency / constants.loads_in_flight)
     else:
-        # A copy of the weights in shared memory, eight loads of a thread at a time; then from there.
-        latency = math.ceil(entries / threads / 8) * constants.global_latency + constants.barrier
-        latency += rounds * (1 + terms / constants.loads_in_flight) * constants.shared_latency
+        # A copy of the weights in shared memory, a few loads of a thread at a time, and the inversion: from there, or
+        # from global memory by one warp meanwhile. Then the terms from the copy.
+        by_warp = threads > 32 and channels <= MOST_CHANNELS_OF_WARP[corner]
+        copiers = threads - 32 if by_warp else threads
+        copy = math.ceil(entries / copiers / FOLD_LOADS) * global_latency + constants.shared_latency
+        if by_warp:
+            own = inversion_cycles(corner, channels, 32, constants.warp_barrier, global_latency, constants)
+            inversion = max(copy, own) + barrier
+        else:
+            own = inversion_cycles(corner, channels, threads, barrier, constants.shared_latency, constants)
+            inversion = copy + barrier + own
+        latency = rounds * (1 + terms / constants.loads_in_flight) * constants.shared_latency
     throughput = rounds * threads * terms / constants.double_multiply_adds
     return inversion + max(latency, throughput)
 
@@ -232,7 +267,7 @@ def lanes_time(plan: CudaPlan, constants: Constants) -> Time:
         busy = min(resident, max(1.0, at_work / plan.gpu.multiprocessors))
     lanes = plan.channel_threads
     rows = 32 // lanes
-    warps = math.ceil(plan.images / max(1, rows // plan.tile[0])) * plan.bands
+    sweeps = math.ceil(plan.images / max(1, rows // plan.tile[0])) * plan.bands  # of a warp over a band
     wide = problem.width % WIDE_PIXELS == 0 and plan.tile[1] % WIDE_PIXELS == 0
     moved_pixels = WIDE_PIXELS if wide else 1
     parts = plan.images * math.prod(plan.tile) // moved_pixels
@@ -244,7 +279,8 @@ def lanes_time(plan: CudaPlan, constants: Constants) -> Time:
 
     fold = fold_cycles(plan, plan.threads, 1, constants)
     # Prepare: a few loads of a thread wait for global memory together; then its instructions.
-    in_flight = 4 if not wide else 2 if channels <= 4 else 1  # kInFlight of csrc/cuda/solve_lanes.cuh
+    values = channels * moved_pixels
+    in_flight = 4 if values <= 4 else 2 if values <= 16 else 1  # kInFlight of csrc/cuda/solve_lanes.cuh
     latency = math.ceil(rounds / in_flight) * constants.global_latency
     prepare = max(latency + prepare_instructions, busy * prepare_instructions)
     # Sweep: a step is a shuffle, or a load of what the step before stored, and the multiply-adds of the row above; or
@@ -253,13 +289,14 @@ def lanes_time(plan: CudaPlan, constants: Constants) -> Time:
     fetch = constants.shuffle_latency if lanes == 1 else constants.shared_latency
     step = max(fetch + (channels + 3) * constants.multiply_add_latency, LANES_INSTRUCTIONS[kernel])
     phase = min(LONGEST_PHASE, rows)
-    at_work_steps = plan.steps - (plan.bands - 1) * phase * (math.ceil((rows - 1) / phase) + 1)
+    margin = kernel[1] - 1 if diagonals > 1 else 0
+    band_steps = math.ceil((plan.tile[1] + margin + math.ceil(plan.tile[0] / plan.bands) - 1) / phase) * phase
     barriers = plan.steps / phase * constants.barrier if plan.bands > 1 else 0.0
     outputs = math.ceil(channels / lanes)
     pixels_read = kernel[1] - 1 if lanes == 1 else kernel[1]
     step_bytes = 32 * (pixels_read * lanes * outputs + 2 * outputs) * STATE_BYTES
     of_a_warp = max(LANES_INSTRUCTIONS[kernel] / constants.schedulers, step_bytes / constants.shared_bandwidth)
-    sweep = max(plan.steps * step + barriers, busy * warps * at_work_steps * of_a_warp)
+    sweep = max(plan.steps * step + barriers, busy * sweeps * band_steps * of_a_warp)
     store = max(rounds * constants.shared_latency + store_instructions, busy * store_instructions)
 
     image_bytes = problem.batch * problem.channels * problem.height * problem.width * problem.dtype.itemsize
@@ -407,40 +444,54 @@ def solve_time(plan: CudaPlan, constants: Constants) -> Time:
             * (plan.folded_bytes / problem.groups / constants.l2_bandwidth * busy if plan.weights_in_shared else 0.0)
         )
 
-    # Prepare and store: packs of channels of a pixel, each with all its inputs.
-    items = math.ceil(plan.images * packs * rows * columns / plan.threads)
+    # Prepare and store: packs of channels of a pixel, each with all its inputs. A warp's instructions go to one
+    # scheduler.
+    padded = plan.pack > 1
+    parts = plan.images * packs * rows * columns
+    items = math.ceil(parts / plan.threads)
     first = math.ceil(items / packs)  # those whose inputs no one has loaded before
     passes = packs if problem.corner != "identity" else 1
     loads = plan.pack / constants.loads_in_flight if passes > 1 or packs == 1 else 1.0
     latency = loads * passes * (first * constants.global_latency + (items - first) * constants.l1_latency)
     multiply_adds = plan.images * rows * columns * packs * plan.pack * (channels if problem.corner != "identity" else 1)
     weight_bytes = multiply_adds * STATE_BYTES / plan.pack  # a load of a pack serves `pack` multiply-adds of one pixel
+    instructions = BLOCK_PREPARE[padded][0] + passes * BLOCK_PREPARE[padded][1]
     if diagonals > 1:
         # Taps that reach out of the tile, on average over its pixels.
         outside = (rows + columns) / (rows * columns) * taps / 2
         latency += loads * passes * items * min(outside, taps) * constants.l2_latency / constants.loads_in_flight
+        instructions += math.ceil(min(outside, taps) * passes * BLOCK_TAP_OUTSIDE[padded])
     bandwidth = constants.shared_bandwidth if plan.weights_in_shared else constants.l2_bandwidth
     image_bytes = problem.batch * problem.channels * problem.height * problem.width * problem.dtype.itemsize
     moved = image_bytes / constants.memory_bytes_per_us
-    prepare = max(diagonals * waves * max(latency, busy * weight_bytes * plan.pack / bandwidth) * us, moved)
+    a_scheduler = math.ceil(math.ceil(parts / 32) / constants.schedulers)
+    issued = a_scheduler * instructions
+    units = max(weight_bytes * plan.pack / bandwidth, issued)
+    prepare = max(diagonals * waves * max(latency + issued, busy * units) * us, moved)
+    issued = a_scheduler * BLOCK_STORE[padded]
+    store = max(diagonals * waves * max(items * constants.shared_latency + issued, busy * issued) * us, moved)
 
-    # Sweep: per diagonal, one barrier and rounds of taps × packs multiply-adds that wait for each other.
-    longest = min(plan.tile)
-    rounds = math.ceil(longest / plan.diagonal_threads) * math.ceil(channels / plan.channel_threads)
+    # Sweep: per diagonal, one barrier and rounds of taps × packs multiply-adds that wait for each other, or the
+    # instructions of a warp; those of all warps with a pixel on the diagonal share the schedulers.
+    rounds = math.ceil(min(plan.tile) / plan.diagonal_threads) * math.ceil(channels / plan.channel_threads)
     chain = (taps - 1) * packs
     load = constants.shared_latency if plan.weights_in_shared else constants.l1_latency
-    one_round = math.ceil(chain / 4) * load + chain * constants.multiply_add_latency + load
-    steps = plan.steps * (constants.barrier + rounds * one_round)
+    waited = math.ceil(chain / 4) * load + chain * constants.multiply_add_latency + load
+    tap_rows = min(problem.kernel_size[0], problem.height)
+    issued = BLOCK_VALUE[padded] + tap_rows * BLOCK_TAP_ROW + (taps - 1) * block_tap_instructions(packs, padded)
+    steps = plan.steps * (constants.barrier + BLOCK_DIAGONAL + rounds * max(waited, issued))
+    lengths = [min(d, rows - 1) - max(0, d - columns + 1) + 1 for d in range(rows + columns - 1)]
+    active = [min(plan.threads / 32 * rounds, plan.images * math.ceil(n * channels / 32)) for n in lengths]
+    instructions = plan.threads / 32 * plan.steps * BLOCK_DIAGONAL + sum(active) * issued
     pixels = rows * columns * plan.images
     # A pack of weights a thread, and a pack of x for all channels of a pixel.
     shared = pixels * chain * plan.pack * STATE_BYTES
     weights = pixels * channels * chain * plan.pack * STATE_BYTES
     units = shared / constants.shared_bandwidth + weights / bandwidth
-    arithmetic = pixels * channels * chain * plan.pack / constants.multiply_adds
-    sweep = diagonals * waves * max(steps, busy * units, busy * arithmetic) * us
+    sweep = diagonals * waves * max(steps, busy * units, busy * instructions / constants.schedulers) * us
 
     launches = plan.launches - (plan.gradient.launches if plan.gradient else 0)
-    return Time(launches * constants.graph_node_us, fold * us, prepare, sweep, moved)
+    return Time(launches * constants.graph_node_us, fold * us, prepare, sweep, store)
 
 
 def gradient_time(plan: CudaPlan, gradient: GradientPlan, constants: Constants) -> float:

@@ -73,13 +73,14 @@ BLOCK = 0  # SolveRegime of csrc/cuda/device_limits.h
 
 
 @pytest.mark.parametrize(
-    ("channels", "kernel"), [(1, 2), (4, 2), (1, 3), (3, 3), (4, 3), (5, 3), (8, 3), (1, 5), (2, 5)]
+    ("channels", "kernel"), [(1, 2), (4, 2), (5, 2), (8, 2), (1, 3), (3, 3), (4, 3), (5, 3), (8, 3), (1, 5), (2, 5)]
 )
 def test_rows_as_lanes_are_chosen_where_they_are_predicted_to_win(
     scripts: SimpleNamespace, channels: int, kernel: int
 ) -> None:
     model = scripts.cost_model
-    for batch, size in [(1, 8), (100, 8), (100, 14), (100, 32), (1000, 32), (100, 64), (1, 256), (8, 256), (1, 1024)]:
+    small = [(batch, size) for batch in (1, 100, 3000) for size in (5, 6, 8, 10, 14, 32, 33, 34, 64, 65)]
+    for batch, size in [*small, (1, 256), (8, 256), (1, 1024)]:
         case = model.Case(batch, channels, size, kernel)
         lanes, plan = model.predict(case)
         assert plan.regime.startswith("rows as lanes")

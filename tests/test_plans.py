@@ -116,7 +116,15 @@ def test_few_channels_have_rows_as_lanes() -> None:
     plan = cuda((100, 5, 32, 32), 3)
     assert (plan.channel_threads, plan.bands, plan.tiles, plan.threads) == (8, 8, (1, 1), 256)
     assert 32 + 31 <= plan.steps <= 32 + 3 + 7 * 8 + 4
+    # A ninth band is for a warp that has swept its first; a wider image would make it wait, and is cut into tiles.
+    plan = cuda((100, 8, 33, 33), 3)
+    assert (plan.bands, plan.tiles, plan.threads, plan.launches) == (9, (1, 1), 256, 1)
+    assert 33 + 32 <= plan.steps <= 33 + 3 + 8 * 8 + 4
+    assert cuda((100, 8, 61, 61), 3).tiles == (1, 1)
     assert cuda((100, 8, 64, 64), 3).tile == (32, 32)
+    # Bands of 17 rows and 16, not of 32 and one.
+    plan = cuda((100, 1, 33, 33), 3)
+    assert (plan.bands, plan.steps) == (2, 7 * 8 + 3 * 8)
     # What has no such kernel is solved as before.
     for shape, kernel in [((100, 5, 64, 64), 5), ((100, 3, 64, 64), 5), ((100, 3, 64, 64), (3, 2)), ((9, 3, 2, 2), 3)]:
         assert "lanes" not in cuda(shape, kernel).regime

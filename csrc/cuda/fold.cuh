@@ -5,13 +5,16 @@
 //     [L11  0 ]^-1   [ X11            0  ]
 //     [L21 L22]    = [-X22 L21 X11   X22 ],
 // a thread an entry of L21 X11 (kept, transposed, in the unused upper triangle), then of the product with X22. Two
-// barriers a level, ceil(log2 C) - 1 levels: the first level is a change of sign. C^3 / 3 multiply-adds in all.
+// barriers a level, ceil(log2 C) - 1 levels: the first level is a change of sign, made as the corner is loaded.
+// C^3 / 3 multiply-adds in all.
 // General: Gauss-Jordan elimination. Rows are never swapped: step k picks as pivot the largest entry of column k, to
 // 2^-15, among the rows not yet used, and remembers it in pivot_of_step[k] = p and step_of_pivot[p] = k. Every warp
 // looks for it, so none has to wait for another's answer. Eliminating with the normalised pivot row from every other
 // row leaves, in place of column k, column p of the elimination matrix, so that at the end M^-1[i][c] =
 // A[pivot_of_step[i]][step_of_pivot[c]]. A step costs C^2 multiplications and two barriers: after the pivot row and
 // column were copied away, after the update. A singular corner gives NaN everywhere.
+// Who inverts is a team: the block, or, where a warp has a lane for every entry of a step, the first warp of a block
+// that folds for itself. Its barriers are those of a warp; meanwhile the other warps copy the weights.
 //
 // Folded weights of a group lie as [tap a * taps_w + b][pack of input channels][output channel][pack], tap (0, 0)
 // holding M^-1 itself: threads of neighbouring output channels then read neighbouring packs of 16 bytes. For the tensor
@@ -61,22 +64,66 @@ __device__ inline WeightView weight_view(const Shape& shape, const void* weight,
           shape.transposed};
 }
 
-// A copy of a group's weights in shared memory, one after the other as they were: all its loads are under way at once,
-// which reading each where it is needed would not have. The caller puts a barrier behind it.
-template <typename State>
-__device__ WeightView stage_weight(const WeightView& weight, State* memory) {
-  const int elements = weight.channels * weight.channels * weight.kernel_h * weight.kernel_w;
-  with_elements(weight.data, weight.type, [&](const auto* source) {
-    INVERSE_FLOW_UNROLL_BY(8)
-    for (int i = threadIdx.x; i < elements; i += blockDim.x) {
-      memory[i] = static_cast<State>(to_state(source[weight.group_offset + i]));
+// Threads that work together and wait for each other, thread `thread` of `threads`, each with so many loads under way
+// at a time: the block,
+template <int loads>
+struct BlockTeam {
+  static constexpr int kLoads = loads;
+  int thread = static_cast<int>(threadIdx.x);
+  int threads = static_cast<int>(blockDim.x);
+
+  __device__ void sync() const { __syncthreads(); }
+};
+// or its first warp.
+template <int loads>
+struct WarpTeam {
+  static constexpr int kLoads = loads;
+  int thread = static_cast<int>(threadIdx.x);
+  int threads = kWarp;
+
+  __device__ void sync() const { __syncwarp(); }
+};
+// Eight loads, where the kernel has registers to spare.
+constexpr int kFoldLoads = 8;
+
+// Calls store(i, load(i)) for every thread's share of 0, 1, ... count - 1. A loop that the compiler unrolls would have
+// the loads of its remainder wait for each other.
+template <int kLoads, typename Load, typename Store>
+__device__ void load_together(int thread, int threads, int count, Load load, Store store) {
+  for (int first = thread; first < count; first += kLoads * threads) {
+    decltype(load(0)) values[kLoads];
+    INVERSE_FLOW_UNROLL
+    for (int u = 0; u < kLoads; ++u) {
+      if (first + u * threads < count) values[u] = load(first + u * threads);
     }
-  });
+    INVERSE_FLOW_UNROLL
+    for (int u = 0; u < kLoads; ++u) {
+      if (first + u * threads < count) store(first + u * threads, values[u]);
+    }
+  }
+}
+
+// Where a copy of a group's weights in shared memory stands, one after the other as they were.
+template <typename State>
+__device__ WeightView staged_weight(const WeightView& weight, const State* memory) {
   WeightView staged = weight;
   staged.data = memory;
   staged.type = sizeof(State) == sizeof(double) ? ElementType::kDouble : ElementType::kFloat;
   staged.group_offset = 0;
   return staged;
+}
+
+// Makes that copy, a few loads of a thread at a time: reading each weight where it is needed would wait for each. The
+// caller puts a barrier behind it.
+template <int kLoads, typename State>
+__device__ void stage_weight(const WeightView& weight, State* memory, int thread, int threads) {
+  const int elements = weight.channels * weight.channels * weight.kernel_h * weight.kernel_w;
+  with_elements(weight.data, weight.type, [&](const auto* source) {
+    const auto* const first = source + weight.group_offset;
+    load_together<kLoads>(
+        thread, threads, elements, [&](int i) { return first[i]; },
+        [&](int i, auto value) { memory[i] = static_cast<State>(to_state(value)); });
+  });
 }
 
 // Memory of an inversion, and its result. A pixel of all channels fits shared memory, so channels^2 fits an int.
@@ -107,35 +154,42 @@ struct Inversion {
   }
 };
 
-// Copies the corner as it is into the matrix, all loads under way at once.
-__device__ inline void load_corner(const WeightView& weight, const Inversion& inversion) {
+// Copies the corner into the matrix, as its inversion begins: of a unit triangular one
+// blocks of one row are their own inverses, and those of two rows need a sign; of a general one no row is used.
+template <typename Team>
+__device__ void load_corner(const WeightView& weight, const Inversion& inversion, const Team& team) {
   const int channels = weight.channels;
+  const bool is_general = weight.corner == kGeneral;
   with_elements(weight.data, weight.type, [&](const auto* source) {
-    INVERSE_FLOW_UNROLL_BY(8)
-    for (int i = threadIdx.x; i < channels * channels; i += blockDim.x) {
-      const int row = i / channels;
-      const int column = i - row * channels;
-      inversion.matrix[row * inversion.pitch + column] =
-          static_cast<double>(to_state(source[weight.place(row, column, 0, 0)]));
-    }
+    load_together<Team::kLoads>(
+        team.thread, team.threads, channels * channels,
+        [&](int i) { return source[weight.place(i / channels, i % channels, 0, 0)]; },
+        [&](int i, auto loaded) {
+          const int row = i / channels;
+          const int column = i - row * channels;
+          const auto value = static_cast<double>(to_state(loaded));
+          double& entry = inversion.matrix[row * inversion.pitch + column];
+          entry = value;
+          if (is_general) return;
+          if (column == row) entry = 1;
+          if (column == row - 1 && row % 2 == 1) entry = -value;
+        });
   });
+  if (is_general) {
+    for (int i = team.thread; i < channels; i += team.threads) inversion.step_of_pivot[i] = -1;
+  }
 }
 
-// The unit lower triangle of the matrix becomes its inverse; what was above it is lost.
-__device__ inline void invert_unit_triangular(const Inversion& inversion, int channels) {
+// The unit lower triangle of the matrix, as load_corner leaves it, becomes its inverse; what was above it is lost.
+template <typename Team>
+__device__ void invert_unit_triangular(const Inversion& inversion, int channels, const Team& team) {
   double* const matrix = inversion.matrix;
   const int pitch = inversion.pitch;
-  // Blocks of one row are their own inverses, and those of two rows need a sign.
-  for (int i = threadIdx.x; i < channels; i += blockDim.x) {
-    matrix[i * pitch + i] = 1;
-    if (i % 2 == 1) matrix[i * pitch + i - 1] = -matrix[i * pitch + i - 1];
-  }
-  __syncthreads();  // the blocks of two rows are inverted
   for (int size = 2; size < channels; size *= 2) {
     // Rows of the later blocks of all pairs: the last block may be short, or missing.
     const int rest = channels % (2 * size) - size;
     const int rows = channels / (2 * size) * size + (rest > 0 ? rest : 0);
-    for (int item = threadIdx.x; item < rows * size; item += blockDim.x) {
+    for (int item = team.thread; item < rows * size; item += team.threads) {
       const int count = item / size;
       const int column = count / size * 2 * size + item % size;
       const int row = count / size * 2 * size + size + count % size;
@@ -144,8 +198,8 @@ __device__ inline void invert_unit_triangular(const Inversion& inversion, int ch
       for (int k = column; k < row - count % size; ++k) sum += matrix[row * pitch + k] * matrix[k * pitch + column];
       matrix[column * pitch + row] = sum;
     }
-    __syncthreads();  // L21 X11 is there
-    for (int item = threadIdx.x; item < rows * size; item += blockDim.x) {
+    team.sync();  // L21 X11 is there
+    for (int item = team.thread; item < rows * size; item += team.threads) {
       const int count = item / size;
       const int column = count / size * 2 * size + item % size;
       const int row = count / size * 2 * size + size + count % size;
@@ -154,7 +208,7 @@ __device__ inline void invert_unit_triangular(const Inversion& inversion, int ch
       for (int k = row - count % size; k <= row; ++k) sum += matrix[row * pitch + k] * matrix[column * pitch + k];
       matrix[row * pitch + column] = -sum;
     }
-    __syncthreads();  // the blocks of this level are inverted
+    team.sync();  // the blocks of this level are inverted
   }
 }
 
@@ -177,25 +231,24 @@ __device__ inline int find_pivot(const Inversion& inversion, int channels, int s
   return __shfl_sync(kFullWarp, row, static_cast<int>(kLane - (winner & kLane)));
 }
 
-__device__ inline void invert_general(const Inversion& inversion, int channels) {
+template <typename Team>
+__device__ void invert_general(const Inversion& inversion, int channels, const Team& team) {
   double* const matrix = inversion.matrix;
   const int pitch = inversion.pitch;
-  for (int i = threadIdx.x; i < channels; i += blockDim.x) inversion.step_of_pivot[i] = -1;
-  __syncthreads();  // no row is used
   for (int step = 0; step < channels; ++step) {
     const int pivot = find_pivot(inversion, channels, step);
     const double pivot_value = matrix[pivot * pitch + step];
     const double reciprocal = pivot_value == 0 ? not_a_number() : 1 / pivot_value;
-    for (int i = threadIdx.x; i < channels; i += blockDim.x) {
+    for (int i = team.thread; i < channels; i += team.threads) {
       inversion.pivot_row[i] = i == step ? reciprocal : matrix[pivot * pitch + i] * reciprocal;
       inversion.pivot_column[i] = matrix[i * pitch + step];
     }
-    __syncthreads();  // the pivot row and column are copied, and every warp has its pivot
-    if (threadIdx.x == 0) {
+    team.sync();  // the pivot row and column are copied, and every warp has its pivot
+    if (team.thread == 0) {
       inversion.pivot_of_step[step] = pivot;
       inversion.step_of_pivot[pivot] = step;
     }
-    for (int i = threadIdx.x; i < channels * channels; i += blockDim.x) {
+    for (int i = team.thread; i < channels * channels; i += team.threads) {
       const int row = i / channels;
       const int column = i - row * channels;
       double& entry = matrix[row * pitch + column];
@@ -203,18 +256,19 @@ __device__ inline void invert_general(const Inversion& inversion, int channels) 
       entry =
           row == pivot ? inversion.pivot_row[column] : kept - inversion.pivot_column[row] * inversion.pivot_row[column];
     }
-    __syncthreads();  // the update is done
+    team.sync();  // the update is done
   }
 }
 
-// Inverts the corner; the whole block takes part, and may read the result when this returns.
-__device__ inline void invert_corner(const WeightView& weight, const Inversion& inversion) {
-  load_corner(weight, inversion);
-  __syncthreads();  // the corner is there
+// Inverts the corner; the whole team takes part, and may read the result when this returns.
+template <typename Team>
+__device__ void invert_corner(const WeightView& weight, const Inversion& inversion, const Team& team) {
+  load_corner(weight, inversion, team);
+  team.sync();  // the corner is there
   if (weight.corner == kUnitTriangular) {
-    invert_unit_triangular(inversion, weight.channels);
+    invert_unit_triangular(inversion, weight.channels, team);
   } else {
-    invert_general(inversion, weight.channels);
+    invert_general(inversion, weight.channels, team);
   }
 }
 
@@ -265,14 +319,27 @@ __device__ void fold_taps(const WeightView& weight, const Inversion& inversion, 
 
 // The fold of a block that needs no launch before it. `scratch`: fold_in_block_bytes of shared memory. The caller puts
 // a barrier behind it.
-template <typename State>
+template <int kLoads = kFoldLoads, typename State>
 __device__ void fold_in_block(WeightView weight, const SolvePlan& plan, void* scratch, State* folded) {
   const Inversion inversion(scratch, weight.channels);
   if (weight.corner != kIdentity) {
-    unsigned char* const copy = static_cast<unsigned char*>(scratch) + inversion_bytes(weight.channels);
-    weight = stage_weight(weight, reinterpret_cast<State*>(copy));
-    __syncthreads();  // the copy is complete
-    invert_corner(weight, inversion);
+    State* const copy =
+        reinterpret_cast<State*>(static_cast<unsigned char*>(scratch) + inversion_bytes(weight.channels));
+    const BlockTeam<kLoads> block;
+    if (block.threads > kWarp && inverted_by_warp(weight.corner, weight.channels)) {
+      if (block.thread < kWarp) {
+        invert_corner(weight, inversion, WarpTeam<kLoads>());
+      } else {
+        stage_weight<kLoads>(weight, copy, block.thread - kWarp, block.threads - kWarp);
+      }
+      weight = staged_weight(weight, copy);
+      __syncthreads();  // the copy is complete, and so is the inverse
+    } else {
+      stage_weight<kLoads>(weight, copy, block.thread, block.threads);
+      weight = staged_weight(weight, copy);
+      __syncthreads();  // the copy is complete
+      invert_corner(weight, inversion, block);
+    }
   }
   fold_taps<int>(weight, inversion, plan, folded, threadIdx.x, blockDim.x);
 }
@@ -302,7 +369,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     invert_corner_kernel(const __grid_constant__ FoldArguments<State> args) {
   const int64_t group = args.first_group + blockIdx.y;
   const WeightView weight = weight_view(args.shape, args.weight, args.weight_type, group, args.orders[blockIdx.y]);
-  invert_corner(weight, workspace_inversion(args, group));
+  invert_corner(weight, workspace_inversion(args, group), BlockTeam<kFoldLoads>());
 }
 
 // Blocks of x share a group's entries, and each inverts the corner for itself if that fits shared memory: at the same
@@ -314,7 +381,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) fold_taps_kernel(const __grid_
   Inversion inversion = workspace_inversion(args, group);
   if (args.plan.fold_shared_bytes > 0) {
     inversion = Inversion(dynamic_shared_memory(), weight.channels);
-    invert_corner(weight, inversion);
+    invert_corner(weight, inversion, BlockTeam<kFoldLoads>());
   }
   fold_taps<int64_t>(weight, inversion, args.plan, args.folded + group * args.plan.folded_elements(args.shape.channels),
                      static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x,

@@ -19,6 +19,12 @@ constexpr int32_t kBusyThreads = 256;
 // A corner this small is inverted by every block for itself, which spares a launch; beyond it the cubic work in
 // double precision, repeated a block, would cost more than the launch.
 constexpr int32_t kMaxChannelsFoldedInBlock = 16;
+// Of those, a corner so small is inverted by one warp, whose barriers are cheaper: it has a lane for every entry that a
+// step computes (unit triangular: 4 rows of 8 at most; general: all of them). Beyond, its second round would take
+// longer than the barriers of the block.
+INVERSE_FLOW_HOST_DEVICE constexpr bool inverted_by_warp(Corner corner, int64_t channels) {
+  return channels <= (corner == kUnitTriangular ? 12 : 5);
+}
 
 struct SolvePlan {
   SolveRegime regime;

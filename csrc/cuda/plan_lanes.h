@@ -21,14 +21,25 @@ constexpr int32_t kLanesLongestPhase = 8;
 // Narrower tiles would spend most steps on filling and draining the lanes.
 constexpr int64_t kLanesLeastTileWidth = 16;
 
-// Pixels of a row that are loaded, and stored, by one access a channel, where the tensor allows it: 16 bytes of float,
-// and 8 of the half types, since twice as many pixels would double what a thread holds in registers.
-constexpr int32_t kWidePixels = 4;
+// What one access to global memory moves.
+enum class Access : int32_t {
+  kValue,
+  kPixels,    // kAccessWidth neighbours of a row, of one channel
+  kChannels,  // kAccessWidth channels of one pixel, as channels_last has them
+};
+// 16 bytes of float, and 8 of the half types, since twice as many pixels would double what a thread holds in registers.
+constexpr int32_t kAccessWidth = 4;
+INVERSE_FLOW_HOST_DEVICE constexpr int32_t pixels_of(Access access) {
+  return access == Access::kPixels ? kAccessWidth : 1;
+}
+INVERSE_FLOW_HOST_DEVICE constexpr int32_t channels_of(Access access) {
+  return access == Access::kChannels ? kAccessWidth : 1;
+}
 
 // Kernels are compiled for square windows of 2, 3 and 5 taps and up to so many channels a group: beyond, the weights
-// of a lane no longer fit its registers, or regime kBlock is about as fast: so few taps (2) leave a lane little to do.
+// of a lane no longer fit its registers, or a pixel has more channels than lanes.
 INVERSE_FLOW_HOST_DEVICE constexpr int32_t lanes_most_channels(int64_t taps) {
-  return taps == 2 ? 4 : taps == 3 ? 8 : taps == 5 ? 2 : 0;
+  return taps == 2 || taps == 3 ? 8 : taps == 5 ? 2 : 0;
 }
 // Lanes that share the output channels of a pixel.
 INVERSE_FLOW_HOST_DEVICE constexpr int32_t lanes_of_pixel(int32_t channels) {
@@ -50,6 +61,7 @@ struct LanesPlan {
   int32_t channel_pitch;    // floats of a pixel in shared memory
   int32_t rows;             // of a band
   int32_t bands;            // of an image, or of a tile
+  int32_t band_warps;       // warps of an image, or of a tile: each sweeps every so manieth band
   int32_t images_per_warp;  // whole images side by side in a warp; 1 if an image has several bands
   int32_t images;           // whole images of a block; 1 when an image has several tiles
   int32_t sweep_warps;
@@ -84,6 +96,23 @@ struct LanesPlan {
   }
 };
 
+namespace plan_detail {
+
+// Cuts a tile into bands of about the same height: the lower they are, the earlier the next one starts. False when a
+// band would have to wait until its warp is ready with the one before.
+inline bool set_bands(LanesPlan& plan, int64_t tile_h, int64_t tile_w, int32_t channels, int64_t max_warps) {
+  plan.bands = static_cast<int32_t>(divide_up(tile_h, rows_of_band(channels)));
+  plan.rows = static_cast<int32_t>(divide_up(tile_h, plan.bands));
+  plan.band_warps = static_cast<int32_t>(std::min<int64_t>(plan.bands, max_warps));
+  plan.phase_steps = steps_of_phase(channels);
+  plan.band_phases = static_cast<int32_t>(divide_up(tile_w + plan.margin_w + plan.rows - 1, plan.phase_steps));
+  // The last row of a band is `rows` - 1 steps behind its first, and the band below needs it a phase ahead.
+  plan.lag = static_cast<int32_t>(divide_up(plan.rows - 1, plan.phase_steps)) + 1;
+  return plan.bands == plan.band_warps || plan.band_phases <= plan.band_warps * plan.lag;
+}
+
+}  // namespace plan_detail
+
 // False when the regime has no kernel for the problem, or a block no room.
 inline bool plan_lanes(const Shape& shape, int64_t state_bytes, int64_t fold_bytes, const DeviceLimits& device,
                        LanesPlan& plan) {
@@ -95,7 +124,7 @@ inline bool plan_lanes(const Shape& shape, int64_t state_bytes, int64_t fold_byt
   const int32_t channels = static_cast<int32_t>(shape.channels);
   plan.lanes = lanes_of_pixel(channels);
   plan.channel_pitch = plan.lanes * outputs_of_lane(channels);
-  plan.rows = rows_of_band(channels);
+  const int64_t most_rows = rows_of_band(channels);
 
   const int64_t max_warps = std::min<int64_t>(device.threads_per_block, kLanesThreads) / 32;
   plan.bias_offset = round_up(taps * taps * channels * channels * state_bytes, 16);
@@ -112,21 +141,23 @@ inline bool plan_lanes(const Shape& shape, int64_t state_bytes, int64_t fold_byt
   int64_t tile_h = shape.height;
   int64_t tile_w = shape.width;
   const bool addressable = shape.height < (int64_t{1} << 20) && shape.width < (int64_t{1} << 20);
-  if (!addressable || divide_up(tile_h, plan.rows) > max_warps || bytes(tile_h, tile_w) > budget) {
+  if (!addressable || bytes(tile_h, tile_w) > budget ||
+      !plan_detail::set_bands(plan, tile_h, tile_w, channels, max_warps)) {
     // About square: the steps of all tile diagonals together do not depend on its side, and a larger one means fewer
     // waits for other blocks.
     plan.margin_h = plan.margin_w = static_cast<int32_t>(taps - 1);
-    const int64_t tile_bands = std::max<int64_t>(kLanesTileBands, kLanesLeastTileHeight / plan.rows);
-    const int64_t side = plan.rows * std::min(tile_bands, max_warps);
+    const int64_t tile_bands = std::max<int64_t>(kLanesTileBands, kLanesLeastTileHeight / most_rows);
+    const int64_t side = most_rows * std::min(tile_bands, max_warps);
     tile_h = std::min(side, shape.height);
     tile_w = std::min(side, shape.width);
     const auto fits = [&] { return bytes(tile_h + plan.margin_h, tile_w + plan.margin_w) <= budget; };
     while (tile_w > kLanesLeastTileWidth && !fits()) tile_w = std::max(tile_w / 2, kLanesLeastTileWidth);
-    while (tile_h > plan.rows && !fits()) tile_h -= plan.rows;
+    while (tile_h > most_rows && !fits()) tile_h = (tile_h - 1) / most_rows * most_rows;
     if (!fits() || tile_h < plan.margin_h || tile_w < plan.margin_w) return false;
     // As many tiles of about the same size: a remainder of one row or column would take a tile's time of its own.
-    tile_h = std::min(tile_h, round_up(divide_up(shape.height, divide_up(shape.height, tile_h)), plan.rows));
-    tile_w = std::min(tile_w, round_up(divide_up(shape.width, divide_up(shape.width, tile_w)), kWidePixels));
+    tile_h = divide_up(shape.height, divide_up(shape.height, tile_h));
+    tile_w = std::min(tile_w, round_up(divide_up(shape.width, divide_up(shape.width, tile_w)), kAccessWidth));
+    plan_detail::set_bands(plan, tile_h, tile_w, channels, max_warps);
   }
   plan.tile_h = static_cast<int32_t>(tile_h);
   plan.tile_w = static_cast<int32_t>(tile_w);
@@ -134,29 +165,23 @@ inline bool plan_lanes(const Shape& shape, int64_t state_bytes, int64_t fold_byt
   plan.tiles_h = divide_up(shape.height, tile_h);
   plan.tiles_w = divide_up(shape.width, tile_w);
 
-  plan.bands = static_cast<int32_t>(divide_up(tile_h, plan.rows));
-  plan.images_per_warp = plan.bands == 1 ? plan.rows / plan.tile_h : 1;
+  plan.images_per_warp = plan.bands == 1 ? static_cast<int32_t>(most_rows / tile_h) : 1;
   plan.images = 1;
   if (plan.single_tile()) {
     // As many images as fill the multiprocessors, and no more than the warps of a block sweep at once.
     const int64_t share = divide_up(shape.batch * shape.groups, std::max(device.multiprocessors, 1));
-    const int64_t most = max_warps / plan.bands * plan.images_per_warp;
+    const int64_t most = max_warps / plan.band_warps * plan.images_per_warp;
     const int64_t image_bytes = plan.image_elements() * state_bytes;
     plan.images = static_cast<int32_t>(
         std::max<int64_t>(std::min({share, most, std::max<int64_t>(shape.batch, 1), budget / image_bytes}), 1));
   }
-  plan.sweep_warps = static_cast<int32_t>(divide_up(plan.images, plan.images_per_warp) * plan.bands);
+  plan.sweep_warps = static_cast<int32_t>(divide_up(plan.images, plan.images_per_warp) * plan.band_warps);
   // Loading and storing are the work of all threads, a pixel each; so is the fold, a weight each.
   const int64_t pixels = static_cast<int64_t>(plan.images) * plan.tile_h * plan.tile_w;
   const int64_t items = std::max(pixels, taps * taps * channels * channels);
   plan.threads =
       static_cast<int32_t>(32 * std::max<int64_t>(plan.sweep_warps, std::min(max_warps, divide_up(items, 32))));
 
-  const int64_t first_rows = std::min<int64_t>(plan.rows, tile_h);
-  plan.phase_steps = steps_of_phase(channels);
-  plan.band_phases = static_cast<int32_t>(divide_up(tile_w + plan.margin_w + first_rows - 1, plan.phase_steps));
-  // The last row of a band is `rows` - 1 steps behind its first, and the band below needs it a phase ahead.
-  plan.lag = static_cast<int32_t>(divide_up(plan.rows - 1, plan.phase_steps)) + 1;
   plan.shared_bytes =
       plan.image_offset + std::max(plan.images * plan.image_elements() * state_bytes, round_up(fold_bytes, 16));
   return true;

@@ -21,15 +21,20 @@ LanesKernel<Element> lanes_kernel_of(int64_t channels) {
   }
 }
 
-// Whether every kWidePixels pixels of a row, counted from a tile's first column, are one aligned access: mirrored
-// columns too, since the width is a multiple.
+// The widest access whose places are all aligned: kAccessWidth pixels counted from a tile's first column, mirrored
+// columns too, since the width is a multiple; or kAccessWidth channels, counted from a group's first.
 template <typename T>
-bool has_wide_rows(const T* data, const Strides& strides, const Shape& shape, const LanesPlan& plan) {
-  constexpr uintptr_t kBytes = kWidePixels * sizeof(T);
-  const auto is_multiple = [](int64_t elements) { return elements % kWidePixels == 0; };
-  return strides.column == 1 && is_multiple(strides.row) && is_multiple(strides.channel) &&
-         is_multiple(strides.batch) && is_multiple(shape.width) && is_multiple(plan.tile_w) &&
-         reinterpret_cast<uintptr_t>(data) % kBytes == 0;
+Access access_to(const T* data, const Strides& strides, const Shape& shape, const LanesPlan& plan) {
+  constexpr uintptr_t kBytes = kAccessWidth * sizeof(T);
+  const auto is_multiple = [](int64_t elements) { return elements % kAccessWidth == 0; };
+  if (reinterpret_cast<uintptr_t>(data) % kBytes != 0 || !is_multiple(strides.batch) || !is_multiple(strides.row)) {
+    return Access::kValue;
+  }
+  if (strides.column == 1 && is_multiple(strides.channel) && is_multiple(shape.width) && is_multiple(plan.tile_w)) {
+    return Access::kPixels;
+  }
+  if (strides.channel == 1 && is_multiple(strides.column) && is_multiple(shape.channels)) return Access::kChannels;
+  return Access::kValue;
 }
 
 template <typename Element>
@@ -40,9 +45,13 @@ const char* run_lanes(const SolveProblem& problem, const SolvePlan& plan, void* 
   args.solve = solve_arguments<Element>(problem, plan);
   args.progress = static_cast<int32_t*>(problem.workspace);
   const SolveArguments<Element>& solve = args.solve;
-  args.wide_input = has_wide_rows(solve.input, solve.input_strides, shape, lanes);
-  args.wide_output = has_wide_rows(solve.output, solve.output_strides, shape, lanes) &&
-                     (!solve.write_state || has_wide_rows(solve.state, solve.state_strides, shape, lanes));
+  args.input_access = access_to(solve.input, solve.input_strides, shape, lanes);
+  args.output_access = access_to(solve.output, solve.output_strides, shape, lanes);
+  // The state moves with the output: by as many pixels, but channel by channel.
+  if (args.output_access == Access::kPixels && solve.write_state &&
+      access_to(solve.state, solve.state_strides, shape, lanes) != Access::kPixels) {
+    args.output_access = Access::kValue;
+  }
   const LanesKernel<Element> kernel = shape.kernel_h == 2   ? lanes_kernel_of<Element, 2>(shape.channels)
                                       : shape.kernel_h == 3 ? lanes_kernel_of<Element, 3>(shape.channels)
                                                             : lanes_kernel_of<Element, 5>(shape.channels);

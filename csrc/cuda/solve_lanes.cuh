@@ -9,6 +9,7 @@
 //            known, to the sums of all columns that it reaches: a lane keeps kTaps - 1 of them an output. x overwrites
 //            z. One lane a row: the left neighbour is in its registers, the row above comes by shuffle, and of the rows
 //            further up the lane above had it a step ago; the first row of a band reads them from shared memory.
+//            A warp that has swept its band goes on with one further down, if there are more bands than warps.
 //            Several lanes a row: they read all neighbours from shared memory, 16 bytes at a time.
 //   store    a thread owns a pixel, or four, again.
 // Shared memory: [folded weights: tap, input channel, output channel] [bias] [a pixel of zeros] [image, row, column,
@@ -23,6 +24,8 @@
 // a pixel has more than 4 channels.
 #pragma once
 
+#include <type_traits>
+
 #include "solve.cuh"
 
 namespace inverse_flow {
@@ -31,9 +34,8 @@ template <typename Element>
 struct LanesArguments {
   SolveArguments<Element> solve;
   int32_t* progress;  // of images of several tiles, a group: the next ticket, then a flag for every tile of every image
-  // Whether kWidePixels pixels of a row of the input, and of what is written, are one aligned access.
-  bool wide_input;
-  bool wide_output;
+  Access input_access;
+  Access output_access;
 };
 
 // What one kernel is compiled for.
@@ -45,8 +47,9 @@ struct LanesShape {
   static constexpr int kOutputs = outputs_of_lane(channels);
   static constexpr int kPitch = kLanes * kOutputs;
   static constexpr int kPhase = steps_of_phase(channels);
-  // Blocks that a multiprocessor's registers hold: two hide each other's waits, but 24 taps leave no room for them.
-  static constexpr int kBlocks = taps <= 3 ? 2 : 1;
+  // Blocks that a multiprocessor's registers hold: two hide each other's waits, and three where a lane has few weights;
+  // but 24 taps of two channels leave no room for them.
+  static constexpr int kBlocks = kLanes == 1 && taps * taps * channels * channels <= 36 ? 3 : taps <= 3 ? 2 : 1;
 };
 
 // The block's tile, and whether solved pixels lie above it and to its left.
@@ -149,8 +152,9 @@ __device__ void read_pixel(const float* pixel, float (&values)[S::kChannels]) {
   }
 }
 
-// A thread moves kPixels neighbours of a row between global and shared memory: one access a channel there, one a pixel
-// and 16 bytes here. Lanes write, or read, their pixels in different orders, so that they meet different banks.
+// A thread moves kPixels neighbours of a row between global and shared memory: one access a channel there (of a single
+// pixel also one of several channels), one a pixel and 16 bytes here. Lanes write, or read, their pixels in different
+// orders, so that they meet different banks.
 //                 lane      0             1             2             3        (3 or 4 channels: 16 bytes a pixel,
 //   access 0, pixel     0   .   .   .  4   .   .   .   .  9   .   .   .  13 ..   8 of them are all banks)
 //   access 1, pixel     .   1   .   .  .   5   .   .   8   .  .   .   12 ..
@@ -207,13 +211,31 @@ __device__ inline unsigned parts_of_tile(const Tile& tile, int pixels) {
   return static_cast<unsigned>(tile.images * tile.rows) * static_cast<unsigned>(tile.columns / pixels);
 }
 
-template <typename S, int kPixels, typename Element>
+// Calls body with the access as a constant. A pixel's channels are accessed together only if that leaves none over.
+template <typename S, typename Body>
+__device__ void with_access(Access access, Body body) {
+  if (access == Access::kPixels) {
+    body(std::integral_constant<Access, Access::kPixels>());
+    return;
+  }
+  if constexpr (S::kChannels % kAccessWidth == 0) {
+    if (access == Access::kChannels) {
+      body(std::integral_constant<Access, Access::kChannels>());
+      return;
+    }
+  }
+  body(std::integral_constant<Access, Access::kValue>());
+}
+
+template <typename S, Access kAccess, typename Element>
 __device__ void prepare_lanes(const SolveArguments<Element>& args, const LanesTile& claimed, int64_t group, int flips,
                               const float* weights, const float* bias, float* x) {
   constexpr int kChannels = S::kChannels;
-  using Part = Pack<Element, kPixels>;
+  constexpr int kPixels = pixels_of(kAccess);
+  constexpr int kTogether = channels_of(kAccess);
+  using Accessed = Pack<Element, kPixels * kTogether>;
   // Parts whose loads are under way before the first is used.
-  constexpr int kInFlight = kPixels == 1 ? 4 : kChannels <= 4 ? 2 : 1;
+  constexpr int kInFlight = kChannels * kPixels <= 4 ? 4 : kChannels * kPixels <= 16 ? 2 : 1;
   const ImageView<const Element> input(args.input, args.input_strides, args.shape, group, flips);
   const RowPart<S, kPixels> part(flips);
   const bool is_identity = args.shape.corner == kIdentity;
@@ -226,7 +248,7 @@ __device__ void prepare_lanes(const SolveArguments<Element>& args, const LanesTi
   const Tile& tile = claimed.tile;
   const unsigned parts = parts_of_tile(tile, kPixels);
   for (unsigned first = threadIdx.x; first < parts; first += kInFlight * blockDim.x) {
-    Part y[kInFlight][kChannels];
+    Accessed y[kInFlight][kChannels / kTogether];
     int place[kInFlight];
     INVERSE_FLOW_UNROLL
     for (int i = 0; i < kInFlight; ++i) {
@@ -236,8 +258,8 @@ __device__ void prepare_lanes(const SolveArguments<Element>& args, const LanesTi
         const PartPlace at(tile, kPixels, item);
         const Element* const from = at.in(input, tile, part.mirror);
         INVERSE_FLOW_UNROLL
-        for (int c = 0; c < kChannels; ++c) {
-          y[i][c] = *reinterpret_cast<const Part*>(from + c * args.input_strides.channel);
+        for (int c = 0; c < kChannels; c += kTogether) {
+          y[i][c / kTogether] = *reinterpret_cast<const Accessed*>(from + c * args.input_strides.channel);
         }
         place[i] = place_in_tile(args.plan.lanes, claimed, at.image, at.row, at.column);
       }
@@ -250,7 +272,9 @@ __device__ void prepare_lanes(const SolveArguments<Element>& args, const LanesTi
       for (int c = 0; c < kChannels; ++c) {
         const float shift = bias[c];
         INVERSE_FLOW_UNROLL
-        for (int j = 0; j < kPixels; ++j) right[c][j] = to_state(y[i][c].value[j]) - shift;
+        for (int j = 0; j < kPixels; ++j) {
+          right[c][j] = to_state(y[i][c / kTogether].value[c % kTogether + j]) - shift;
+        }
         part.reorder(right[c]);
       }
       INVERSE_FLOW_UNROLL
@@ -303,22 +327,17 @@ __device__ void sweep_lanes(const LanesPlan& plan, const LanesTile& claimed, con
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int part = lane % kLanes;
   const int slot = lane / kLanes;
-  const int band = warp % plan.bands;
   // A warp holds a band of one image, or several whole images.
   const int image_of_warp = plan.bands > 1 ? 0 : slot / plan.tile_h;
-  const int image = warp / plan.bands * plan.images_per_warp + image_of_warp;
+  const int image = warp / plan.band_warps * plan.images_per_warp + image_of_warp;
   const int skew = slot - image_of_warp * plan.tile_h;
-  const int row = band * plan.rows + skew;
-  const bool has_row = warp < plan.sweep_warps && image_of_warp < plan.images_per_warp && image < claimed.tile.images &&
-                       row < claimed.tile.rows;
-  const unsigned columns = has_row ? static_cast<unsigned>(claimed.left + claimed.tile.columns) : 0;
+  const bool has_image = warp < plan.sweep_warps && image_of_warp < plan.images_per_warp &&
+                         image < claimed.tile.images && skew < plan.rows;
   // Which lanes read the rows above them from shared memory: those of several a pixel, and of the others those of the
   // first row of a warp or an image, which have nobody to shuffle from. Above the image is nothing; above the first row
   // of a warp there are all rows that the taps reach, or none.
   const bool reads_above = kLanes > 1 || skew == 0;
-  const int rows_above = reads_above ? row + claimed.above : 0;
   const int row_floats = plan.row_stride * S::kPitch;
-  float* const line = x + place_in_tile(plan, claimed, image, row, -claimed.left) * S::kPitch;
 
   float weight[kTaps * kTaps][kOutputs][kChannels];  // the corner's is never used
   INVERSE_FLOW_UNROLL
@@ -333,19 +352,45 @@ __device__ void sweep_lanes(const LanesPlan& plan, const LanesTile& claimed, con
     }
   }
 
+  // Of the band that is swept: of this lane's row, columns of the image (0 without a row) and rows above it.
+  unsigned columns = 0;
+  int rows_above = 0;
   // What moves on by a column a step.
-  int column = -skew;
+  int column = 0;
   const float* behind = zeros;  // the pixel of the step before, or zeros outside of the image
-  float* here = line + column * S::kPitch + part * kOutputs;
+  float* here = x;
   const float* over[kTaps - 1];
-  INVERSE_FLOW_UNROLL
-  for (int a = 1; a < kTaps; ++a) over[a - 1] = line + column * S::kPitch - a * row_floats;
 
-  float solved[kOutputs] = {};             // of the step before
-  float above[kTaps - 1][kChannels] = {};  // rows r - 1, r - 2, ... in this column
-  float sums[kTaps][kOutputs] = {};        // of this column and those that follow; the last stays 0
+  float solved[kOutputs];             // of the step before
+  float above[kTaps - 1][kChannels];  // rows r - 1, r - 2, ... in this column
+  float sums[kTaps][kOutputs];        // of this column and those that follow; the last stays 0
+  int band = warp % plan.band_warps;
+  int phase = -band * plan.lag;  // of the band
   for (int time = 0; time < plan.phases(); ++time) {
-    const int phase = time - band * plan.lag;
+    if (phase == 0) {
+      const int row = band * plan.rows + skew;
+      const bool has_row = has_image && row < claimed.tile.rows;
+      columns = has_row ? static_cast<unsigned>(claimed.left + claimed.tile.columns) : 0;
+      rows_above = reads_above ? row + claimed.above : 0;
+      column = -skew;
+      float* const line = x + (place_in_tile(plan, claimed, image, row, -claimed.left) + column) * S::kPitch;
+      behind = zeros;
+      here = line + part * kOutputs;
+      INVERSE_FLOW_UNROLL
+      for (int a = 1; a < kTaps; ++a) over[a - 1] = line - a * row_floats;
+      INVERSE_FLOW_UNROLL
+      for (int k = 0; k < kOutputs; ++k) solved[k] = 0;
+      INVERSE_FLOW_UNROLL
+      for (int a = 0; a < kTaps - 1; ++a) {
+        INVERSE_FLOW_UNROLL
+        for (int c = 0; c < kChannels; ++c) above[a][c] = 0;
+      }
+      INVERSE_FLOW_UNROLL
+      for (int b = 0; b < kTaps; ++b) {
+        INVERSE_FLOW_UNROLL
+        for (int k = 0; k < kOutputs; ++k) sums[b][k] = 0;
+      }
+    }
     if (warp < plan.sweep_warps && phase >= 0 && phase < plan.band_phases) {
       INVERSE_FLOW_UNROLL_BY(1)
       for (int step = 0; step < S::kPhase; ++step) {
@@ -428,13 +473,21 @@ __device__ void sweep_lanes(const LanesPlan& plan, const LanesTile& claimed, con
         for (int a = 1; a < kTaps; ++a) over[a - 1] += S::kPitch;
       }
     }
+    ++phase;
+    if (phase == plan.band_phases && band + plan.band_warps < plan.bands) {
+      band += plan.band_warps;
+      phase -= plan.band_warps * plan.lag;
+    }
     if (plan.bands > 1) __syncthreads();  // the band below reads what this phase wrote
   }
 }
 
-template <typename S, int kPixels, typename Element>
+template <typename S, Access kAccess, typename Element>
 __device__ void store_lanes(const SolveArguments<Element>& args, const LanesTile& claimed, int64_t group, int flips,
                             const float* x) {
+  constexpr int kPixels = pixels_of(kAccess);
+  constexpr int kTogether = channels_of(kAccess);
+  using Accessed = Pack<Element, kPixels * kTogether>;
   const ImageView<Element> output(args.output, args.output_strides, args.shape, group, flips);
   const ImageView<float> state(args.state, args.state_strides, args.shape, group, flips);
   const RowPart<S, kPixels> part(flips);
@@ -453,12 +506,15 @@ __device__ void store_lanes(const SolveArguments<Element>& args, const LanesTile
     }
     Element* const rounded = at.in(output, tile, part.mirror);
     INVERSE_FLOW_UNROLL
-    for (int c = 0; c < S::kChannels; ++c) {
-      part.reorder(values[c]);
-      Pack<Element, kPixels> packed;
+    for (int first = 0; first < S::kChannels; first += kTogether) {
+      Accessed packed;
       INVERSE_FLOW_UNROLL
-      for (int j = 0; j < kPixels; ++j) from_state(values[c][j], packed.value[j]);
-      store_pack(reinterpret_cast<Pack<Element, kPixels>*>(rounded + c * args.output_strides.channel), packed);
+      for (int c = 0; c < kTogether; ++c) {
+        part.reorder(values[first + c]);
+        INVERSE_FLOW_UNROLL
+        for (int j = 0; j < kPixels; ++j) from_state(values[first + c][j], packed.value[c + j]);
+      }
+      store_pack(reinterpret_cast<Accessed*>(rounded + first * args.output_strides.channel), packed);
     }
     if (args.write_state) {
       float* const exact = at.in(state, tile, part.mirror);
@@ -496,14 +552,12 @@ __global__ void __launch_bounds__(kLanesThreads, LanesShape<kChannels, kTaps>::k
     const int64_t channel = group * kChannels + threadIdx.x;
     bias[threadIdx.x] = args.bias == nullptr ? 0.0f : load_element<float>(args.bias, channel, args.weight_type);
   }
-  fold_in_block(weight_view(args.shape, args.weight, args.weight_type, group, order), args.plan, x, weights);
+  // Four loads of a thread are the weights of most channels, and what its registers hold.
+  fold_in_block<4>(weight_view(args.shape, args.weight, args.weight_type, group, order), args.plan, x, weights);
   __syncthreads();  // weights, bias and zeros are complete, and the fold's scratch is free for z
 
-  if (arguments.wide_input) {
-    prepare_lanes<S, kWidePixels>(args, claimed, group, flips, weights, bias, x);
-  } else {
-    prepare_lanes<S, 1>(args, claimed, group, flips, weights, bias, x);
-  }
+  with_access<S>(arguments.input_access,
+                 [&](auto access) { prepare_lanes<S, access.value>(args, claimed, group, flips, weights, bias, x); });
   if (claimed.above > 0 || claimed.left > 0) {
     wait_for_neighbours(arguments, claimed);
     load_margin<S>(args, claimed, group, flips, x);
@@ -511,11 +565,8 @@ __global__ void __launch_bounds__(kLanesThreads, LanesShape<kChannels, kTaps>::k
   __syncthreads();  // z and the margin are complete
   sweep_lanes<S>(plan, claimed, weights, zeros, x);
   __syncthreads();  // x is complete
-  if (arguments.wide_output) {
-    store_lanes<S, kWidePixels>(args, claimed, group, flips, x);
-  } else {
-    store_lanes<S, 1>(args, claimed, group, flips, x);
-  }
+  with_access<S>(arguments.output_access,
+                 [&](auto access) { store_lanes<S, access.value>(args, claimed, group, flips, x); });
   if (!plan.single_tile()) {
     __syncthreads();  // the whole tile is written before one thread says so
     if (threadIdx.x == 0) {

@@ -167,8 +167,9 @@ def layout(case: Case, name: str) -> tuple[int, int, tuple[int, ...]]:
     b, c, h, w = case.image_shape
     if name == "contiguous":
         return b * c * h * w, 0, (c * h * w, h * w, w, 1)
-    if name == "channels_last":
-        return b * c * h * w, 0, (h * w * c, 1, w * c, c)
+    if name.startswith("channels_last"):  # from its beginning or not, or a slice of more channels
+        offset, pixel = int(name == "channels_last, shifted"), c + int(name == "channels_last, sliced")
+        return offset + b * h * w * pixel, offset, (h * w * pixel, 1, w * pixel, pixel)
     if name == "sliced":  # every second column and row of a larger tensor, not from its beginning
         strides = (c * (2 * h + 1) * (2 * w + 1), (2 * h + 1) * (2 * w + 1), 2 * (2 * w + 1), 2)
         return b * strides[0], 2 * w + 2, strides

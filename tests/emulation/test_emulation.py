@@ -228,6 +228,22 @@ def test_fold_before_the_solve(driver: Path, tmp_path: Path, corner: int, transp
 
 
 @pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("corner", [UNIT_TRIANGULAR, GENERAL])
+def test_a_corner_is_inverted_by_a_warp_or_by_the_block(
+    driver: Path, tmp_path: Path, corner: int, transposed: bool
+) -> None:
+    """By one warp up to 12 channels, or 5 of a general corner, if the block has others; weights of every type."""
+    for channels in (2, 5, 6, 12, 13, 16):
+        for image_type in TYPES if channels in {5, 12} else ("float",):
+            case = Case(2, (TOP_RIGHT, BOTTOM_LEFT), channels, 13, 15, 2, 3, corner, transposed, image_type, image_type)
+            done = check_solve(driver, tmp_path, case)
+            assert done.facts["fold_in_block"] == [1]
+            assert done.facts["threads"][0] > 32
+        alone = check_solve(driver, tmp_path, case.but(threads_per_block=32))
+        assert alone.facts["threads"] == [32]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
 def test_more_channels_and_pixels_than_threads(driver: Path, tmp_path: Path, transposed: bool) -> None:
     case = Case(2, (TOP_RIGHT,), 40, 3, 3, 3, 2, GENERAL, transposed, threads_per_block=32)
     done = check_solve(driver, tmp_path, case)
@@ -456,13 +472,13 @@ PLANTED = {
     ),
     "missing barrier of the fold": (
         "fold.cuh",
-        "__syncthreads();  // the pivot row and column are copied, and every warp has its pivot",
-        "if (!PLANTED(5)) __syncthreads();",
+        "team.sync();  // the pivot row and column are copied, and every warp has its pivot",
+        "if (!PLANTED(5)) team.sync();",
     ),
     "missing barrier between the levels of the fold": (
         "fold.cuh",
-        "__syncthreads();  // L21 X11 is there",
-        "if (!PLANTED(7)) __syncthreads();",
+        "team.sync();  // L21 X11 is there",
+        "if (!PLANTED(7)) team.sync();",
     ),
     "missing barrier behind the last tile of the gradient": (
         "gradient_tile.cuh",
@@ -533,10 +549,25 @@ PLANTED |= {
         "shared + (both - used));",
         "shared + (PLANTED(19) ? used : both - used));",
     ),
+    "no barrier behind the warp that inverts the corner": (
+        "fold.cuh",
+        "__syncthreads();  // the copy is complete, and so is the inverse",
+        "if (!PLANTED(20)) __syncthreads();",
+    ),
+    "the corner is not waited for": (
+        "fold.cuh",
+        "team.sync();  // the corner is there",
+        "if (!PLANTED(21)) team.sync();",
+    ),
 }
 PLANTED_CASE = Case(2, (TOP_LEFT, BOTTOM_RIGHT), 3, 5, 6, 3, 3, GENERAL, seeds=(1, 2, 3))
 # Many channels: on tensor cores, and inverted by blocks. Two tiles, and several teams.
 PLANTED_WIDE_CASE = Case(2, (TOP_LEFT,), 16, 5, 34, 1, 2, UNIT_TRIANGULAR, seeds=(1, 2, 3))
+# Corners that one warp inverts, while others copy the weights.
+PLANTED_WARP_CASES = [
+    Case(1, (TOP_LEFT,), 5, 13, 15, 2, 2, GENERAL, seeds=(1, 2, 3)),
+    Case(1, (TOP_LEFT,), 11, 13, 15, 2, 2, UNIT_TRIANGULAR, seeds=(1, 2, 3)),
+]
 
 
 @pytest.fixture(scope="session")
@@ -545,7 +576,8 @@ def spoilt_driver(tmp_path_factory: pytest.TempPathFactory, worker: str) -> Path
 
 
 def test_without_a_planted_mistake_the_checks_pass(spoilt_driver: Path, tmp_path: Path) -> None:
-    check_solve(spoilt_driver, tmp_path, PLANTED_CASE)
+    for case in (PLANTED_CASE, *PLANTED_WARP_CASES):
+        check_solve(spoilt_driver, tmp_path, case)
     check_backward(spoilt_driver, tmp_path, PLANTED_CASE)
     done = check_backward(spoilt_driver, tmp_path, PLANTED_WIDE_CASE)
     assert done.facts["gradient_tensor_cores"] == [1]
@@ -583,6 +615,14 @@ def test_a_missing_barrier_of_the_gradient_shows(spoilt_driver: Path, tmp_path: 
 def test_a_missing_barrier_between_the_levels_of_the_fold_shows(spoilt_driver: Path, tmp_path: Path) -> None:
     with pytest.raises(AssertionError):
         check_solve(spoilt_driver, tmp_path, PLANTED_WIDE_CASE.but(planted=7))
+
+
+@pytest.mark.parametrize(("number", "planted"), [(0, 5), (1, 7), (0, 20), (1, 20), (1, 21)])
+def test_a_missing_barrier_of_the_warp_that_folds_shows(
+    spoilt_driver: Path, tmp_path: Path, number: int, planted: int
+) -> None:
+    with pytest.raises(AssertionError):
+        check_solve(spoilt_driver, tmp_path, PLANTED_WARP_CASES[number].but(planted=planted))
 
 
 @pytest.mark.parametrize("case", [PLANTED_CASE.but(batch=40), PLANTED_WIDE_CASE])

@@ -41,7 +41,7 @@ from .test_emulation import (
 pytestmark = pytest.mark.skipif(compiler() is None, reason="the emulator needs a C++ compiler (g++, or CXX)")
 
 # Most channels a group, by the taps of the window.
-MOST_CHANNELS = {2: 4, 3: 8, 5: 2}
+MOST_CHANNELS = {2: 8, 3: 8, 5: 2}
 
 
 def rows_of_band(channels: int) -> int:
@@ -103,6 +103,26 @@ def test_bands(
     assert done.facts["tiles"] == [1, 1]
 
 
+def test_more_bands_than_warps(driver: Path, tmp_path: Path) -> None:  # noqa: F811
+    """An image is not cut where its warps can take one band after the other, and none of them has to wait for that."""
+    for channels, height, width, threads in ((8, 33, 9, 256), (5, 37, 41, 256), (6, 70, 13, 64), (2, 70, 9, 32)):
+        options = {"threads_per_block": threads, "shared_bytes": 227 * 1024}
+        for transposed in (False, True):
+            case = lanes_case(
+                2, (BOTTOM_RIGHT, TOP_LEFT), channels, height, width, 3, 3, GENERAL, transposed, **options
+            )
+            done = check(driver, tmp_path, case)
+            assert (done.facts["tiles"], done.facts["threads"]) == ([1, 1], [threads])
+            assert done.facts["bands"] == [-(-height // rows_of_band(channels))]
+            assert done.facts["bands"][0] > threads // 32
+        # A wider one would wait.
+        facts = run(driver, tmp_path, case.but(width=62), make_data(case), "plan").facts
+        assert facts["tiles"] != [1, 1]
+    # Two bands of 17 rows: the lower one starts 3 phases of 8 steps later, of 32 and one it would be 5.
+    done = check(driver, tmp_path, lanes_case(1, (TOP_RIGHT,), 1, 33, 20, 3, 3))
+    assert (done.facts["bands"], done.facts["phases"]) == ([2], [-(-(20 + 16) // 8) + 3])
+
+
 def test_several_images_in_a_warp_and_in_a_block(driver: Path, tmp_path: Path) -> None:  # noqa: F811
     done = check(driver, tmp_path, lanes_case(11, (TOP_LEFT, BOTTOM_RIGHT), 3, 5, 4, 3, 3, multiprocessors=4))
     assert done.facts["images_per_warp"] == [3]
@@ -119,7 +139,7 @@ TILED = [
     lanes_case(2, (BOTTOM_RIGHT, TOP_RIGHT), 3, 20, 37, 3, 3, shared_bytes=5800),
     lanes_case(2, (TOP_LEFT,), 3, 36, 20, 3, 3, shared_bytes=11000, threads_per_block=64),
     lanes_case(1, (BOTTOM_LEFT, TOP_LEFT), 1, 70, 20, 5, 5, shared_bytes=5600, threads_per_block=64),
-    lanes_case(2, (TOP_RIGHT,), 4, 33, 18, 2, 2, shared_bytes=10000, threads_per_block=64),
+    lanes_case(2, (TOP_RIGHT,), 4, 33, 20, 2, 2, shared_bytes=10000, threads_per_block=64),
     lanes_case(1, (TOP_RIGHT, TOP_LEFT), 8, 13, 20, 3, 3, shared_bytes=8000, threads_per_block=64),
 ]
 
@@ -171,13 +191,15 @@ WIDE = [
     lanes_case(1, (TOP_LEFT, BOTTOM_RIGHT), 1, 33, 40, 3, 3, shared_bytes=3000, threads_per_block=32),
     lanes_case(1, (TOP_LEFT, BOTTOM_RIGHT), 1, 33, 44, 3, 3, shared_bytes=3600, threads_per_block=64),
 ]
-WIDE_LAYOUTS = ("contiguous", "long rows")
-NARROW_LAYOUTS = ("shifted", "odd rows", "sliced", "channels_last")
+WIDE_LAYOUTS = ("contiguous", "long rows", "channels_last")
+NARROW_LAYOUTS = ("shifted", "odd rows", "sliced", "channels_last, shifted", "channels_last, sliced")
+# By four channels of a pixel, where there are as many.
+CHANNELS_LAST = [*WIDE, lanes_case(1, (TOP_LEFT, BOTTOM_RIGHT), 8, 5, 7, 3, 3, GENERAL)]
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("image_type", ["float", "half", "bfloat16"])
-@pytest.mark.parametrize("case", WIDE, ids=range(len(WIDE)))
+@pytest.mark.parametrize("case", CHANNELS_LAST, ids=range(len(CHANNELS_LAST)))
 def test_the_layout_does_not_change_a_bit(
     driver: Path,  # noqa: F811
     tmp_path: Path,
@@ -185,7 +207,7 @@ def test_the_layout_does_not_change_a_bit(
     image_type: str,
     transposed: bool,
 ) -> None:
-    """Rows that move as they are, and pixel by pixel."""
+    """Rows and pixels that move as they are, and value by value."""
     case = case.but(image_type=image_type, transposed=transposed)
     expected = check(driver, tmp_path, case).outputs[0][0]
     for name in (*WIDE_LAYOUTS, *NARROW_LAYOUTS):
@@ -220,7 +242,7 @@ def test_many_groups(driver: Path, tmp_path: Path) -> None:  # noqa: F811
     orders = tuple(int(o) for o in np.random.default_rng(5).integers(0, 4, 300))
     case = lanes_case(1, orders, 1, 2, 3, 2, 2, seeds=(1,))
     assert check(driver, tmp_path, case).facts["solve_launches"] == [2]
-    tiled = case.but(orders=orders[:258], height=34, width=3, threads_per_block=32)
+    tiled = case.but(orders=orders[:258], height=34, width=3, threads_per_block=32, shared_bytes=580)
     done = check(driver, tmp_path, tiled)
     assert done.facts["tiles"] == [2, 1]
     assert done.facts["solve_launches"] == [3]
@@ -228,7 +250,17 @@ def test_many_groups(driver: Path, tmp_path: Path) -> None:  # noqa: F811
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("image_type", ["float", "half"])
-@pytest.mark.parametrize("case", [lanes_case(3, ALL_ORDERS, 3, 6, 7, 3, 3, GENERAL), TILED[0]], ids=["images", "tiles"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        lanes_case(3, ALL_ORDERS, 3, 6, 7, 3, 3, GENERAL),
+        TILED[0],
+        lanes_case(
+            2, (TOP_LEFT, TOP_RIGHT), 4, 6, 8, 3, 3, input_layout="channels_last", output_layout="channels_last"
+        ),
+    ],
+    ids=["images", "tiles", "channels_last"],
+)
 def test_gradients(driver: Path, tmp_path: Path, case: Case, image_type: str, transposed: bool) -> None:  # noqa: F811
     """The opposite solve in this regime hands x on to the gradients, unrounded."""
     done = check_backward(driver, tmp_path, case.but(image_type=image_type, transposed=transposed, seeds=(1, 2)))
@@ -271,7 +303,7 @@ def test_plans_stay_within_the_device(driver: Path, tmp_path: Path) -> None:  # 
                     rows = rows_of_band(channels)
                     tile, tiles = facts["tile"], facts["tiles"]
                     assert facts["bands"] == [-(-tile[0] // rows)]
-                    assert facts["bands"][0] * 32 <= facts["threads"][0]
+                    assert min(facts["bands"][0] * 32, threads, 256) <= facts["threads"][0]
                     for size, side, count in zip((height, width), tile, tiles, strict=True):
                         assert side * (count - 1) < size <= side * count
                     if tiles != [1, 1]:
@@ -289,13 +321,13 @@ PLANTED = {
     ),
     "a band starts two phases early": (
         "solve_lanes.cuh",
-        "const int phase = time - band * plan.lag;",
-        "const int phase = time - band * (plan.lag - (PLANTED(2) ? 2 : 0));",
+        "int phase = -band * plan.lag;",
+        "int phase = -band * (plan.lag - (PLANTED(2) ? 2 : 0));",
     ),
     "the rows above are read one off": (
         "solve_lanes.cuh",
-        "line + column * S::kPitch - a * row_floats;",
-        "line + column * S::kPitch - (PLANTED(3) && a > 1 ? a - 1 : a) * row_floats;",
+        "over[a - 1] = line - a * row_floats;",
+        "over[a - 1] = line - (PLANTED(3) && a > 1 ? a - 1 : a) * row_floats;",
     ),
     "no wait for the tile to the left": (
         "solve_lanes.cuh",
@@ -349,19 +381,60 @@ PLANTED = {
     ),
     "a row that is not aligned": (
         "sequence_lanes.cuh",
-        "reinterpret_cast<uintptr_t>(data) % kBytes == 0;",
-        "(PLANTED(14) || reinterpret_cast<uintptr_t>(data) % kBytes == 0);",
+        "if (reinterpret_cast<uintptr_t>(data) % kBytes != 0 ||",
+        "if ((!PLANTED(14) && reinterpret_cast<uintptr_t>(data) % kBytes != 0) ||",
     ),
     "a tile that is not aligned": (
         "sequence_lanes.cuh",
         "is_multiple(plan.tile_w)",
         "(PLANTED(15) || is_multiple(plan.tile_w))",
     ),
+    "a second band that starts before the one above it is far enough": (
+        "solve_lanes.cuh",
+        "phase -= plan.band_warps * plan.lag;",
+        "phase -= PLANTED(16) ? plan.band_phases : plan.band_warps * plan.lag;",
+    ),
+    "a second band that keeps the sums of the first": (
+        "solve_lanes.cuh",
+        "for (int k = 0; k < kOutputs; ++k) sums[b][k] = 0;",
+        "for (int k = 0; k < kOutputs; ++k) sums[b][k] = PLANTED(17) && band >= plan.band_warps ? sums[b][k] : 0;",
+    ),
+    "a lane below its band": (
+        "solve_lanes.cuh",
+        "image < claimed.tile.images && skew < plan.rows;",
+        "image < claimed.tile.images && (PLANTED(18) || skew < plan.rows);",
+    ),
+    "channels that are not aligned": (
+        "sequence_lanes.cuh",
+        "is_multiple(strides.column) && is_multiple(shape.channels)",
+        "(PLANTED(19) || is_multiple(strides.column)) && is_multiple(shape.channels)",
+    ),
+    "the next channel of a pixel": (
+        "solve_lanes.cuh",
+        ".value[c % kTogether + j]",
+        ".value[(PLANTED(20) && kTogether > 1 ? c + 1 : c) % kTogether + j]",
+    ),
+    "the other channels of a pixel": (
+        "solve_lanes.cuh",
+        "rounded + first * args.output_strides.channel",
+        "rounded + (PLANTED(21) && kTogether > 1 ? 4 - first : first) * args.output_strides.channel",
+    ),
 }
 IMAGES_OF_A_WARP = lanes_case(4, (TOP_LEFT, BOTTOM_RIGHT), 2, 5, 6, 3, 3, GENERAL, seeds=(1, 2, 3))
 # Eight lanes a pixel, two bands, and rows that move four pixels at a time.
 PIXEL_LANES = lanes_case(2, (TOP_RIGHT, BOTTOM_LEFT), 6, 7, 8, 3, 3, GENERAL, seeds=(1, 2, 3))
 BANDS = lanes_case(2, (TOP_LEFT, BOTTOM_RIGHT), 3, 35, 12, 3, 3, GENERAL, seeds=(1, 2, 3))
+# Four bands of two warps, and two of 17 rows.
+SECOND_BANDS = lanes_case(1, (TOP_LEFT,), 5, 16, 5, 3, 3, GENERAL, threads_per_block=64, seeds=(1, 2, 3))
+# Two of one warp, a lane a row: right of the image its recurrence goes on, and with these weights hardly fades.
+ONE_WARP = lanes_case(
+    1, (TOP_LEFT,), 1, 33, 8, 3, 3, IDENTITY, threads_per_block=32, shared_bytes=227 * 1024, seeds=(1,)
+)
+UNEVEN_BANDS = lanes_case(1, (TOP_LEFT,), 1, 33, 9, 3, 3, GENERAL, seeds=(1, 2, 3))
+# As channels_last has them; the distances of rows and images are multiples of four whatever that of pixels is.
+PIXELS = lanes_case(
+    4, (TOP_RIGHT,), 8, 7, 8, 3, 3, GENERAL, input_layout="channels_last", output_layout="channels_last", seeds=(1, 2)
+)
 # Smaller tiles than TILED has, and more of them.
 WAITING = lanes_case(1, (TOP_LEFT,), 1, 65, 40, 3, 3, GENERAL, threads_per_block=32, shared_bytes=3000, seeds=(1, 2, 3))
 
@@ -373,8 +446,32 @@ def spoilt_driver(tmp_path_factory: pytest.TempPathFactory, worker: str) -> Path
 
 @pytest.mark.parametrize(
     "case",
-    [IMAGES_OF_A_WARP, BANDS, WAITING, PIXEL_LANES, PIXEL_LANES.but(input_layout="shifted"), WIDE[-1]],
-    ids=["images of a warp", "bands", "waiting", "pixel lanes", "shifted", "tiles not aligned"],
+    [
+        IMAGES_OF_A_WARP,
+        BANDS,
+        WAITING,
+        PIXEL_LANES,
+        PIXEL_LANES.but(input_layout="shifted"),
+        WIDE[-1],
+        SECOND_BANDS,
+        ONE_WARP,
+        PIXELS,
+        PIXELS.but(input_layout="channels_last, sliced"),
+        UNEVEN_BANDS,
+    ],
+    ids=[
+        "images of a warp",
+        "bands",
+        "waiting",
+        "pixel lanes",
+        "shifted",
+        "not aligned",
+        "second bands",
+        "one warp",
+        "pixels",
+        "sliced pixels",
+        "uneven bands",
+    ],
 )
 def test_without_a_planted_mistake_the_checks_pass(spoilt_driver: Path, tmp_path: Path, case: Case) -> None:
     check(spoilt_driver, tmp_path, case)
@@ -400,6 +497,16 @@ def test_without_a_planted_mistake_the_checks_pass(spoilt_driver: Path, tmp_path
         ("a mirrored row that is not reversed", PIXEL_LANES, "off by"),
         ("a row that is not aligned", PIXEL_LANES.but(input_layout="shifted"), "misaligned"),
         ("a tile that is not aligned", WIDE[-1], "."),
+        (
+            "a second band that starts before the one above it is far enough",
+            SECOND_BANDS,
+            "depends on the order|off by",
+        ),
+        ("a second band that keeps the sums of the first", ONE_WARP, "off by"),
+        ("channels that are not aligned", PIXELS.but(input_layout="channels_last, sliced"), "misaligned"),
+        ("the next channel of a pixel", PIXELS, "off by"),
+        ("the other channels of a pixel", PIXELS, "off by"),
+        ("a lane below its band", UNEVEN_BANDS, "depends on the order|off by"),
     ],
 )
 def test_a_planted_mistake_shows(spoilt_driver: Path, tmp_path: Path, name: str, case: Case, message: str) -> None:
