@@ -175,7 +175,7 @@ def test_plans_stay_within_the_device(driver: Path, tmp_path: Path) -> None:  # 
         assert 0 <= facts["tensor_resident_steps"][0] <= steps
         assert facts["weights_in_shared"] == [int(facts["tensor_resident_steps"][0] == steps)]
     assert taken > 60
-    for channels, kernel, image_type in ((8, 2, "float"), (16, 3, "double")):
+    for channels, kernel, image_type in ((8, 5, "float"), (16, 3, "double")):
         case = Case(5, (TOP_LEFT,), channels, 8, 8, kernel, kernel, image_type=image_type, weight_type=image_type)
         assert run(driver, tmp_path, case.but(forced_regime=-1), make_data(case), "plan").facts["regime"] == [BLOCK]
 
