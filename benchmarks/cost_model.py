@@ -126,7 +126,8 @@ STORE_INSTRUCTIONS = {
     1: {1: 68, 2: 75, 3: 82, 4: 88, 5: 93, 6: 103, 7: 108, 8: 113},
     WIDE_PIXELS: {1: 87, 2: 101, 3: 115, 4: 129, 5: 147, 6: 161, 7: 175, 8: 189},
 }
-# kFoldLoads of csrc/cuda/fold.cuh, inverted_by_warp of csrc/cuda/plan.h.
+# kFoldLoads of csrc/cuda/fold.cuh (rows as lanes have four, whose blocks copy all their weights at once with either),
+# inverted_by_warp of csrc/cuda/plan.h.
 FOLD_LOADS = 8
 MOST_CHANNELS_OF_WARP = {"unit_triangular": 12, "general": 5}
 LONGEST_PHASE = 8  # kLanesLongestPhase of csrc/cuda/plan_lanes.h
