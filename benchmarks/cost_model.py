@@ -106,25 +106,27 @@ def block_tap_instructions(packs: int, padded: bool) -> int:
 # Of the regime of rows as lanes, sm_90, by (channels of a group, taps of the window): registers a thread, and the
 # instructions of a step, counted in the disassembly of the sweep's loop.
 LANES_REGISTERS = {
-    (1, 2): 64, (2, 2): 72, (3, 2): 91, (4, 2): 111, (5, 2): 105, (6, 2): 122, (7, 2): 128, (8, 2): 128,
-    (1, 3): 64, (2, 3): 76, (3, 3): 110, (4, 3): 125, (5, 3): 107, (6, 3): 121, (7, 3): 125, (8, 3): 126,
-    (1, 5): 72, (2, 5): 162,
+    (1, 2): 60, (2, 2): 70, (3, 2): 95, (4, 2): 103, (5, 2): 95, (6, 2): 99, (7, 2): 128, (8, 2): 128,
+    (1, 3): 62, (2, 3): 80, (3, 3): 103, (4, 3): 118, (5, 3): 100, (6, 3): 116, (7, 3): 128, (8, 3): 128,
+    (9, 3): 143, (10, 3): 153, (11, 3): 165, (12, 3): 165,
+    (1, 5): 74, (2, 5): 162,
 }  # fmt: skip
 LANES_INSTRUCTIONS = {
     (1, 2): 22, (2, 2): 39, (3, 2): 40, (4, 2): 46, (5, 2): 37, (6, 2): 40, (7, 2): 43, (8, 2): 46,
-    (1, 3): 33, (2, 3): 68, (3, 3): 74, (4, 3): 93, (5, 3): 67, (6, 3): 75, (7, 3): 83, (8, 3): 94,
-    (1, 5): 57, (2, 5): 142,
+    (1, 3): 35, (2, 3): 68, (3, 3): 74, (4, 3): 93, (5, 3): 67, (6, 3): 75, (7, 3): 83, (8, 3): 94, (9, 3): 104,
+    (10, 3): 112, (11, 3): 120, (12, 3): 129,
+    (1, 5): 66, (2, 5): 148,
 }  # fmt: skip
 # The same for what a thread prepares and stores at a time, a pixel or WIDE_PIXELS of a row (kAccessWidth of
 # csrc/cuda/plan_lanes.h), by channels of a group.
 WIDE_PIXELS = 4
 PREPARE_INSTRUCTIONS = {
-    1: {1: 81, 2: 88, 3: 101, 4: 115, 5: 129, 6: 147, 7: 168, 8: 188},
-    WIDE_PIXELS: {1: 107, 2: 140, 3: 188, 4: 236, 5: 257, 6: 319, 7: 401, 8: 506},
+    1: {1: 80, 2: 88, 3: 99, 4: 112, 5: 137, 6: 154, 7: 176, 8: 199, 9: 228, 10: 255, 11: 289, 12: 320},
+    WIDE_PIXELS: {1: 107, 2: 140, 3: 180, 4: 222, 5: 269, 6: 327, 7: 399, 8: 474, 9: 575, 10: 667, 11: 773, 12: 883},
 }
 STORE_INSTRUCTIONS = {
-    1: {1: 68, 2: 75, 3: 82, 4: 88, 5: 93, 6: 103, 7: 108, 8: 113},
-    WIDE_PIXELS: {1: 87, 2: 101, 3: 115, 4: 129, 5: 147, 6: 161, 7: 175, 8: 189},
+    1: {1: 70, 2: 75, 3: 81, 4: 86, 5: 93, 6: 102, 7: 106, 8: 113, 9: 119, 10: 125, 11: 131, 12: 138},
+    WIDE_PIXELS: {1: 87, 2: 101, 3: 115, 4: 129, 5: 147, 6: 161, 7: 175, 8: 189, 9: 207, 10: 221, 11: 235, 12: 249},
 }
 # kFoldLoads of csrc/cuda/fold.cuh (rows as lanes have four, whose blocks copy all their weights at once with either),
 # inverted_by_warp of csrc/cuda/plan.h.
@@ -294,8 +296,9 @@ def lanes_time(plan: CudaPlan, constants: Constants) -> Time:
     band_steps = math.ceil((plan.tile[1] + margin + math.ceil(plan.tile[0] / plan.bands) - 1) / phase) * phase
     barriers = plan.steps / phase * constants.barrier if plan.bands > 1 else 0.0
     outputs = math.ceil(channels / lanes)
+    pitch = min(lanes * outputs, math.ceil(channels / 4) * 4)  # pitch_of_pixel of csrc/cuda/plan_lanes.h
     pixels_read = kernel[1] - 1 if lanes == 1 else kernel[1]
-    step_bytes = 32 * (pixels_read * lanes * outputs + 2 * outputs) * STATE_BYTES
+    step_bytes = 32 * (pixels_read * pitch + 2 * outputs) * STATE_BYTES
     of_a_warp = max(LANES_INSTRUCTIONS[kernel] / constants.schedulers, step_bytes / constants.shared_bandwidth)
     sweep = max(plan.steps * step + barriers, busy * sweeps * band_steps * of_a_warp)
     store = max(rounds * constants.shared_latency + store_instructions, busy * store_instructions)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib
+import itertools
 import shutil
 import subprocess
 import sys
@@ -53,7 +54,7 @@ def test_the_page_holds_the_predicted_table(scripts: SimpleNamespace) -> None:
 
 def test_predictions_follow_the_constants(scripts: SimpleNamespace) -> None:
     model = scripts.cost_model
-    case, constants = model.Case(100, 12, 32), model.Constants()
+    case, constants = model.Case(100, 16, 32), model.Constants()
     time, plan = model.predict(case)
     assert time.total == pytest.approx(time.launches + time.fold + time.prepare + time.sweep + time.store)
     assert time.launches == constants.graph_node_us * plan.launches
@@ -66,10 +67,10 @@ def test_predictions_follow_the_constants(scripts: SimpleNamespace) -> None:
     backward, backward_plan = model.predict(case, backward=True)
     assert backward.gradient > 0
     assert backward.launches == pytest.approx(constants.graph_node_us * backward_plan.launches)
-    assert model.predict(model.Case(100, 12, 64))[0].total > time.total
+    assert model.predict(model.Case(100, 16, 64))[0].total > time.total
 
 
-BLOCK = 0  # SolveRegime of csrc/cuda/device_limits.h
+BLOCK, TENSOR = 0, 2  # SolveRegime of csrc/cuda/device_limits.h
 
 
 @pytest.mark.parametrize(
@@ -89,6 +90,20 @@ def test_rows_as_lanes_are_chosen_where_they_are_predicted_to_win(
         assert not block_plan.bands
         assert lanes.total < model.solve_time(block_plan, model.Constants()).total, case
         assert min(lanes.fold, lanes.prepare, lanes.sweep, lanes.store) > 0
+
+
+@pytest.mark.parametrize("channels", range(9, 13))
+def test_up_to_twelve_channels_rows_as_lanes_are_predicted_to_beat_tensor_cores(
+    scripts: SimpleNamespace, channels: int
+) -> None:
+    model = scripts.cost_model
+    for batch, size in itertools.product((1, 100), (12, 14, 16, 28, 32, 33, 64, 256)):
+        lanes, plan = model.predict(model.Case(batch, channels, size, 3))
+        assert plan.regime.startswith("rows as lanes")
+        sizes = (batch, 1, channels, size, size, 3, 3)
+        tensor_plan = plans._explain_cuda(plan.problem, sizes, (0,), 1, "float32", plan.gpu, TENSOR)
+        assert tensor_plan.tensor is not None or size == 256
+        assert lanes.total < model.solve_time(tensor_plan, model.Constants()).total, (batch, size)
 
 
 def test_resident_blocks(scripts: SimpleNamespace) -> None:

@@ -122,6 +122,10 @@ def test_few_channels_have_rows_as_lanes() -> None:
     assert 33 + 32 <= plan.steps <= 33 + 3 + 8 * 8 + 4
     assert cuda((100, 8, 61, 61), 3).tiles == (1, 1)
     assert cuda((100, 8, 64, 64), 3).tile == (32, 32)
+    # Sixteen lanes a pixel: bands of two rows on up to twelve warps.
+    plan = cuda((100, 12, 32, 32), 3)
+    assert (plan.channel_threads, plan.bands, plan.tiles, plan.threads) == (16, 16, (1, 1), 384)
+    assert 32 + 31 <= plan.steps <= 32 + 1 + 15 * 4 + 2
     # Bands of 17 rows and 16, not of 32 and one.
     plan = cuda((100, 1, 33, 33), 3)
     assert (plan.bands, plan.steps) == (2, 7 * 8 + 3 * 8)
@@ -156,9 +160,13 @@ def test_many_channels_fold_before_the_solve() -> None:
 
 
 def test_from_nine_channels_on_tensor_cores() -> None:
-    assert cuda((100, 8, 16, 16), 3).tensor is None
-    assert cuda((100, 12, 16, 16), 3, dtype=torch.float64).tensor is None
+    assert cuda((100, 8, 16, 16), 5).tensor is None
+    assert cuda((100, 9, 16, 16), 5).tensor is not None
+    assert cuda((100, 12, 16, 16), 5, dtype=torch.float64).tensor is None
     assert cuda((100, 12, 16, 16), 1).tensor is None
+    # With 3 x 3 taps, from 13 on.
+    assert cuda((100, 12, 16, 16), 3).tensor is None
+    assert cuda((100, 13, 16, 16), 3).tensor is not None
     plan = cuda((100, 24, 16, 16), 3)
     assert plan.regime == "tensor cores, whole images, weights in shared memory"
     assert plan.tensor is not None
@@ -224,8 +232,8 @@ def test_orders_without_a_period_are_cut_into_launches() -> None:
 
 def test_the_gpu_decides() -> None:
     small = GpuProperties("a small one", 10, 16 * KIB)
-    assert cuda((100, 12, 32, 32), 3).tiles == (1, 1)
-    plan = cuda((100, 12, 32, 32), 3, gpu=small)
+    assert cuda((100, 7, 32, 32), 5).tiles == (1, 1)
+    plan = cuda((100, 7, 32, 32), 5, gpu=small)
     assert plan.gpu is small
     assert plan.shared_bytes <= small.shared_bytes
     assert plan.launches == sum(plan.tiles) - 1 > 1

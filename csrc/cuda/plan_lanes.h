@@ -9,8 +9,10 @@
 
 namespace inverse_flow {
 
-// Registers: 65536 of them over 256 threads leave 255 each, which hold the weights of a lane.
+// Most threads of a block, and the same where a lane has the weights of many channels. Registers: 65536 of them over
+// 256 threads leave 255 each, and over 384 threads 168.
 constexpr int32_t kLanesThreads = 256;
+constexpr int32_t kManyLanesThreads = 384;
 // A tile of an image too large for one block has so many bands, as a multiprocessor has schedulers, one warp for each;
 // and more of them if that is less than so many rows: of low bands not all are at work at a time.
 constexpr int32_t kLanesTileBands = 4;
@@ -39,15 +41,24 @@ INVERSE_FLOW_HOST_DEVICE constexpr int32_t channels_of(Access access) {
 // Kernels are compiled for square windows of 2, 3 and 5 taps and up to so many channels a group: beyond, the weights
 // of a lane no longer fit its registers, or a pixel has more channels than lanes.
 INVERSE_FLOW_HOST_DEVICE constexpr int32_t lanes_most_channels(int64_t taps) {
-  return taps == 2 || taps == 3 ? 8 : taps == 5 ? 2 : 0;
+  return taps == 2 ? 8 : taps == 3 ? 12 : taps == 5 ? 2 : 0;
 }
-// Lanes that share the output channels of a pixel.
+// Lanes that share the output channels of a pixel; with 9 to 12 channels the last ones have none.
 INVERSE_FLOW_HOST_DEVICE constexpr int32_t lanes_of_pixel(int32_t channels) {
-  return channels <= 2 ? 1 : channels <= 4 ? 2 : 8;
+  return channels <= 2 ? 1 : channels <= 4 ? 2 : channels <= 8 ? 8 : 16;
 }
 // Output channels of a lane.
 INVERSE_FLOW_HOST_DEVICE constexpr int32_t outputs_of_lane(int32_t channels) {
   return static_cast<int32_t>(divide_up(channels, lanes_of_pixel(channels)));
+}
+// Floats of a pixel in shared memory: those of its lanes, or whole accesses of 16 bytes if that is less.
+INVERSE_FLOW_HOST_DEVICE constexpr int32_t pitch_of_pixel(int32_t channels) {
+  const int32_t lanes = lanes_of_pixel(channels) * outputs_of_lane(channels);
+  const int32_t accesses = static_cast<int32_t>(divide_up(channels, 4)) * 4;
+  return lanes < accesses ? lanes : accesses;
+}
+INVERSE_FLOW_HOST_DEVICE constexpr int32_t lanes_threads(int32_t channels) {
+  return channels <= 8 ? kLanesThreads : kManyLanesThreads;
 }
 // Rows of a band: those of a warp.
 INVERSE_FLOW_HOST_DEVICE constexpr int32_t rows_of_band(int32_t channels) { return 32 / lanes_of_pixel(channels); }
@@ -123,10 +134,10 @@ inline bool plan_lanes(const Shape& shape, int64_t state_bytes, int64_t fold_byt
   if (state_bytes != 4 || !square || shape.channels > lanes_most_channels(taps)) return false;
   const int32_t channels = static_cast<int32_t>(shape.channels);
   plan.lanes = lanes_of_pixel(channels);
-  plan.channel_pitch = plan.lanes * outputs_of_lane(channels);
+  plan.channel_pitch = pitch_of_pixel(channels);
   const int64_t most_rows = rows_of_band(channels);
 
-  const int64_t max_warps = std::min<int64_t>(device.threads_per_block, kLanesThreads) / 32;
+  const int64_t max_warps = std::min<int64_t>(device.threads_per_block, lanes_threads(channels)) / 32;
   plan.bias_offset = round_up(taps * taps * channels * channels * state_bytes, 16);
   plan.zeros_offset = plan.bias_offset + round_up(channels * state_bytes, 16);
   plan.image_offset = plan.zeros_offset + round_up(plan.channel_pitch * state_bytes, 16);
@@ -146,18 +157,22 @@ inline bool plan_lanes(const Shape& shape, int64_t state_bytes, int64_t fold_byt
     // About square: the steps of all tile diagonals together do not depend on its side, and a larger one means fewer
     // waits for other blocks.
     plan.margin_h = plan.margin_w = static_cast<int32_t>(taps - 1);
+    const auto cut_into_tiles = [&](int64_t bands) {
+      const int64_t side = most_rows * bands;
+      tile_h = std::min(side, shape.height);
+      tile_w = std::min(side, shape.width);
+      const auto fits = [&] { return bytes(tile_h + plan.margin_h, tile_w + plan.margin_w) <= budget; };
+      while (tile_w > kLanesLeastTileWidth && !fits()) tile_w = std::max(tile_w / 2, kLanesLeastTileWidth);
+      while (tile_h > most_rows && !fits()) tile_h = (tile_h - 1) / most_rows * most_rows;
+      if (!fits() || tile_h < plan.margin_h || tile_w < plan.margin_w) return false;
+      // As many tiles of about the same size: a remainder of one row or column would take a tile's time of its own.
+      tile_h = divide_up(shape.height, divide_up(shape.height, tile_h));
+      tile_w = std::min(tile_w, round_up(divide_up(shape.width, divide_up(shape.width, tile_w)), kAccessWidth));
+      return plan_detail::set_bands(plan, tile_h, tile_w, channels, max_warps);
+    };
     const int64_t tile_bands = std::max<int64_t>(kLanesTileBands, kLanesLeastTileHeight / most_rows);
-    const int64_t side = most_rows * std::min(tile_bands, max_warps);
-    tile_h = std::min(side, shape.height);
-    tile_w = std::min(side, shape.width);
-    const auto fits = [&] { return bytes(tile_h + plan.margin_h, tile_w + plan.margin_w) <= budget; };
-    while (tile_w > kLanesLeastTileWidth && !fits()) tile_w = std::max(tile_w / 2, kLanesLeastTileWidth);
-    while (tile_h > most_rows && !fits()) tile_h = (tile_h - 1) / most_rows * most_rows;
-    if (!fits() || tile_h < plan.margin_h || tile_w < plan.margin_w) return false;
-    // As many tiles of about the same size: a remainder of one row or column would take a tile's time of its own.
-    tile_h = divide_up(shape.height, divide_up(shape.height, tile_h));
-    tile_w = std::min(tile_w, round_up(divide_up(shape.width, divide_up(shape.width, tile_w)), kAccessWidth));
-    plan_detail::set_bands(plan, tile_h, tile_w, channels, max_warps);
+    // More bands than warps only where none of these has to wait.
+    if (!cut_into_tiles(tile_bands) && !cut_into_tiles(std::min(tile_bands, max_warps))) return false;
   }
   plan.tile_h = static_cast<int32_t>(tile_h);
   plan.tile_w = static_cast<int32_t>(tile_w);

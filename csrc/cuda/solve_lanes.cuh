@@ -20,8 +20,8 @@
 // Blocks of one image wait for each other's tiles: a block takes a ticket, tickets follow the anti-diagonals of tiles,
 // so a tile that is waited for is one that a running block already has. Flags say which tiles are in global memory.
 // Bytes: y in and x out once. A step of a warp: (kTaps^2 - 1) x kChannels multiply-adds an output of a lane, and a
-// store; one lane a row: kTaps loads and (kTaps - 1) x kChannels shuffles; several: kTaps + 1 loads, or 2 kTaps + 1 if
-// a pixel has more than 4 channels.
+// store; one lane a row: kTaps loads and (kTaps - 1) x kChannels shuffles; several: a load, and kTaps for every 4
+// channels of a pixel.
 #pragma once
 
 #include <type_traits>
@@ -45,19 +45,21 @@ struct LanesShape {
   static constexpr int kTaps = taps;
   static constexpr int kLanes = lanes_of_pixel(channels);
   static constexpr int kOutputs = outputs_of_lane(channels);
-  static constexpr int kPitch = kLanes * kOutputs;
+  static constexpr int kPitch = pitch_of_pixel(channels);
   static constexpr int kPhase = steps_of_phase(channels);
   // Blocks that a multiprocessor's registers hold: two hide each other's waits, and three where a lane has few weights;
-  // but 24 taps of two channels leave no room for them.
-  static constexpr int kBlocks = kLanes == 1 && taps * taps * channels * channels <= 36 ? 3 : taps <= 3 ? 2 : 1;
+  // but 24 taps of two channels, or more than 8 channels, leave no room for them.
+  static constexpr int blocks() {
+    if (kLanes == 1 && taps * taps * channels * channels <= 36) return 3;
+    return kLanes <= 8 && taps <= 3 ? 2 : 1;
+  }
 };
 
 // The block's tile, and whether solved pixels lie above it and to its left.
 struct LanesTile {
   Tile tile;
-  int64_t number;  // of the image's tiles
-  int above;       // rows of margin: 0 at the edge of the image
-  int left;        // columns of margin
+  int above;  // rows of margin: 0 at the edge of the image
+  int left;   // columns of margin
 };
 
 template <typename Element>
@@ -101,10 +103,17 @@ __device__ LanesTile claim_tile(const LanesArguments<Element>& args, int32_t* sh
   claimed.tile.images = 1;
   claimed.tile.rows = smaller(plan.tile_h, shape.height - claimed.tile.first_row);
   claimed.tile.columns = smaller(plan.tile_w, shape.width - claimed.tile.first_column);
-  claimed.number = tile_row * plan.tiles_w + tile_column;
   claimed.above = tile_row > 0 ? plan.margin_h : 0;
   claimed.left = tile_column > 0 ? plan.margin_w : 0;
   return claimed;
+}
+
+// Made anew where it is needed: kept, it would cost two registers all the while.
+template <typename Element>
+__device__ int32_t* flag_of_tile(const LanesArguments<Element>& args, const Tile& tile) {
+  const LanesPlan& plan = args.solve.plan.lanes;
+  const int64_t number = tile.first_row / plan.tile_h * plan.tiles_w + tile.first_column / plan.tile_w;
+  return block_progress(args) + 1 + tile.first_image * plan.tiles() + number;
 }
 
 // Returns when the tiles above and to the left are in global memory, and so those that they waited for.
@@ -112,7 +121,7 @@ template <typename Element>
 __device__ void wait_for_neighbours(const LanesArguments<Element>& args, const LanesTile& claimed) {
   const LanesPlan& plan = args.solve.plan.lanes;
   if (threadIdx.x == 0) {
-    const int32_t* done = block_progress(args) + 1 + claimed.tile.first_image * plan.tiles() + claimed.number;
+    const int32_t* done = flag_of_tile(args, claimed.tile);
     if (claimed.above > 0) {
       while (load_acquire(done - plan.tiles_w) == 0) wait_a_moment();
     }
@@ -149,6 +158,18 @@ __device__ void read_pixel(const float* pixel, float (&values)[S::kChannels]) {
     const auto packed = *reinterpret_cast<const Pack<float, kPack>*>(pixel + first);
     INVERSE_FLOW_UNROLL
     for (int c = first; c < S::kChannels && c < first + kPack; ++c) values[c] = packed.value[c - first];
+  }
+}
+
+// Column c of M^-1 from the folded weights, which begin with it.
+template <typename S>
+__device__ void read_column(const float* weights, int c, float (&column)[S::kChannels]) {
+  constexpr int kPack = S::kChannels % 4 == 0 ? 4 : 1;
+  INVERSE_FLOW_UNROLL
+  for (int first = 0; first < S::kChannels; first += kPack) {
+    const auto packed = *reinterpret_cast<const Pack<float, kPack>*>(weights + c * S::kChannels + first);
+    INVERSE_FLOW_UNROLL
+    for (int k = 0; k < kPack; ++k) column[first + k] = packed.value[k];
   }
 }
 
@@ -239,12 +260,11 @@ __device__ void prepare_lanes(const SolveArguments<Element>& args, const LanesTi
   const ImageView<const Element> input(args.input, args.input_strides, args.shape, group, flips);
   const RowPart<S, kPixels> part(flips);
   const bool is_identity = args.shape.corner == kIdentity;
-  float inverse[kChannels][kChannels];
+  // M^-1 stays in registers where they hold it beside all else.
+  constexpr bool kKept = kChannels <= 4;
+  float inverse[kKept ? kChannels : 1][kChannels];
   INVERSE_FLOW_UNROLL
-  for (int c = 0; c < kChannels; ++c) {
-    INVERSE_FLOW_UNROLL
-    for (int o = 0; o < kChannels; ++o) inverse[o][c] = weights[c * kChannels + o];
-  }
+  for (int c = 0; kKept && c < kChannels; ++c) read_column<S>(weights, c, inverse[c]);
   const Tile& tile = claimed.tile;
   const unsigned parts = parts_of_tile(tile, kPixels);
   for (unsigned first = threadIdx.x; first < parts; first += kInFlight * blockDim.x) {
@@ -267,30 +287,39 @@ __device__ void prepare_lanes(const SolveArguments<Element>& args, const LanesTi
     INVERSE_FLOW_UNROLL
     for (int i = 0; i < kInFlight; ++i) {
       if (place[i] < 0) break;
-      float right[kChannels][kPixels];
-      INVERSE_FLOW_UNROLL
-      for (int c = 0; c < kChannels; ++c) {
-        const float shift = bias[c];
-        INVERSE_FLOW_UNROLL
-        for (int j = 0; j < kPixels; ++j) {
-          right[c][j] = to_state(y[i][c / kTogether].value[c % kTogether + j]) - shift;
-        }
-        part.reorder(right[c]);
-      }
-      INVERSE_FLOW_UNROLL
-      for (int j = 0; j < kPixels; ++j) {
-        float z[kChannels] = {};
+      float z[kPixels][kChannels] = {};
+      // Calls use(c, y - bias of this channel) for all channels.
+      const auto for_channels = [&](auto use) {
         INVERSE_FLOW_UNROLL
         for (int c = 0; c < kChannels; ++c) {
+          const float shift = bias[c];
+          float right[kPixels];
           INVERSE_FLOW_UNROLL
-          for (int o = 0; o < kChannels; ++o) z[o] += inverse[o][c] * right[c][j];
+          for (int j = 0; j < kPixels; ++j) {
+            right[j] = to_state(y[i][c / kTogether].value[c % kTogether + j]) - shift;
+          }
+          part.reorder(right);
+          use(c, right);
         }
-        if (is_identity) {
+      };
+      if (is_identity) {  // a product with its zeros would be NaN where y is infinite
+        for_channels([&](int c, const float (&right)[kPixels]) {
           INVERSE_FLOW_UNROLL
-          for (int c = 0; c < kChannels; ++c) z[c] = right[c][j];
-        }
-        write_pixel<S>(x + (place[i] + (j ^ part.turn)) * S::kPitch, z);
+          for (int j = 0; j < kPixels; ++j) z[j][c] = right[j];
+        });
+      } else {
+        for_channels([&](int c, const float (&right)[kPixels]) {
+          float (&column)[kChannels] = inverse[kKept ? c : 0];
+          if (!kKept) read_column<S>(weights, c, column);
+          INVERSE_FLOW_UNROLL
+          for (int j = 0; j < kPixels; ++j) {
+            INVERSE_FLOW_UNROLL
+            for (int o = 0; o < kChannels; ++o) z[j][o] += column[o] * right[j];
+          }
+        });
       }
+      INVERSE_FLOW_UNROLL
+      for (int j = 0; j < kPixels; ++j) write_pixel<S>(x + (place[i] + (j ^ part.turn)) * S::kPitch, z[j]);
     }
   }
 }
@@ -326,13 +355,15 @@ __device__ void sweep_lanes(const LanesPlan& plan, const LanesTile& claimed, con
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int part = lane % kLanes;
+  const bool has_outputs = part * kOutputs < S::kPitch;
+  const int first_output = has_outputs ? part * kOutputs : 0;
   const int slot = lane / kLanes;
   // A warp holds a band of one image, or several whole images.
   const int image_of_warp = plan.bands > 1 ? 0 : slot / plan.tile_h;
   const int image = warp / plan.band_warps * plan.images_per_warp + image_of_warp;
   const int skew = slot - image_of_warp * plan.tile_h;
   const bool has_image = warp < plan.sweep_warps && image_of_warp < plan.images_per_warp &&
-                         image < claimed.tile.images && skew < plan.rows;
+                         image < claimed.tile.images && skew < plan.rows && has_outputs;
   // Which lanes read the rows above them from shared memory: those of several a pixel, and of the others those of the
   // first row of a warp or an image, which have nobody to shuffle from. Above the image is nothing; above the first row
   // of a warp there are all rows that the taps reach, or none.
@@ -375,7 +406,7 @@ __device__ void sweep_lanes(const LanesPlan& plan, const LanesTile& claimed, con
       column = -skew;
       float* const line = x + (place_in_tile(plan, claimed, image, row, -claimed.left) + column) * S::kPitch;
       behind = zeros;
-      here = line + part * kOutputs;
+      here = line + first_output;
       INVERSE_FLOW_UNROLL
       for (int a = 1; a < kTaps; ++a) over[a - 1] = line - a * row_floats;
       INVERSE_FLOW_UNROLL
@@ -420,9 +451,9 @@ __device__ void sweep_lanes(const LanesPlan& plan, const LanesTile& claimed, con
           INVERSE_FLOW_UNROLL
           for (int c = 0; c < kChannels; ++c) above[a - 1][c] = reads_above ? pixel[c] : above[a - 1][c];
         }
-        const float* const source = is_inside ? here : zeros + part * kOutputs;
+        const float* const source = is_inside ? here : zeros + first_output;
         const OutputPack z = *reinterpret_cast<const OutputPack*>(source);
-        behind = source - part * kOutputs;
+        behind = source - first_output;
 
         // What is known longest goes in first; only the left neighbour and the row above are news.
         INVERSE_FLOW_UNROLL
@@ -531,7 +562,7 @@ __device__ void store_lanes(const SolveArguments<Element>& args, const LanesTile
 
 // Grid: (blocks of images, or tiles of all images; groups).
 template <typename Element, int kChannels, int kTaps>
-__global__ void __launch_bounds__(kLanesThreads, LanesShape<kChannels, kTaps>::kBlocks)
+__global__ void __launch_bounds__(lanes_threads(kChannels), LanesShape<kChannels, kTaps>::blocks())
     lanes_kernel(const __grid_constant__ LanesArguments<Element> arguments) {
   using S = LanesShape<kChannels, kTaps>;
   const SolveArguments<Element>& args = arguments.solve;
@@ -569,10 +600,7 @@ __global__ void __launch_bounds__(kLanesThreads, LanesShape<kChannels, kTaps>::k
                  [&](auto access) { store_lanes<S, access.value>(args, claimed, group, flips, x); });
   if (!plan.single_tile()) {
     __syncthreads();  // the whole tile is written before one thread says so
-    if (threadIdx.x == 0) {
-      int32_t* const done = block_progress(arguments) + 1 + claimed.tile.first_image * plan.tiles() + claimed.number;
-      store_release(done, 1);
-    }
+    if (threadIdx.x == 0) store_release(flag_of_tile(arguments, claimed.tile), 1);
   }
 }
 

@@ -1,23 +1,38 @@
 // Runs one case of csrc/cuda on the emulator: driver CASE RESULT. CASE is a text header ("key value ..." lines up to
 // "end") followed by raw arrays; RESULT gets the raw outputs, one set a seed. The plan and what was launched go to
 // standard output as "key value" lines. See test_emulation.py for the other side.
-#include "fold_launch.cu"
-#include "gradient_launch.cu"
-#include "lanes_float_launch.cu"
-#include "solve_double_launch.cu"
-#include "solve_float_launch.cu"
-#ifndef EMULATE_FLOAT_AND_DOUBLE_ONLY  // the planted bugs need no more, and build faster
-#include "lanes_bfloat16_launch.cu"
-#include "lanes_half_launch.cu"
-#include "solve_bfloat16_launch.cu"
-#include "solve_half_launch.cu"
-#endif
-
 #include <fstream>
 #include <iostream>
 #include <map>
 #include <sstream>
 #include <string>
+
+#include "sequence.cuh"
+
+namespace inverse_flow {
+
+// As launch.cu declares them.
+const char* launch_solve_float(const SolveProblem&, const SolvePlan&, void* stream);
+const char* launch_solve_double(const SolveProblem&, const SolvePlan&, void* stream);
+const char* launch_solve_bfloat16(const SolveProblem&, const SolvePlan&, void* stream);
+const char* launch_solve_half(const SolveProblem&, const SolvePlan&, void* stream);
+
+// What a build without some of the kernels has in their place.
+constexpr const char* kAbsent = "this build has no such kernel";
+#ifdef EMULATE_WITHOUT_LANES_FLOAT
+template <>
+const char* run_lanes<float>(const SolveProblem&, const SolvePlan&, void*) {
+  return kAbsent;
+}
+#endif
+#ifdef EMULATE_WITHOUT_SOLVE_BFLOAT16
+const char* launch_solve_bfloat16(const SolveProblem&, const SolvePlan&, void*) { return kAbsent; }
+#endif
+#ifdef EMULATE_WITHOUT_SOLVE_HALF
+const char* launch_solve_half(const SolveProblem&, const SolvePlan&, void*) { return kAbsent; }
+#endif
+
+}  // namespace inverse_flow
 
 namespace {
 
@@ -75,14 +90,10 @@ const char* solve(const SolveProblem& problem, const SolvePlan& plan) {
       return launch_solve_float(problem, plan, nullptr);
     case ElementType::kDouble:
       return launch_solve_double(problem, plan, nullptr);
-#ifndef EMULATE_FLOAT_AND_DOUBLE_ONLY
     case ElementType::kBFloat16:
       return launch_solve_bfloat16(problem, plan, nullptr);
-    case ElementType::kHalf:
-      return launch_solve_half(problem, plan, nullptr);
-#endif
     default:
-      return "this build has no such image type";
+      return launch_solve_half(problem, plan, nullptr);
   }
 }
 

@@ -11,6 +11,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,18 @@ FLAGS = [
     "-Wextra",
     "-Werror",
 ]
+# The files of csrc/cuda that hold kernels, NAME_launch.cu each; those that take long to compile come first.
+UNITS = (
+    "lanes_float",
+    "lanes_half",
+    "lanes_bfloat16",
+    "solve_float",
+    "solve_half",
+    "solve_bfloat16",
+    "solve_double",
+    "gradient",
+    "fold",
+)
 
 FLOAT, DOUBLE, BFLOAT16, HALF = range(4)
 TYPES = {"float": FLOAT, "double": DOUBLE, "bfloat16": BFLOAT16, "half": HALF}
@@ -44,31 +57,64 @@ def compiler() -> str | None:
 
 
 @contextmanager
-def exclusively(path: Path) -> Iterator[None]:
-    """One process at a time."""
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Whether this process alone has the file; without waiting, another may."""
     with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
-def build(folder: Path, kernels: Path = KERNELS, defines: tuple[str, ...] = ()) -> Path:
-    """The driver, built once for all test processes that share `folder`."""
+def compile_to(target: Path, command: list[str]) -> None:
+    """Runs the compiler; the target is there when it is whole."""
+    unfinished = target.with_suffix(".part")
+    done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    unfinished.rename(target)
+
+
+def compile_objects(folder: Path, sources: list[Path], flags: list[str]) -> list[Path]:
+    """One object a source. Test processes that need the same ones share the work: each takes what no other is at."""
     cxx = compiler()
     assert cxx is not None
-    command = [cxx, *FLAGS, *(f"-D{name}" for name in defines), "-x", "c++"]
-    command += [f"-I{HERE}", f"-I{kernels / 'cuda'}", str(HERE / "driver.cpp")]
-    key = hashlib.sha256("\0".join(command).encode()).hexdigest()[:16]
-    program = folder / f"driver-{key}"
-    with exclusively(folder / f"driver-{key}.lock"):
+    commands = {}
+    for source in sources:
+        command = [cxx, *flags, "-c", "-x", "c++", str(source)]
+        key = hashlib.sha256("\0".join(command).encode()).hexdigest()[:16]
+        commands[folder / f"{source.stem}-{key}.o"] = command
+    missing = list(commands)
+    while missing:
+        for target in tuple(missing):
+            with locked(target.with_suffix(".lock"), wait=False) as is_mine:
+                if is_mine and not target.exists():
+                    compile_to(target, commands[target])
+            if target.exists():
+                missing.remove(target)
+        if missing:
+            time.sleep(0.1)
+    return list(commands)
+
+
+def build(folder: Path, kernels: Path = KERNELS, units: tuple[str, ...] = UNITS) -> Path:
+    """The driver with these files of the kernels, built once for all test processes that share `folder`."""
+    cxx = compiler()
+    assert cxx is not None
+    flags = [*FLAGS, f"-I{HERE}", f"-I{kernels / 'cuda'}"]
+    absent = [f"-DEMULATE_WITHOUT_{unit.upper()}" for unit in UNITS if unit not in units]
+    objects = compile_objects(folder, [kernels / "cuda" / f"{unit}_launch.cu" for unit in units], flags)
+    objects += compile_objects(folder, [HERE / "driver.cpp"], [*flags, *absent])
+    command = [cxx, *FLAGS, *map(str, objects)]
+    program = folder / f"driver-{hashlib.sha256(' '.join(command).encode()).hexdigest()[:16]}"
+    with locked(program.with_suffix(".lock")):
         if not program.exists():
-            unfinished = program.with_suffix(".part")
-            done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-            unfinished.rename(program)
+            compile_to(program, command)
     return program
 
 
-def build_spoilt(folder: Path, planted: dict[str, tuple[str, str, str]]) -> Path:
+def build_spoilt(folder: Path, planted: dict[str, tuple[str, str, str]], units: tuple[str, ...]) -> Path:
     """The driver over a copy of the kernels that holds mistakes, each behind a switch of the case file: by name, the
     file, the line as it is, and the line as it is wrong."""
     copy = folder / "csrc"
@@ -77,13 +123,13 @@ def build_spoilt(folder: Path, planted: dict[str, tuple[str, str, str]]) -> Path
         path = KERNELS / "cuda" / file
         assert sources[path].count(right) == 1, f"{file} no longer holds the line to spoil for {name}: {right}"
         sources[path] = sources[path].replace(right, wrong)
-    with exclusively(folder.with_suffix(".lock")):
+    with locked(folder.with_suffix(".lock")):
         (copy / "cuda").mkdir(parents=True, exist_ok=True)
         for path, text in sources.items():
             target = copy / path.relative_to(KERNELS)
             if not target.exists():
                 target.write_text(text)
-    return build(folder, copy, ("EMULATE_FLOAT_AND_DOUBLE_ONLY",))
+    return build(folder, copy, units)
 
 
 # ---- Element types ----

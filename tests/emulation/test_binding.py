@@ -17,7 +17,7 @@ from torch.utils import cpp_extension
 
 from inverse_flow import ops as cpu
 
-from .emulator import HERE, KERNELS, compiler, exclusively
+from .emulator import HERE, KERNELS, compiler, locked
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="the emulator needs a C++ compiler (g++, or CXX)")
 
@@ -47,7 +47,7 @@ def build_binding(folder: Path) -> Path:
     sources["ops.cpp"] = sources["ops.cpp"].replace("(inverse_flow,", "(inverse_flow_emulated,")
     key = hashlib.sha256("".join(sources.values()).encode()).hexdigest()[:16]
     library = folder / f"libbinding-{key}.so"
-    with exclusively(folder / "binding.lock"):
+    with locked(folder / "binding.lock"):
         if not library.exists():
             paths = [str(HERE / "device.cpp")]
             for name, text in sources.items():

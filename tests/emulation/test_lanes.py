@@ -31,6 +31,7 @@ from .emulator import (
 )
 from .test_emulation import (
     ALL_ORDERS,
+    SPOILT_UNITS,
     check_backward,
     check_solve,
     driver,  # noqa: F401  (fixture)
@@ -41,12 +42,16 @@ from .test_emulation import (
 pytestmark = pytest.mark.skipif(compiler() is None, reason="the emulator needs a C++ compiler (g++, or CXX)")
 
 # Most channels a group, by the taps of the window.
-MOST_CHANNELS = {2: 8, 3: 8, 5: 2}
+MOST_CHANNELS = {2: 8, 3: 12, 5: 2}
 
 
 def rows_of_band(channels: int) -> int:
-    """Rows of a warp: 32 lanes, of which a pixel has 1, 2 or 8."""
-    return 32 if channels <= 2 else 16 if channels <= 4 else 4
+    """Rows of a warp: 32 lanes, of which a pixel has 1, 2, 8 or 16."""
+    return 32 if channels <= 2 else 16 if channels <= 4 else 4 if channels <= 8 else 2
+
+
+def most_threads(channels: int) -> int:
+    return 256 if channels <= 8 else 384
 
 
 def lanes_case(*arguments: object, **options: object) -> Case:
@@ -83,7 +88,7 @@ def test_every_kernel_and_corner(
     ("channels", "height", "width", "taps"),
     [
         (1, 70, 7, 3), (1, 65, 6, 5), (2, 34, 9, 2), (3, 33, 5, 3), (4, 49, 4, 2), (2, 40, 11, 5), (5, 13, 6, 3),
-        (6, 9, 4, 3), (7, 10, 7, 3), (8, 32, 5, 3),
+        (6, 9, 4, 3), (7, 10, 7, 3), (8, 32, 5, 3), (9, 9, 6, 3), (11, 7, 10, 3), (12, 24, 5, 3),
     ],
 )  # fmt: skip
 def test_bands(
@@ -105,7 +110,13 @@ def test_bands(
 
 def test_more_bands_than_warps(driver: Path, tmp_path: Path) -> None:  # noqa: F811
     """An image is not cut where its warps can take one band after the other, and none of them has to wait for that."""
-    for channels, height, width, threads in ((8, 33, 9, 256), (5, 37, 41, 256), (6, 70, 13, 64), (2, 70, 9, 32)):
+    for channels, height, width, threads in (
+        (8, 33, 9, 256),
+        (5, 13, 13, 64),
+        (6, 70, 13, 64),
+        (2, 70, 9, 32),
+        (12, 9, 7, 64),
+    ):
         options = {"threads_per_block": threads, "shared_bytes": 227 * 1024}
         for transposed in (False, True):
             case = lanes_case(
@@ -118,6 +129,10 @@ def test_more_bands_than_warps(driver: Path, tmp_path: Path) -> None:  # noqa: F
         # A wider one would wait.
         facts = run(driver, tmp_path, case.but(width=62), make_data(case), "plan").facts
         assert facts["tiles"] != [1, 1]
+    # So are tiles.
+    case = lanes_case(1, (BOTTOM_LEFT,), 9, 20, 5, 3, 3, GENERAL, threads_per_block=64, shared_bytes=8100)
+    done = check(driver, tmp_path, case)
+    assert (done.facts["tiles"], done.facts["bands"], done.facts["threads"]) == ([2, 1], [5], [64])
     # Two bands of 17 rows: the lower one starts 3 phases of 8 steps later, of 32 and one it would be 5.
     done = check(driver, tmp_path, lanes_case(1, (TOP_RIGHT,), 1, 33, 20, 3, 3))
     assert (done.facts["bands"], done.facts["phases"]) == ([2], [-(-(20 + 16) // 8) + 3])
@@ -140,7 +155,8 @@ TILED = [
     lanes_case(2, (TOP_LEFT,), 3, 36, 20, 3, 3, shared_bytes=11000, threads_per_block=64),
     lanes_case(1, (BOTTOM_LEFT, TOP_LEFT), 1, 70, 20, 5, 5, shared_bytes=5600, threads_per_block=64),
     lanes_case(2, (TOP_RIGHT,), 4, 33, 20, 2, 2, shared_bytes=10000, threads_per_block=64),
-    lanes_case(1, (TOP_RIGHT, TOP_LEFT), 8, 13, 20, 3, 3, shared_bytes=8000, threads_per_block=64),
+    lanes_case(1, (TOP_RIGHT, TOP_LEFT), 8, 13, 20, 3, 3, shared_bytes=9500, threads_per_block=64),
+    lanes_case(1, (BOTTOM_RIGHT,), 10, 7, 17, 3, 3, shared_bytes=9600, threads_per_block=64),
 ]
 
 
@@ -152,7 +168,8 @@ def test_tiles(driver: Path, tmp_path: Path, case: Case, corner: int, transposed
     done = check(driver, tmp_path, case.but(corner=corner, transposed=transposed, seeds=(1, 2, 3)))
     assert min(done.facts["tiles"]) >= 2
     assert done.facts["solve_launches"] == [2]
-    assert done.facts["bands"] == [1 if case.threads_per_block > 64 else 2]
+    assert done.facts["bands"] == [-(-done.facts["tile"][0] // rows_of_band(case.channels))]
+    assert (done.facts["bands"][0] > 1) == (case.threads_per_block == 64)
 
 
 @pytest.mark.parametrize("image_type", ["float", "half", "bfloat16"])
@@ -168,6 +185,7 @@ def test_types_and_layouts(
     for case in (
         lanes_case(2, (BOTTOM_LEFT, TOP_RIGHT, TOP_LEFT), 4, 6, 5, 3, 3),
         lanes_case(1, (TOP_RIGHT, TOP_LEFT), 6, 6, 8, 3, 3),
+        lanes_case(1, (BOTTOM_RIGHT, TOP_LEFT), 12, 5, 8, 3, 3),
         TILED[0],
     ):
         check(
@@ -188,13 +206,18 @@ WIDE = [
     lanes_case(1, (TOP_LEFT, TOP_RIGHT), 4, 3, 40, 2, 2, GENERAL),
     lanes_case(1, ALL_ORDERS, 5, 6, 12, 3, 3, IDENTITY),
     lanes_case(1, (TOP_LEFT, TOP_RIGHT), 8, 4, 44, 3, 3, threads_per_block=32),
+    lanes_case(1, (BOTTOM_LEFT, TOP_RIGHT), 11, 3, 12, 3, 3, GENERAL),
     lanes_case(1, (TOP_LEFT, BOTTOM_RIGHT), 1, 33, 40, 3, 3, shared_bytes=3000, threads_per_block=32),
     lanes_case(1, (TOP_LEFT, BOTTOM_RIGHT), 1, 33, 44, 3, 3, shared_bytes=3600, threads_per_block=64),
 ]
 WIDE_LAYOUTS = ("contiguous", "long rows", "channels_last")
 NARROW_LAYOUTS = ("shifted", "odd rows", "sliced", "channels_last, shifted", "channels_last, sliced")
 # By four channels of a pixel, where there are as many.
-CHANNELS_LAST = [*WIDE, lanes_case(1, (TOP_LEFT, BOTTOM_RIGHT), 8, 5, 7, 3, 3, GENERAL)]
+CHANNELS_LAST = [
+    *WIDE,
+    lanes_case(1, (TOP_LEFT, BOTTOM_RIGHT), 8, 5, 7, 3, 3, GENERAL),
+    lanes_case(1, (TOP_RIGHT, BOTTOM_LEFT), 12, 3, 5, 3, 3),
+]
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -270,7 +293,7 @@ def test_gradients(driver: Path, tmp_path: Path, case: Case, image_type: str, tr
 @pytest.mark.parametrize(
     "changes",
     [
-        {"channels": 9, "forced_regime": LANES},
+        {"channels": 13, "forced_regime": LANES},
         {"kernel_w": 2},
         {"kernel_h": 5, "kernel_w": 5},
         {"height": 2},  # the window is clipped
@@ -290,7 +313,8 @@ def test_plans_stay_within_the_device(driver: Path, tmp_path: Path) -> None:  # 
     for taps, most in MOST_CHANNELS.items():
         for channels in range(1, most + 1):
             for height, width in ((taps, taps), (5, 3000), (900, 7), (64, 64), (2048, 2048)):
-                for shared_bytes, threads in ((99 * 1024, 1024), (227 * 1024, 1024), (8000, 64)):
+                # The last has room for little more than the weights.
+                for shared_bytes, threads in ((99 * 1024, 1024), (227 * 1024, 1024), (12000, 64)):
                     case = lanes_case(
                         3, (TOP_LEFT,), channels, height, width, taps, taps, shared_bytes=shared_bytes,
                         threads_per_block=threads,
@@ -299,11 +323,11 @@ def test_plans_stay_within_the_device(driver: Path, tmp_path: Path) -> None:  # 
                     assert facts["regime"] == [LANES]
                     assert facts["shared_bytes"][0] <= shared_bytes
                     assert facts["threads"][0] % 32 == 0
-                    assert facts["threads"][0] <= min(threads, 256)
+                    assert facts["threads"][0] <= min(threads, most_threads(channels))
                     rows = rows_of_band(channels)
                     tile, tiles = facts["tile"], facts["tiles"]
                     assert facts["bands"] == [-(-tile[0] // rows)]
-                    assert min(facts["bands"][0] * 32, threads, 256) <= facts["threads"][0]
+                    assert min(facts["bands"][0] * 32, threads, most_threads(channels)) <= facts["threads"][0]
                     for size, side, count in zip((height, width), tile, tiles, strict=True):
                         assert side * (count - 1) < size <= side * count
                     if tiles != [1, 1]:
@@ -351,8 +375,8 @@ PLANTED = {
     ),
     "a flag that is never set": (
         "solve_lanes.cuh",
-        "store_release(done, 1);",
-        "if (!PLANTED(8)) store_release(done, 1);",
+        "if (threadIdx.x == 0) store_release(",
+        "if (threadIdx.x == 0 && !PLANTED(8)) store_release(",
     ),
     "a shuffle across images": (
         "solve_lanes.cuh",
@@ -401,8 +425,8 @@ PLANTED = {
     ),
     "a lane below its band": (
         "solve_lanes.cuh",
-        "image < claimed.tile.images && skew < plan.rows;",
-        "image < claimed.tile.images && (PLANTED(18) || skew < plan.rows);",
+        "image < claimed.tile.images && skew < plan.rows &&",
+        "image < claimed.tile.images && (PLANTED(18) || skew < plan.rows) &&",
     ),
     "channels that are not aligned": (
         "sequence_lanes.cuh",
@@ -431,6 +455,8 @@ ONE_WARP = lanes_case(
     1, (TOP_LEFT,), 1, 33, 8, 3, 3, IDENTITY, threads_per_block=32, shared_bytes=227 * 1024, seeds=(1,)
 )
 UNEVEN_BANDS = lanes_case(1, (TOP_LEFT,), 1, 33, 9, 3, 3, GENERAL, seeds=(1, 2, 3))
+# Sixteen lanes a pixel, of which four have no channels.
+IDLE_LANES = lanes_case(2, (TOP_RIGHT, BOTTOM_LEFT), 9, 5, 8, 3, 3, GENERAL, seeds=(1, 2, 3))
 # As channels_last has them; the distances of rows and images are multiples of four whatever that of pixels is.
 PIXELS = lanes_case(
     4, (TOP_RIGHT,), 8, 7, 8, 3, 3, GENERAL, input_layout="channels_last", output_layout="channels_last", seeds=(1, 2)
@@ -441,7 +467,9 @@ WAITING = lanes_case(1, (TOP_LEFT,), 1, 65, 40, 3, 3, GENERAL, threads_per_block
 
 @pytest.fixture(scope="module")
 def spoilt_driver(tmp_path_factory: pytest.TempPathFactory, worker: str) -> Path:  # noqa: F811
-    return build_spoilt(shared_folder(tmp_path_factory, worker) / "spoilt-lanes", PLANTED)
+    return build_spoilt(
+        shared_folder(tmp_path_factory, worker) / "spoilt-lanes", PLANTED, ("lanes_float", *SPOILT_UNITS)
+    )
 
 
 @pytest.mark.parametrize(
@@ -458,6 +486,7 @@ def spoilt_driver(tmp_path_factory: pytest.TempPathFactory, worker: str) -> Path
         PIXELS,
         PIXELS.but(input_layout="channels_last, sliced"),
         UNEVEN_BANDS,
+        IDLE_LANES,
     ],
     ids=[
         "images of a warp",
@@ -471,6 +500,7 @@ def spoilt_driver(tmp_path_factory: pytest.TempPathFactory, worker: str) -> Path
         "pixels",
         "sliced pixels",
         "uneven bands",
+        "idle lanes",
     ],
 )
 def test_without_a_planted_mistake_the_checks_pass(spoilt_driver: Path, tmp_path: Path, case: Case) -> None:
@@ -506,6 +536,7 @@ def test_without_a_planted_mistake_the_checks_pass(spoilt_driver: Path, tmp_path
         ("channels that are not aligned", PIXELS.but(input_layout="channels_last, sliced"), "misaligned"),
         ("the next channel of a pixel", PIXELS, "off by"),
         ("the other channels of a pixel", PIXELS, "off by"),
+        ("lanes of a pixel that do not wait", IDLE_LANES, "depends on the order|off by"),
         ("a lane below its band", UNEVEN_BANDS, "depends on the order|off by"),
     ],
 )

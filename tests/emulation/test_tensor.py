@@ -119,7 +119,7 @@ def test_weights_partly_in_shared_memory(driver: Path, tmp_path: Path, corner: i
 
 
 def test_several_images_in_a_block(driver: Path, tmp_path: Path) -> None:  # noqa: F811
-    done = check(driver, tmp_path, Case(11, (TOP_LEFT, BOTTOM_RIGHT), 9, 4, 5, 3, 3, multiprocessors=4))
+    done = check(driver, tmp_path, Case(11, (TOP_LEFT, BOTTOM_RIGHT), 13, 4, 5, 3, 3, multiprocessors=4))
     images = done.facts["images"][0]
     assert images > 1
     assert 11 % images != 0
@@ -165,7 +165,7 @@ def test_plans_stay_within_the_device(driver: Path, tmp_path: Path) -> None:  # 
         case = Case(5, (TOP_LEFT,), channels, *size, kernel, kernel, shared_bytes=kib * 1024, forced_regime=-1)
         facts = run(driver, tmp_path, case, Data(*[np.zeros(0)] * 3), "plan").facts
         assert facts["shared_bytes"][0] <= case.shared_bytes
-        if facts["regime"] == [BLOCK]:
+        if facts["regime"] != [TENSOR]:
             continue
         taken += 1
         warps = facts["tensor_splits"][0] * facts["tensor_job_warps"][0] + facts["tensor_finish_warps"][0]
