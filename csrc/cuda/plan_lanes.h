@@ -9,8 +9,8 @@
 
 namespace inverse_flow {
 
-// Most threads of a block, and the same where a lane has the weights of many channels. Registers: 65536 of them over
-// 256 threads leave 255 each, and over 384 threads 168.
+// Most threads of a block. 65536 registers over 256 threads leave 255 each, which hold the weights of a lane. From 9
+// channels on a warp has but two rows, so a block has more warps, and a thread 168 registers.
 constexpr int32_t kLanesThreads = 256;
 constexpr int32_t kManyLanesThreads = 384;
 // A tile of an image too large for one block has so many bands, as a multiprocessor has schedulers, one warp for each;
