@@ -133,6 +133,9 @@ def test_more_bands_than_warps(driver: Path, tmp_path: Path) -> None:  # noqa: F
     case = lanes_case(1, (BOTTOM_LEFT,), 9, 20, 5, 3, 3, GENERAL, threads_per_block=64, shared_bytes=8100)
     done = check(driver, tmp_path, case)
     assert (done.facts["tiles"], done.facts["bands"], done.facts["threads"]) == ([2, 1], [5], [64])
+    # But none so high that a warp would have to wait.
+    done = check(driver, tmp_path, lanes_case(1, (TOP_LEFT,), 12, 9, 33, 3, 3, IDENTITY, threads_per_block=64))
+    assert (done.facts["tiles"], done.facts["bands"]) == ([3, 9], [2])
     # Two bands of 17 rows: the lower one starts 3 phases of 8 steps later, of 32 and one it would be 5.
     done = check(driver, tmp_path, lanes_case(1, (TOP_RIGHT,), 1, 33, 20, 3, 3))
     assert (done.facts["bands"], done.facts["phases"]) == ([2], [-(-(20 + 16) // 8) + 3])
