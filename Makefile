@@ -35,7 +35,7 @@ settings := $(FORCE_CUDA)/$(CUDA_HOME)/$(TORCH_CUDA_ARCH_LIST)/$(if $(findstring
 .DELETE_ON_ERROR:
 
 demo: $(done)/package $(done)/train
-	$(python) -m inverse_flow.cli train --data embedded --out demo $(if $(RESUME),--resume) $(if $(FRESH),--fresh)
+	$(python) -m inverse_flow.command.main train --data embedded --out demo $(if $(RESUME),--resume) $(if $(FRESH),--fresh)
 
 test: $(done)/package $(done)/dev
 	$(python) -m pytest -n auto

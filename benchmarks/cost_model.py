@@ -25,7 +25,7 @@ import torch
 from common import geometric_mean
 
 from inverse_flow import explain
-from inverse_flow.plans import H200, CudaPlan, GpuProperties, GradientPlan, TensorPlan
+from inverse_flow.ops.explain import H200, CudaPlan, GpuProperties, GradientPlan, TensorPlan
 
 MARKS = ("<!-- predicted: begin -->\n", "<!-- predicted: end -->\n")
 

@@ -34,9 +34,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from inverse_flow import _replay
 from inverse_flow.flows import AffineCoupling, Compose, Flow
 from inverse_flow.models import Glow
+from inverse_flow.reversible import replay
 
 try:
     import normflows
@@ -192,7 +192,7 @@ def count_bytes(setting: Setting, steps: Sequence[int]) -> list[dict[str, Any]]:
         ways = losses(setting, count, torch.device("cpu"))
         # The parameters are real; what comes of a fake batch and of them is fake. So would be the generator states that
         # are compared to find layers that draw random numbers; none of these does.
-        with FakeTensorMode(allow_non_fake_inputs=True), patch.object(_replay, "_get_states", lambda device: []):
+        with FakeTensorMode(allow_non_fake_inputs=True), patch.object(replay, "_get_states", lambda device: []):
             x = torch.empty(setting.batch, 3, setting.side, setting.side)
             for name, (model, loss) in ways.items():
                 saved = bytes_saved(lambda loss=loss, x=x: loss(x), [*model.parameters(), *model.buffers()])

@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from common import Work, describe, print_table, quantile, time_alternately, write_json
 from torch import Tensor
 
-from inverse_flow import InverseConv2d, ops
-from inverse_flow._checks import UNIT_TRIANGULAR
+from inverse_flow import InverseConv2d
 from inverse_flow.functional import inverse_conv2d
+from inverse_flow.ops import library as ops
+from inverse_flow.ops.checks import UNIT_TRIANGULAR
 
 CHANNELS, SIZE, KERNEL = 3, 8, 3
 # Microseconds, on the CPU.

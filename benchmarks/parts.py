@@ -30,11 +30,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from inverse_flow.data import load
 from inverse_flow.flows.conditioner import arrange_for
 from inverse_flow.models import InverseFlow
+from inverse_flow.parts.config import PartsConfig, parse_parts
+from inverse_flow.parts.split import Carried, Part, part_shares, split_flow
 from inverse_flow.training import TrainConfig, Workers, evaluate, methods
 from inverse_flow.training.average import AveragedModel
 from inverse_flow.training.batches import Batches
-from inverse_flow.training.parts_config import PartsConfig, parse_parts
-from inverse_flow.training.parts_split import Carried, Part, part_shares, split_flow
 from inverse_flow.training.schedule import rate_factor
 
 ROOT = Path(__file__).parents[1]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from inverse_flow import InverseConv2d
-from inverse_flow._checks import MIRROR_COLUMNS, MIRROR_ROWS, parse_corner
-from inverse_flow.causal import effective_weight
+from inverse_flow.ops.causal import effective_weight
+from inverse_flow.ops.checks import MIRROR_COLUMNS, MIRROR_ROWS, parse_corner
 
 
 class PlainSolve(nn.Module):

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from inverse_flow import ops, reference
+from inverse_flow import reference
 from inverse_flow.functional import causal_conv2d, inverse_conv2d
+from inverse_flow.ops import library as ops
 
 from .cases import Case
 from .tolerance import assert_accurate, assert_solves, plain_solve, state_dtype

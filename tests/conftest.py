@@ -12,9 +12,9 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import pytest
 import torch
 
-from inverse_flow import _native
+from inverse_flow.ops import native
 
-HAS_CUDA = not _native.cuda_absent_reason and torch.cuda.is_available()
+HAS_CUDA = not native.cuda_absent_reason and torch.cuda.is_available()
 DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.cuda)] if HAS_CUDA else [])]
 
 # Workers of pytest-xdist share the processor; tests of threading set their own number.

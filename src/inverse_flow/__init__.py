@@ -1,9 +1,9 @@
 """The inverse of a convolution for PyTorch, and the normalizing flows built from it."""
 
-from . import functional, reference
-from ._native import build_info
-from ._version import __version__
-from .conv import InverseConv2d
-from .plans import explain
+from inverse_flow import functional, reference
+from inverse_flow._version import __version__
+from inverse_flow.conv import InverseConv2d
+from inverse_flow.ops.explain import explain
+from inverse_flow.ops.native import build_info
 
 __all__ = ["InverseConv2d", "__version__", "build_info", "explain", "functional", "reference"]

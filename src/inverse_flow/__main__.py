@@ -1,5 +1,5 @@
 """``python -m inverse_flow``, which is also what ``torchrun -m`` starts."""
 
-from inverse_flow.cli import main
+from inverse_flow.command.main import main
 
 main()

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import _native, autograd, ops
-from ._checks import Order, check_arguments, parse_corner, parse_orders
-from .causal import convolve, effective_weight
+from inverse_flow.ops import autograd, native
+from inverse_flow.ops import library as ops
+from inverse_flow.ops.causal import convolve, effective_weight
+from inverse_flow.ops.checks import Order, check_arguments, parse_corner, parse_orders
 
 __all__ = ["causal_conv2d", "inverse_conv2d"]
 
@@ -66,7 +67,7 @@ def inverse_conv2d(
         # The operator checks its arguments by itself. These checks say what is wrong more clearly, and cost nothing
         # where nothing is.
         check_arguments(input, weight, bias, groups)
-        _native.check_device(input.device)
+        native.check_device(input.device)
         if "the corner tap is singular" in str(error):
             raise ValueError(str(error).splitlines()[0]) from error
         raise

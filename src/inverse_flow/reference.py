@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import MIRROR_COLUMNS, MIRROR_ROWS, Order, check_arguments, parse_corner, parse_orders
-from .causal import corner_index, effective_weight
+from inverse_flow.ops.causal import corner_index, effective_weight
+from inverse_flow.ops.checks import MIRROR_COLUMNS, MIRROR_ROWS, Order, check_arguments, parse_corner, parse_orders
 
 __all__ = ["dense_matrix", "inverse_conv2d", "inverse_conv2d_dense"]
 

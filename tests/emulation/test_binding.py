@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from inverse_flow import ops as cpu
+from inverse_flow.ops import library as cpu
 
 from .emulator import HERE, KERNELS, compiler, locked
 

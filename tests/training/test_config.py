@@ -2,8 +2,8 @@ import json
 
 import pytest
 
+from inverse_flow.parts.config import PartsConfig
 from inverse_flow.training import TrainConfig
-from inverse_flow.training.parts_config import PartsConfig
 
 
 def test_a_config_survives_json() -> None:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inverse_flow._rebuild import elementary_steps, run
 from inverse_flow.flows.base import FlowLayer, Shape, check_floating, input_shape, output_shape, zero_logdet
 from inverse_flow.flows.finite import call_layer
 from inverse_flow.flows.prior import StandardNormal
 from inverse_flow.flows.split import Split
 from inverse_flow.reversible import check_options
+from inverse_flow.reversible.chain import elementary_steps, run
 
 
 class Compose(FlowLayer):

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from inverse_flow._rebuild import has_closed_form
 from inverse_flow.flows.base import FlowLayer, check_images, first_half
 from inverse_flow.flows.compose import Compose
 from inverse_flow.flows.coupling import AffineCoupling
+from inverse_flow.reversible.chain import has_closed_form
 
 
 class OnChannels(FlowLayer):

@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inverse_flow._checks import parse_corner
-from inverse_flow.causal import convolve_mixed, effective_weight
 from inverse_flow.conv import InverseConv2d
 from inverse_flow.flows.actnorm import ActNorm
 from inverse_flow.flows.base import FlowLayer, check_images, count_pixels, expand_logdet, logdet_dtype
@@ -22,6 +20,8 @@ from inverse_flow.flows.conv1x1 import Conv1x1
 from inverse_flow.flows.householder import Householder
 from inverse_flow.flows.permute import Permute
 from inverse_flow.functional import causal_conv2d
+from inverse_flow.ops.causal import convolve_mixed, effective_weight
+from inverse_flow.ops.checks import parse_corner
 
 # Layers that are z_p = W x_p + b at every pixel p: a run of them is one such layer. Joining them pays where one of them
 # mixes the channels.

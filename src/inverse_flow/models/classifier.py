@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inverse_flow._checks import FLOAT_DTYPES, parse_corner
-from inverse_flow.causal import read_mask
 from inverse_flow.conv import InverseConv2d
+from inverse_flow.ops.causal import read_mask
+from inverse_flow.ops.checks import FLOAT_DTYPES, parse_corner
 
 # From opposite corners, so that after both every pixel has seen the whole image.
 ORDERS = ("top_left", "bottom_right")

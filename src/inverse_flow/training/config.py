@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from inverse_flow.training.parts_config import PartsConfig
+from inverse_flow.parts.config import PartsConfig
 
 MAX_BIT_DEPTH = 8
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from functools import partial
 
+from inverse_flow.parts.method import ByParts
 from inverse_flow.training.batches import Batches
 from inverse_flow.training.config import TrainConfig
 from inverse_flow.training.method import EndToEnd, MethodFactory
-from inverse_flow.training.parts import ByParts
 
 
 def of(config: TrainConfig, batches: Batches) -> MethodFactory:

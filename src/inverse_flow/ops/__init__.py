@@ -1,0 +1,1 @@
+"""The operator: its description, checks, kernels and derivatives."""

@@ -1,0 +1,119 @@
+r"""The causal convolution A(w) and its adjoint in plain PyTorch, for any order of each group.
+
+.. math:: y_{b,o,i,j} = \sum_{c,p,q} w_{o,c,k_H-1-p,k_W-1-q}\, x_{b,c,i-p,j-q}
+
+(order ``top_left``; the others mirror the image). PyTorch's convolution does the work and its autograd the
+gradients, so this file is also what sampling runs.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from inverse_flow.ops.checks import GENERAL, MIRROR_COLUMNS, MIRROR_ROWS, UNIT_TRIANGULAR
+
+
+def corner_index(order: int, kernel_h: int, kernel_w: int) -> tuple[int, int]:
+    """Row and column, in the kernel window, of the tap that meets the output pixel itself."""
+    return (0 if order & MIRROR_ROWS else kernel_h - 1, 0 if order & MIRROR_COLUMNS else kernel_w - 1)
+
+
+def read_mask(weight: Tensor, orders: tuple[int, ...], corner: int) -> Tensor:
+    """Which entries of ``weight`` the operator reads: all taps, and of the corner tap what the corner kind reads.
+    Boolean, of the weight's shape."""
+    groups, channels = len(orders), weight.shape[1]
+    kernel_h, kernel_w = weight.shape[2:]
+    mask = torch.ones(groups, channels, channels, kernel_h, kernel_w, dtype=torch.bool, device=weight.device)
+    if corner != GENERAL:
+        read = torch.zeros(channels, channels, dtype=torch.bool, device=weight.device)
+        if corner == UNIT_TRIANGULAR:
+            read = torch.ones_like(read).tril(-1)
+        for group, order in enumerate(orders):
+            row, column = corner_index(order, kernel_h, kernel_w)
+            mask[group, :, :, row, column] = read
+    return mask.flatten(0, 1)
+
+
+def effective_weight(weight: Tensor, orders: tuple[int, ...], corner: int) -> Tensor:
+    """``weight`` with the entries that the corner kind does not read replaced by those of the identity."""
+    if corner == GENERAL:
+        return weight
+    groups, channels = len(orders), weight.shape[1]
+    kernel_h, kernel_w = weight.shape[2:]
+    unit = weight.new_zeros(groups, channels, channels, kernel_h, kernel_w)
+    for group, order in enumerate(orders):
+        row, column = corner_index(order, kernel_h, kernel_w)
+        unit[group, :, :, row, column].fill_diagonal_(1)
+    return torch.where(read_mask(weight, orders, corner), weight, unit.flatten(0, 1))
+
+
+def _runs(orders: tuple[int, ...], channels: int) -> list[tuple[int, slice]]:
+    """(order, channel slice) of each run of neighbouring groups that share an order."""
+    runs, start = [], 0
+    for order, members in groupby(orders):
+        stop = start + len(list(members)) * channels
+        runs.append((order, slice(start, stop)))
+        start = stop
+    return runs
+
+
+def _padding(order: int, kernel_h: int, kernel_w: int) -> tuple[int, int, int, int]:
+    """(left, right, top, bottom): all of the padding lies on the side of the order's corner."""
+    rows, columns = kernel_h - 1, kernel_w - 1
+    left, right = (0, columns) if order & MIRROR_COLUMNS else (columns, 0)
+    top, bottom = (0, rows) if order & MIRROR_ROWS else (rows, 0)
+    return left, right, top, bottom
+
+
+def convolve(input: Tensor, weight: Tensor, orders: tuple[int, ...], *, transposed: bool = False) -> Tensor:
+    """A(w) x, or A(w)ᵀ x when ``transposed``, reading every entry of ``weight``.
+
+    One grouped convolution serves all orders: the kernel window already has its corner tap on the right side, so
+    only the padding differs from group to group. Autocast is switched off inside, since a convolution rounded to
+    half precision would no longer be the inverse of the solve.
+    """
+    if weight.dtype != input.dtype:
+        return convolve(input.to(weight.dtype), weight, orders, transposed=transposed).to(input.dtype)
+    groups, (kernel_h, kernel_w) = len(orders), weight.shape[2:]
+    runs = _runs(orders, weight.shape[1])
+    with torch.autocast(input.device.type, enabled=False):
+        if not transposed:
+            padded = [F.pad(input[:, channels], _padding(order, kernel_h, kernel_w)) for order, channels in runs]
+            return F.conv2d(padded[0] if len(runs) == 1 else torch.cat(padded, 1), weight, groups=groups)
+        full = F.conv_transpose2d(input, weight, groups=groups)
+        return _crop(full, input, runs, [_padding(order, kernel_h, kernel_w) for order, _ in runs])
+
+
+def convolve_mixed(input: Tensor, weight: Tensor, bias: Tensor | None, orders: tuple[int, ...]) -> Tensor:
+    """A(w) K x + b for a matrix K that mixes all channels of a pixel, where ``weight`` is w K: (C, C, kH, kW), each
+    output channel with the window of its group's order.
+
+    The image is padded on all sides, and every group keeps the part that the order's own padding would have given.
+    For channels as few as a flow has, that is less work than the grouped convolution and K by themselves.
+    """
+    kernel_h, kernel_w = weight.shape[2:]
+    runs = _runs(orders, len(weight) // len(orders))
+    with torch.autocast(input.device.type, enabled=False):
+        full = F.conv2d(input, weight, bias, padding=(kernel_h - 1, kernel_w - 1))
+    # What lies on the other side of the order's own padding is too much.
+    return _crop(full, input, runs, [_padding(_opposite(order), kernel_h, kernel_w) for order, _ in runs])
+
+
+def _opposite(order: int) -> int:
+    return order ^ (MIRROR_ROWS | MIRROR_COLUMNS)
+
+
+def _crop(
+    full: Tensor, like: Tensor, runs: list[tuple[int, slice]], margins: list[tuple[int, int, int, int]]
+) -> Tensor:
+    """Of each run of channels the part as large as ``like`` behind the margin (left, right, top, bottom)."""
+    height, width = like.shape[2:]
+    parts = [
+        full[:, channels, top : top + height, left : left + width]
+        for (_, channels), (left, _, top, _) in zip(runs, margins, strict=True)
+    ]
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, 1)

@@ -1,0 +1,87 @@
+"""The oracles against something simpler still: matrices written out by hand, and each other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from inverse_flow import reference
+
+from ..cases import CORNERS, FEW, ORDERS, SHAPES, Case, corner_tap
+
+
+def test_the_matrix_of_a_small_image_by_hand() -> None:
+    """Two columns and two rows, one channel, a 2 × 2 window whose corner tap is d."""
+    a, b, c, d = 2.0, 3.0, 5.0, 7.0
+    weight = torch.tensor([[[[a, b], [c, d]]]])
+    expected = {
+        "top_left": [[d, 0, 0, 0], [c, d, 0, 0], [b, 0, d, 0], [a, b, c, d]],
+    }
+    found = reference.dense_matrix(weight, 2, 2)
+    assert found.tolist() == expected["top_left"]
+    # The other orders mirror the image, and have their corner tap at the mirrored place of the window.
+    assert reference.dense_matrix(weight, 1, 2, order="top_right").tolist() == [[c, d], [0, c]]
+    assert reference.dense_matrix(weight, 2, 1, order="bottom_left").tolist() == [[b, d], [0, b]]
+    assert reference.dense_matrix(weight, 2, 2, order="bottom_right").tolist() == [
+        [a, b, c, d],
+        [0, a, 0, c],
+        [0, 0, a, b],
+        [0, 0, 0, a],
+    ]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("corner", CORNERS)
+def test_every_entry_of_the_matrix(order: str, corner: str) -> None:
+    """Entry by entry from the definition: output (o, i, j) reads input (c, i + p − row, j + q − column)."""
+    case = Case(1, 4, 3, 4, (2, 3), groups=2, order=(order, "top_right"), corner=corner)
+    _, weight, _ = case.tensors()
+    matrix = reference.dense_matrix(weight, 3, 4, **case.arguments).view(4, 3, 4, 4, 3, 4)
+    expected = torch.zeros_like(matrix)
+    for o in range(4):
+        group = o // 2
+        row, column = corner_tap(case.orders[group], case.kernel)
+        for c, p, q, i, j in torch.cartesian_prod(*(torch.arange(n) for n in (2, 2, 3, 3, 4))).tolist():
+            y, x = i + p - row, j + q - column
+            if 0 <= y < 3 and 0 <= x < 4:
+                value = weight[o, c, p, q]
+                if (p, q) == (row, column) and corner != "general" and (corner == "identity" or c >= o % 2):
+                    value = torch.tensor(float(c == o % 2))
+                expected[o, i, j, group * 2 + c, y, x] = value
+    torch.testing.assert_close(matrix, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", [*SHAPES[::2], *FEW], ids=str)
+def test_the_two_references_agree(case: Case) -> None:
+    input, weight, bias = case.tensors()
+    dense = reference.inverse_conv2d_dense(input, weight, bias, **case.arguments)
+    plain = reference.inverse_conv2d(input, weight, bias, **case.arguments)
+    torch.testing.assert_close(plain, dense)
+
+
+@pytest.mark.parametrize("function", [reference.inverse_conv2d, reference.inverse_conv2d_dense])
+@pytest.mark.parametrize("case", [Case(1, 2, 2, 3, (2, 2), order=o, corner=c) for o, c in zip(ORDERS, CORNERS * 2)])  # noqa: B905
+def test_both_are_differentiable(case: Case, function: object) -> None:
+    tensors = [t.requires_grad_() for t in case.tensors()]
+    assert gradcheck(lambda *t: function(*t, **case.arguments), tensors)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dtypes(dtype: torch.dtype) -> None:
+    input, weight, bias = Case(2, 3, 3, 3).tensors(dtype)
+    assert reference.inverse_conv2d_dense(input, weight, bias).dtype == torch.float64
+    if dtype == torch.float32:
+        assert reference.inverse_conv2d(input, weight, bias).dtype == dtype
+
+
+def test_the_log_determinant_is_that_of_the_corner_taps() -> None:
+    """log|det A| = H W Σ log|det M| over the groups, the mathematics all log-determinants rest on."""
+    case = Case(1, 4, 3, 5, (3, 2), groups=2, order=("bottom_left", "top_right"))
+    _, weight, _ = case.tensors()
+    corners = 0.0
+    for group, order in enumerate(case.orders):
+        i, j = corner_tap(order, case.kernel)
+        corners += torch.linalg.slogdet(weight[2 * group : 2 * group + 2, :, i, j]).logabsdet
+    found = torch.linalg.slogdet(reference.dense_matrix(weight, 3, 5, **case.arguments)).logabsdet
+    torch.testing.assert_close(found, 15 * corners)

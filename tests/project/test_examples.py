@@ -1,0 +1,54 @@
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from matplotlib.image import imread
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run(name: str, *arguments: object) -> str:
+    """What the example prints."""
+    result = subprocess.run(
+        [sys.executable, "-W", "error", str(EXAMPLES / name), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def numbers(pattern: str, text: str) -> list[float]:
+    return [float(value) for value in re.findall(pattern, text)]
+
+
+def test_the_custom_flow_learns() -> None:
+    printed = run("custom_flow.py")
+    bits = numbers(r"([\d.]+) bits/dim", printed)
+    assert len(bits) == 4
+    assert bits[-1] < bits[0] - 1
+    assert "samples: (16, 1, 28, 28)" in printed
+
+
+def test_the_class_conditional_flow_draws_every_class(tmp_path: Path) -> None:
+    printed = run("class_conditional.py", "--steps", 6, "--output", tmp_path / "classes.png")
+    bits = numbers(r"([\d.]+) bits/dim", printed)
+    assert len(bits) == 2
+    assert bits[-1] < bits[0]
+    assert 0 <= numbers(r"(\d+) % of 100 test images", printed)[0] <= 100
+    assert imread(tmp_path / "classes.png").std() > 0
+
+
+def test_deblurring_undoes_a_known_blur_and_learns_an_unknown_one(tmp_path: Path) -> None:
+    printed = run("deblurring.py", "--steps", 200, "--output", tmp_path / "blur.png")
+    (known, unknown) = numbers(r"falls from [\d.]+ to (\S+)", printed)
+    assert known < 1e-5
+    assert unknown < 1e-2
+    assert numbers(r"falls from ([\d.]+) to", printed) == [0.849, 0.849]
+    assert numbers(r"stored in 8 bits: the error is ([\d.]+)", printed)[0] < 0.1
+    assert imread(tmp_path / "blur.png").std() > 0
