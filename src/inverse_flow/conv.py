@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from inverse_flow.functional import causal_conv2d, inverse_conv2d
 from inverse_flow.ops.autograd import solve_backward
+from inverse_flow.ops.backpropagate import backpropagate
 from inverse_flow.ops.causal import corner_index
 from inverse_flow.ops.checks import FLOAT_DTYPES, Order, parse_corner, parse_orders
 from inverse_flow.ops.library import allows_tf32
-from inverse_flow.reversible import backpropagate
 
 __all__ = ["InverseConv2d"]
 
