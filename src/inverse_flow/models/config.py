@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self  # in typing from Python 3.11 on
 
 InverseConvDirection: TypeAlias = Literal["training", "sampling", "none"]
-Orders: TypeAlias = Literal["four", "alternating"]
+OrderPattern: TypeAlias = Literal["four", "alternating"]
 Activation: TypeAlias = Literal["none", "spline"]
 Mixing: TypeAlias = Literal["plu", "householder", "permutation"]
 CouplingKind: TypeAlias = Literal["affine", "additive", "spline", "hint"]
@@ -24,7 +24,7 @@ SQUEEZE_FACTOR = 2
 # The spatial axes from the last backwards, for messages.
 AXES = ("depth", "height", "width")
 CHOICES: dict[str, Any] = {
-    "orders": Orders,
+    "orders": OrderPattern,
     "coupling": CouplingKind,
     "split_prior": SplitPrior,
     "inverse_conv": InverseConvDirection,
@@ -83,7 +83,7 @@ class FlowConfig:
     hidden: int = 64
     kernel_size: int | tuple[int, int] = 3
     corner: str = "unit_triangular"
-    orders: Orders = "four"
+    orders: OrderPattern = "four"
     coupling: CouplingKind = "affine"
     split_prior: SplitPrior = "conditional"
     logit_margin: float | None = None
@@ -207,7 +207,7 @@ class GlowConfig(FlowConfig):
 class RealNVPConfig(FlowConfig):
     """Defaults of :class:`~inverse_flow.models.RealNVP`: masks instead of 1×1 convolutions, residual networks."""
 
-    orders: Orders = "alternating"
+    orders: OrderPattern = "alternating"
     conv1x1: Mixing = "permutation"
     masks: Masks = "checkerboard"
     conditioner: Conditioner = "resnet"

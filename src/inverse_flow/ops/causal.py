@@ -27,8 +27,9 @@ def corner_taps(weight: Tensor, orders: Orders) -> Tensor:
     grouped = weight.unflatten(0, (len(orders), -1))
     corners = [corner_index(order, *weight.shape[2:]) for order in orders]
     if len(set(corners)) == 1:
-        return grouped[(..., *corners[0])]
-    return torch.stack([window[(..., *corner)] for window, corner in zip(grouped, corners, strict=True)])
+        row, column = corners[0]
+        return grouped[..., row, column]
+    return torch.stack([window[..., row, column] for window, (row, column) in zip(grouped, corners, strict=True)])
 
 
 def with_corner_taps(weight: Tensor, matrices: Tensor, orders: Orders) -> Tensor:
