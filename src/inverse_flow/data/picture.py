@@ -43,7 +43,7 @@ def read_picture(path: Path) -> Image:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        # By its stream: given a name, Pillow maps an uncompressed TIFF that is turned into memory with its sides swapped.
+        # By its stream: given a name, Pillow maps an uncompressed TIFF into memory, and one that is turned wrongly.
         with path.open("rb") as stream, Image.open(stream) as file:
             file.load()
             # A telephone's JPEG with a preview in it (MPO) has frames too, of which viewers show the first.
