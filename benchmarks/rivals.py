@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import cache
 
@@ -69,21 +68,23 @@ class PlainSolve(nn.Module):
         super().__init__()
         self.groups, self.kernel = layer.groups, layer.kernel_size
         self.orders = [layer.order] * layer.groups if isinstance(layer.order, str) else list(layer.order)
-        taps, bias = impulse_response(layer)
-        # Every group mirrored, so that its recurrence starts at the top left.
-        mirrored = torch.stack([_mirror(w, order) for w, order in zip(taps, self.orders, strict=True)])
-        corner_inverse = torch.linalg.inv(mirrored[..., -1, -1])
-        folded = torch.einsum("gop,gpcij->goijc", corner_inverse, mirrored)
-        folded[:, :, -1, -1] = 0
-        dtype = layer.weight.dtype
-        self.register_buffer("corner_inverse", corner_inverse.to(dtype))
-        self.register_buffer("taps", folded.flatten(2).mT.to(dtype).contiguous())
-        self.register_buffer("bias", bias.to(dtype))
+        with torch.no_grad():
+            taps = layer.complete_weight().double().unflatten(0, (self.groups, -1))
+            # Every group mirrored, so that its recurrence starts at the top left.
+            mirrored = torch.stack([_mirror(w, order) for w, order in zip(taps, self.orders, strict=True)])
+            corner_inverse = torch.linalg.inv(mirrored[..., -1, -1])
+            folded = torch.einsum("gop,gpcij->goijc", corner_inverse, mirrored)
+            folded[:, :, -1, -1] = 0
+            dtype = layer.weight.dtype
+            self.register_buffer("corner_inverse", corner_inverse.to(dtype))
+            self.register_buffer("taps", folded.flatten(2).mT.to(dtype).contiguous())
+            self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The solve, and a log-determinant of zeros: it is only sampled with."""
         batch, _, height, width = x.shape
-        x = x - self.bias.view(-1, 1, 1)
+        if self.bias is not None:
+            x = x - self.bias.view(-1, 1, 1)
         groups = zip(x.unflatten(1, (self.groups, -1)).unbind(1), self.orders, strict=True)
         right = torch.stack([_mirror(part, order) for part, order in groups])  # (G, B, C, H, W)
         right = (right.permute(3, 4, 0, 1, 2) @ self.corner_inverse.mT).flatten(0, 1)  # (pixels, G, B, C)
@@ -97,26 +98,6 @@ class PlainSolve(nn.Module):
         images = state.unflatten(0, (-1, padded_width))[kernel_h - 1 :, kernel_w - 1 :].permute(2, 3, 4, 0, 1)
         parts = [_mirror(part, order) for part, order in zip(images, self.orders, strict=True)]
         return torch.cat(parts, dim=1), x.new_zeros(batch)
-
-
-@torch.no_grad()
-def impulse_response(layer: InverseConv2d) -> tuple[Tensor, Tensor]:
-    """The complete taps of A(w), (groups, C_g, C_g, kH, kW), and the bias, (C,), in float64: what the layer's plain
-    convolution makes of a one in the middle of each channel, and of zeros."""
-    exact = copy.deepcopy(layer).double()
-    channels, (kernel_h, kernel_w) = layer.channels, layer.kernel_size
-    images = torch.zeros(channels + 1, channels, 2 * kernel_h - 1, 2 * kernel_w - 1, dtype=torch.float64)
-    images[range(channels), range(channels), kernel_h - 1, kernel_w - 1] = 1
-    seen = exact.inverse(images.to(layer.weight.device))[0]
-    response = (seen[:-1] - seen[-1]).transpose(0, 1)  # (output channel, input channel, rows, columns)
-    of_group, taps = channels // layer.groups, []
-    orders = [layer.order] * layer.groups if isinstance(layer.order, str) else layer.order
-    for group, order in enumerate(orders):
-        own = slice(group * of_group, (group + 1) * of_group)
-        # Towards the far corner of the image; a convolution's taps run the other way.
-        quadrant = _mirror(_mirror(response[own, own], order)[..., kernel_h - 1 :, kernel_w - 1 :], order)
-        taps.append(quadrant.flip(-2, -1))
-    return torch.stack(taps), seen[-1, :, 0, 0]
 
 
 def _mirror(images: Tensor, order: str) -> Tensor:

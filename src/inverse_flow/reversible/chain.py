@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, NoReturn, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from inverse_flow.ops.backpropagate import backpropagate
 from inverse_flow.reversible.replay import Around, Replay, leaves
 
 # Relative errors are measured against the root mean square of the true values; against this where they are smaller,
@@ -73,15 +74,6 @@ def elementary_steps(layer: nn.Module, *, inverse: bool = False, path: str = "")
         taken_apart = _speaks_for(part, "elementary_layers")
         found += elementary_steps(part, inverse=direction, path=full) if taken_apart else [Step(full, part, direction)]
     return found
-
-
-def backpropagate(tensors: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> None:
-    """Adds the gradients that flow back from ``tensors`` to the ``.grad`` of the leaves; for a layer's
-    ``backward_from_output``. What does not require a gradient, or is None, is passed over.
-    """
-    pairs = [(t, g) for t, g in zip(tensors, grads, strict=True) if t is not None and t.requires_grad]
-    if pairs:
-        torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
 
 
 def run(

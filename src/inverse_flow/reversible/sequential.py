@@ -14,10 +14,10 @@ from itertools import repeat
 import torch
 from torch import Tensor, nn
 
+from inverse_flow.ops.backpropagate import backpropagate
 from inverse_flow.reversible.chain import (
     Chain,
     ReconstructionError,
-    backpropagate,
     call_directly,
     elementary_steps,
     relative_error,
