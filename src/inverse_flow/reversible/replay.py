@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -71,7 +70,7 @@ class Replay:
         if changed and not initialised:
             self._changed[i] = changed
         now = _generator_states(self._device)
-        if not _are_equal(now, self._generators):
+        if not all(map(torch.equal, now, self._generators)):
             self._drawn[i] = self._generators
             self._generators = now
 
@@ -221,11 +220,6 @@ def _set_generators(states: list[Tensor], device: torch.device) -> None:
     torch.set_rng_state(states[0])
     if len(states) > 1:
         torch.cuda.set_rng_state(states[1], device)
-
-
-def _are_equal(states: list[Tensor], others: list[Tensor]) -> bool:
-    # By NumPy: a mode that PyTorch runs in, such as that of tensors without data, is not to answer for these bytes.
-    return all(np.array_equal(a.numpy(), b.numpy()) for a, b in zip(states, others, strict=True))
 
 
 def _modules_of(layer: nn.Module) -> list[nn.Module]:
