@@ -30,12 +30,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from inverse_flow.data import load
 from inverse_flow.flows.conditioner import arrange_for
 from inverse_flow.models import InverseFlow
-from inverse_flow.parts.config import PartsConfig, parse_parts
-from inverse_flow.parts.split import Carried, Part, part_shares, split_flow
-from inverse_flow.training import TrainConfig, Workers, evaluate, methods
-from inverse_flow.training.average import AveragedModel
-from inverse_flow.training.batches import Batches
-from inverse_flow.training.schedule import rate_factor
+from inverse_flow.parts import Carried, Part, PartsConfig, parse_parts, part_shares, split_flow
+from inverse_flow.training import Batches, EndToEnd, TrainConfig, Workers, evaluate
+from inverse_flow.training.trainer import average_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "parts.json"
@@ -87,8 +84,9 @@ def make(settings: argparse.Namespace, parts: PartsConfig | None, images: Tensor
     )
     arrange_for(images.device, model)
     batches = Batches(images, config)
-    method = methods.of(config, batches)(model, config, Workers())
-    return model, config, batches, method, AveragedModel(model, config.average_decay)
+    workers = Workers()
+    method = parts.make(model, config, workers, batches) if parts else EndToEnd(model, config, workers)
+    return model, config, batches, method, average_of(model, config.average_decay)
 
 
 def train(
@@ -102,16 +100,16 @@ def train(
     for step in range(config.steps):
         progress = config.progress(step, 0.0)
         started = clock()
-        factor = rate_factor(config, step, progress)
+        factor = config.rate_factor(step, progress)
         result = method.step(batches(step), step=step, progress=progress, rate_factor=factor)
-        averaged.update(model, step)
+        averaged.update_parameters(model)
         seconds += clock() - started
         flops += costs[int(result.columns.get("part", 0))]["backward_flops"]
         if (step + 1) % settings.evaluate_every == 0 or step + 1 == config.steps:
             curve.steps.append(step + 1)
             curve.seconds.append(seconds)
             curve.backward_flops.append(flops)
-            curve.bits_per_dim.append(evaluate(averaged.model, test_images))
+            curve.bits_per_dim.append(evaluate(averaged.module, test_images))
     return curve
 
 

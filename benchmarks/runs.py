@@ -17,10 +17,10 @@ from inverse_flow.data import ImageData
 from inverse_flow.flows import Flow, prepare_sampling
 from inverse_flow.flows.sampling import reconstruction_error
 from inverse_flow.models import KINDS, FlowConfig, ImageFlow
-from inverse_flow.training import Stop, TrainConfig, bits_per_dim, checkpoint
-from inverse_flow.training.dequantizer import VariationalDequantization
+from inverse_flow.training import Stop, TrainConfig, bits_per_dim, checkpoint, dequantize
+from inverse_flow.training.dequantization import VariationalDequantization
 from inverse_flow.training.log import StepReport
-from inverse_flow.training.metrics import dequantize, log_probs, standard_error
+from inverse_flow.training.metrics import log_probs, standard_error
 from inverse_flow.training.run import Run, resume, start
 
 # The paper's batch: times are those of so many images.
@@ -120,18 +120,19 @@ class _Reporter:
 
 
 def _check_settings(
-    content: dict[str, Any], candidate: Candidate, source: str, image_shape: tuple[int, ...], config: TrainConfig,
-    folder: Path,
+    content: checkpoint.Checkpoint, candidate: Candidate, source: str, image_shape: tuple[int, ...],
+    config: TrainConfig, folder: Path,
 ) -> None:  # fmt: skip
-    description = content["model_description"]
+    description = content.model.description
     found = {
-        "data": content["extra"]["source"],
+        "data": content.data and content.data.source,
         "kind": description["kind"],
         **KINDS[description["kind"]].config_type.from_dict(description["config"]).to_dict(),
-        **TrainConfig.from_dict(content["train_config"]).to_dict(),
+        **content.training.to_dict(),
     }
     wanted = {
-        "data": source, "kind": candidate.kind, **candidate.config(image_shape).to_dict(), **config.to_dict()
+        "data": checkpoint.absolute(source), "kind": candidate.kind, **candidate.config(image_shape).to_dict(),
+        **config.to_dict(),
     }  # fmt: skip
     names = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
     if names:
