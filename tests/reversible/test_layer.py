@@ -230,6 +230,9 @@ def test_what_cannot_be_taken_back_is_refused_in_the_forward_pass() -> None:
         ReversibleSequential(ActNorm(1).eval(), Compose(InPlace()))(torch.zeros(2, 1, 2, 2))
 
 
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # PyTorch's own, as it traces on
 def test_a_chain_compiled_with_any_shapes_is_rebuilt() -> None:
     layers = [ActNorm(2).eval(), AffineCoupling(2, 3)]
     flow = Flow(layers, (2, 3, 3), memory_efficient=True)
