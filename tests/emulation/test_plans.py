@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from inverse_flow import explain
-from inverse_flow.ops.checks import CORNERS, ORDERS
 from inverse_flow.ops.explain import CudaPlan, GpuProperties
+from inverse_flow.ops.spec import CORNERS, ORDERS
 
 from .checks import check_backward, check_solve
 from .emulator import (
