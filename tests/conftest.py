@@ -41,15 +41,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes very long or very much memory; run with --slow")
+    config.addinivalue_line("markers", "all_emulation: an emulated case that takes long; run with --all-emulation")
     # What a PyTorch newer than the tests know has deprecated is shown, and no error.
     if torch.__version__ >= NEXT_TORCH:
         for category in ("DeprecationWarning", "FutureWarning"):
             config.addinivalue_line("filterwarnings", f"default::{category}")
 
 
+@pytest.fixture
+def float32_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN rounds to TF32 unless told otherwise, which is nothing to hold a float32 result against."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The CPU, and the GPU where there is one and the library was built for it."""
+    if request.param == "cuda":
+        request.getfixturevalue("float32_convolutions")
     return torch.device(request.param)
 
 
