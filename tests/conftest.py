@@ -20,6 +20,10 @@ DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.cuda)] if HAS_CUDA e
 # The first PyTorch that these tests have not been run with.
 NEXT_TORCH = (2, 14)
 
+# The convolutions that a solve is compared with compute in TF32 on a GPU unless told not to.
+if HAS_CUDA:
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+
 # Workers of pytest-xdist share the processor; tests of threading set their own number.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -48,17 +52,9 @@ def pytest_configure(config: pytest.Config) -> None:
             config.addinivalue_line("filterwarnings", f"default::{category}")
 
 
-@pytest.fixture
-def float32_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """cuDNN rounds to TF32 unless told otherwise, which is nothing to hold a float32 result against."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-
-
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The CPU, and the GPU where there is one and the library was built for it."""
-    if request.param == "cuda":
-        request.getfixturevalue("float32_convolutions")
     return torch.device(request.param)
 
 

@@ -20,7 +20,6 @@ from ..tolerance import assert_accurate, state_dtype
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not HAS_CUDA, reason="needs a GPU and the CUDA module"),
-    pytest.mark.usefixtures("float32_convolutions"),
 ]
 
 # Well conditioned, one block an image and several tiles an image.
@@ -114,32 +113,29 @@ LARGE = [
 ]
 
 
-def on_the_cpu(images: Tensor, weight: Tensor, bias: Tensor, **arguments: object) -> Tensor:
-    """The CPU's operators, for problems whose dense matrix would not fit."""
-    return inverse_conv2d(images.cpu(), weight.cpu(), bias.cpu(), **arguments).to(images.device)
-
-
 @pytest.mark.parametrize(("case", "dtype", "channels_last"), LARGE, ids=str)
 def test_paths_of_large_problems(case: Case, dtype: torch.dtype, channels_last: bool) -> None:
-    images, weight, bias = case.tensors(dtype, "cuda")
+    """Against the CPU's operators: a dense matrix would not fit."""
+    images, weight, bias = case.tensors(dtype)
     assert bias is not None
     if channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
-    exact = on_the_cpu(images.double(), weight.double(), bias.double(), **case.arguments)
-    plain = on_the_cpu(*(tensor.to(state_dtype(dtype)) for tensor in (images, weight, bias)), **case.arguments)
-    assert_accurate(solve(case, images, weight, bias), plain.to(dtype), exact, dtype)
-    check_gradients(case, images, weight, bias, dense=on_the_cpu, recurrence=on_the_cpu)
+    on_gpu = (images.cuda(), weight.cuda(), bias.cuda())
+    exact = solve(case, images.double(), weight.double(), bias.double())
+    plain = solve(case, *(tensor.to(state_dtype(dtype)) for tensor in (images, weight, bias)))
+    assert_accurate(solve(case, *on_gpu).cpu(), plain.to(dtype), exact, dtype)
+    check_gradients(case, *on_gpu, dense=inverse_conv2d, recurrence=inverse_conv2d)
 
 
 def test_a_singular_corner_gives_nan_without_a_synchronisation() -> None:
     images, weight = torch.randn(2, 3, 4, 4, device="cuda"), torch.zeros(3, 3, 2, 2, device="cuda")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
-        try:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the mode is a prototype
             torch.cuda.set_sync_debug_mode("error")
-            output = inverse_conv2d(images, weight)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        output = inverse_conv2d(images, weight)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     assert output.isnan().all()
 
 
