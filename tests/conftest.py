@@ -45,7 +45,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes very long or very much memory; run with --slow")
-    config.addinivalue_line("markers", "all_emulation: an emulated case that takes long; run with --all-emulation")
     # What a PyTorch newer than the tests know has deprecated is shown, and no error.
     if torch.__version__ >= NEXT_TORCH:
         for category in ("DeprecationWarning", "FutureWarning"):

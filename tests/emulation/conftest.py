@@ -34,6 +34,5 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--all-emulation"):
         return
     left_out = {item for same in tests.values() for item in set(same) - few(same)}
-    left_out |= {item for item in items if item.get_closest_marker("all_emulation")}
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=left_out)

@@ -58,7 +58,6 @@ PATHS = {
 }
 
 
-@pytest.mark.all_emulation
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("operation", ["solve", "backward"])
 def test_paths_of_large_problems(path: str, operation: str) -> None:
