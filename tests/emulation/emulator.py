@@ -31,24 +31,14 @@ FLAGS = [
     "-Wextra",
     "-Werror",
 ]
-# The files of csrc/cuda that hold kernels, NAME_launch.cu each; those that take long to compile come first.
-UNITS = (
-    "lanes_float",
-    "lanes_half",
-    "lanes_bfloat16",
-    "solve_float",
-    "solve_half",
-    "solve_bfloat16",
-    "solve_double",
-    "gradient",
-    "fold",
-)
+# The files of csrc/cuda that hold kernels; those that take long to compile come first.
+UNITS = ("lanes/float", "lanes/half", "lanes/bfloat16", "tensor/launch", "block/launch", "gradient/launch")
 
 FLOAT, DOUBLE, BFLOAT16, HALF = range(4)
 TYPES = {"float": FLOAT, "double": DOUBLE, "bfloat16": BFLOAT16, "half": HALF}
 IDENTITY, UNIT_TRIANGULAR, GENERAL = range(3)
 TOP_LEFT, TOP_RIGHT, BOTTOM_LEFT, BOTTOM_RIGHT = range(4)
-# SolveRegime of csrc/cuda/device_limits.h.
+# Places in SolvePlan of csrc/cuda/regimes.h.
 ANY_REGIME, BLOCK, LANES, TENSOR = -1, 0, 1, 2
 
 
@@ -103,8 +93,8 @@ def build(folder: Path, kernels: Path = KERNELS, units: tuple[str, ...] = UNITS)
     cxx = compiler()
     assert cxx is not None
     flags = [*FLAGS, f"-I{HERE}", f"-I{kernels / 'cuda'}"]
-    absent = [f"-DEMULATE_WITHOUT_{unit.upper()}" for unit in UNITS if unit not in units]
-    objects = compile_objects(folder, [kernels / "cuda" / f"{unit}_launch.cu" for unit in units], flags)
+    absent = [f"-DEMULATE_WITHOUT_{unit.replace('/', '_').upper()}" for unit in UNITS if unit not in units]
+    objects = compile_objects(folder, [kernels / "cuda" / f"{unit}.cu" for unit in units], flags)
     objects += compile_objects(folder, [HERE / "driver.cpp"], [*flags, *absent])
     command = [cxx, *FLAGS, *map(str, objects)]
     program = folder / f"driver-{hashlib.sha256(' '.join(command).encode()).hexdigest()[:16]}"
@@ -118,15 +108,15 @@ def build_spoilt(folder: Path, planted: dict[str, tuple[str, str, str]], units: 
     """The driver over a copy of the kernels that holds mistakes, each behind a switch of the case file: by name, the
     file, the line as it is, and the line as it is wrong."""
     copy = folder / "csrc"
-    sources = {path: path.read_text() for path in [KERNELS / "params.h", *(KERNELS / "cuda").glob("*.*")]}
+    sources = {path: path.read_text() for path in [*KERNELS.glob("*.h"), *(KERNELS / "cuda").rglob("*.*")]}
     for name, (file, right, wrong) in planted.items():
         path = KERNELS / "cuda" / file
         assert sources[path].count(right) == 1, f"{file} no longer holds the line to spoil for {name}: {right}"
         sources[path] = sources[path].replace(right, wrong)
     with locked(folder.with_suffix(".lock")):
-        (copy / "cuda").mkdir(parents=True, exist_ok=True)
         for path, text in sources.items():
             target = copy / path.relative_to(KERNELS)
+            target.parent.mkdir(parents=True, exist_ok=True)
             if not target.exists():
                 target.write_text(text)
     return build(folder, copy, units)

@@ -83,7 +83,7 @@ def test_splits_and_teams(driver: Path, tmp_path: Path, channels: int) -> None: 
 def test_many_lanes_add_up_many_splits(driver: Path, tmp_path: Path) -> None:  # noqa: F811
     case = Case(90, (TOP_LEFT, BOTTOM_RIGHT), 1, 6, 8, 2, 3, multiprocessors=64, seeds=(1, 2))
     done = check_backward(driver, tmp_path, case)
-    assert done.facts["gradient_lanes"][0] > 1
+    assert done.facts["gradient_combine_lanes"][0] > 1
 
 
 @pytest.mark.parametrize("kernel", [(3, 3), (5, 4)])
@@ -115,7 +115,7 @@ def test_many_channels_in_blocks_and_windows(driver: Path, tmp_path: Path) -> No
     """More channels than a block owns, and fewer taps than it could, to have a block for every multiprocessor."""
     case = Case(1, (TOP_LEFT,), 50, 3, 4, 3, 3, multiprocessors=40, seeds=(1,))
     done = check_backward(driver, tmp_path, case)
-    block = done.facts["gradient_block"]
+    block = done.facts["gradient_channels"]
     assert block[0] < 50
     assert block[1] < 50
     done = check_backward(driver, tmp_path, case.but(channels=18, multiprocessors=400))

@@ -1,4 +1,4 @@
-"""Rows as lanes (csrc/cuda/solve_lanes.cuh), run on the CPU by the emulator, against a dense float64 solve.
+"""Rows as lanes (csrc/cuda/lanes/kernel.cuh), run on the CPU by the emulator, against a dense float64 solve.
 
 As in test_emulation.py, every run is repeated with another order of threads and blocks and must come out the same.
 """
@@ -342,107 +342,107 @@ def test_plans_stay_within_the_device(driver: Path, tmp_path: Path) -> None:  # 
 
 PLANTED = {
     "no barrier between phases": (
-        "solve_lanes.cuh",
+        "lanes/kernel.cuh",
         "if (plan.bands > 1) __syncthreads();",
         "if (plan.bands > 1 && !PLANTED(1)) __syncthreads();",
     ),
     "a band starts two phases early": (
-        "solve_lanes.cuh",
+        "lanes/kernel.cuh",
         "int phase = -band * plan.lag;",
         "int phase = -band * (plan.lag - (PLANTED(2) ? 2 : 0));",
     ),
     "the rows above are read one off": (
-        "solve_lanes.cuh",
+        "lanes/kernel.cuh",
         "over[a - 1] = line - a * row_floats;",
         "over[a - 1] = line - (PLANTED(3) && a > 1 ? a - 1 : a) * row_floats;",
     ),
     "no wait for the tile to the left": (
-        "solve_lanes.cuh",
+        "lanes/kernel.cuh",
         "if (claimed.left > 0) {",
         "if (claimed.left > 0 && !PLANTED(4)) {",
     ),
     "no barrier before the flag is set": (
-        "solve_lanes.cuh",
+        "lanes/kernel.cuh",
         "__syncthreads();  // the whole tile is written before one thread says so",
         "if (!PLANTED(5)) __syncthreads();",
     ),
     "a shuffle without half of the warp": (
-        "solve_lanes.cuh",
+        "lanes/kernel.cuh",
         "__shfl_up_sync(kFullWarp, ",
         "__shfl_up_sync(PLANTED(6) ? 0xffffu : kFullWarp, ",
     ),
     "flags that are not cleared": (
-        "sequence_lanes.cuh",
+        "lanes/launch.cuh",
         "const char* error = clear_memory(",
         "const char* error = PLANTED(7) ? nullptr : clear_memory(",
     ),
     "a flag that is never set": (
-        "solve_lanes.cuh",
+        "lanes/kernel.cuh",
         "if (threadIdx.x == 0) store_release(",
         "if (threadIdx.x == 0 && !PLANTED(8)) store_release(",
     ),
     "a shuffle across images": (
-        "solve_lanes.cuh",
+        "lanes/kernel.cuh",
         "above[a - 1][c] = reads_above ? pixel[c] : above[a - 1][c];",
         "above[a - 1][c] = reads_above && !(PLANTED(9) && slot > 0) ? pixel[c] : above[a - 1][c];",
     ),
     "a shuffle from the wrong lane": (
-        "solve_lanes.cuh",
+        "lanes/kernel.cuh",
         "solved[c], kLanes);",
         "solved[c], PLANTED(10) ? 2 : kLanes);",
     ),
     "lanes of a pixel that do not wait": (
-        "solve_lanes.cuh",
+        "lanes/kernel.cuh",
         "__syncwarp();",
         "if (!PLANTED(11)) __syncwarp();",
     ),
     "rows above the image": (
-        "solve_lanes.cuh",
+        "lanes/kernel.cuh",
         "rows_above >= (kLanes == 1 ? kTaps - 1 : a)",
         "(PLANTED(12) || rows_above >= (kLanes == 1 ? kTaps - 1 : a))",
     ),
     "a mirrored row that is not reversed": (
-        "solve_lanes.cuh",
+        "lanes/kernel.cuh",
         "const bool exchanges = ((turn ^ mirror) & bit) != 0;",
         "const bool exchanges = ((PLANTED(13) ? turn : turn ^ mirror) & bit) != 0;",
     ),
     "a row that is not aligned": (
-        "sequence_lanes.cuh",
+        "lanes/launch.cuh",
         "if (reinterpret_cast<uintptr_t>(data) % kBytes != 0 ||",
         "if ((!PLANTED(14) && reinterpret_cast<uintptr_t>(data) % kBytes != 0) ||",
     ),
     "a tile that is not aligned": (
-        "sequence_lanes.cuh",
+        "lanes/launch.cuh",
         "is_multiple(plan.tile_w)",
         "(PLANTED(15) || is_multiple(plan.tile_w))",
     ),
     "a second band that starts before the one above it is far enough": (
-        "solve_lanes.cuh",
+        "lanes/kernel.cuh",
         "phase -= plan.band_warps * plan.lag;",
         "phase -= PLANTED(16) ? plan.band_phases : plan.band_warps * plan.lag;",
     ),
     "a second band that keeps the sums of the first": (
-        "solve_lanes.cuh",
+        "lanes/kernel.cuh",
         "for (int k = 0; k < kOutputs; ++k) sums[b][k] = 0;",
         "for (int k = 0; k < kOutputs; ++k) sums[b][k] = PLANTED(17) && band >= plan.band_warps ? sums[b][k] : 0;",
     ),
     "a lane below its band": (
-        "solve_lanes.cuh",
+        "lanes/kernel.cuh",
         "image < claimed.tile.images && skew < plan.rows &&",
         "image < claimed.tile.images && (PLANTED(18) || skew < plan.rows) &&",
     ),
     "channels that are not aligned": (
-        "sequence_lanes.cuh",
+        "lanes/launch.cuh",
         "is_multiple(strides.column) && is_multiple(shape.channels)",
         "(PLANTED(19) || is_multiple(strides.column)) && is_multiple(shape.channels)",
     ),
     "the next channel of a pixel": (
-        "solve_lanes.cuh",
+        "lanes/kernel.cuh",
         ".value[c % kTogether + j]",
         ".value[(PLANTED(20) && kTogether > 1 ? c + 1 : c) % kTogether + j]",
     ),
     "the other channels of a pixel": (
-        "solve_lanes.cuh",
+        "lanes/kernel.cuh",
         "rounded + first * args.output_strides.channel",
         "rounded + (PLANTED(21) && kTogether > 1 ? 4 - first : first) * args.output_strides.channel",
     ),
@@ -471,7 +471,7 @@ WAITING = lanes_case(1, (TOP_LEFT,), 1, 65, 40, 3, 3, GENERAL, threads_per_block
 @pytest.fixture(scope="module")
 def spoilt_driver(tmp_path_factory: pytest.TempPathFactory, worker: str) -> Path:  # noqa: F811
     return build_spoilt(
-        shared_folder(tmp_path_factory, worker) / "spoilt-lanes", PLANTED, ("lanes_float", *SPOILT_UNITS)
+        shared_folder(tmp_path_factory, worker) / "spoilt-lanes", PLANTED, ("lanes/float", *SPOILT_UNITS)
     )
 
 
