@@ -19,6 +19,7 @@ using SolvePlan = std::variant<BlockPlan, LanesPlan, TensorPlan>;
 // Fewer channels would leave most of a 16 x 8 fragment empty. Unmeasured.
 constexpr int64_t kMinTensorChannels = 9;
 
+// The regime that was predicted to be fastest (docs/notes/predictions.md; unmeasured), among those that can be used.
 // Nothing when not even one pixel fits: more channels in a group than the block's shared memory holds. `forced`: the
 // place in SolvePlan of a regime to use, whether it pays or not, where it can be used at all, else the first.
 inline std::optional<SolvePlan> plan_solve(const Shape& shape, int64_t state_bytes, const DeviceLimits& device,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from inverse_flow.data import load, load_cifar10
-from inverse_flow.data.cifar10 import ARCHIVE_NAME, FOLDER, TEST_FILES, TRAIN_FILES
+from inverse_flow.data.cifar10 import ARCHIVE_NAME, FOLDER, NAMES_FILE, TEST_FILES, TRAIN_FILES
 from inverse_flow.data.files import md5_of
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 3072), dtype=np.uint8)
@@ -18,8 +18,9 @@ def write_archive(path: Path) -> str:
     """A tiny archive of the official layout, two images a file; returns its md5."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        for i, name in enumerate((*TRAIN_FILES, *TEST_FILES)):
-            batch = {b"data": PIXELS[2 * i : 2 * i + 2], b"labels": [i, i + 1]}
+        batches = [{b"data": PIXELS[2 * i : 2 * i + 2], b"labels": [i, i + 1]} for i in range(6)]
+        names = {b"label_names": [b"airplane", b"automobile", b"bird", b"cat", b"deer", b"dog", b"frog"]}
+        for name, batch in zip((*TRAIN_FILES, *TEST_FILES, NAMES_FILE), [*batches, names], strict=True):
             content = pickle.dumps(batch)
             member = tarfile.TarInfo(f"{FOLDER}/{name}")
             member.size = len(content)
@@ -36,6 +37,7 @@ def test_images_and_labels_in_the_order_of_the_batches(tmp_path: Path) -> None:
         assert torch.equal(data.train.images.flatten(1), torch.from_numpy(PIXELS[:10]))
         assert data.train.labels.tolist() == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5]
         assert data.test.labels.tolist() == [5, 6]
+        assert data.class_names[3] == "cat"
 
 
 def test_another_archive_is_refused_unread(tmp_path: Path) -> None:

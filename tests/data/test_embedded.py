@@ -13,6 +13,8 @@ TEST_MD5 = "56a6154b228d23082154f9021934fd7e"
 def test_sizes_types_and_classes() -> None:
     data = load_embedded()
     assert data.name == "fashion-mnist-slice"
+    assert data.class_names[6] == "Shirt"
+    assert data.classes == 10
     for part, count in ((data.train, 1000), (data.test, 200)):
         assert part.images.shape == (count, 1, 28, 28)
         assert part.images.dtype == torch.uint8

@@ -38,6 +38,22 @@ def test_the_layout_of_torchvision(tmp_path: Path, suffix: str) -> None:
         assert data.train.image_shape == (1, 4, 3)
 
 
+def test_names_with_a_dot_are_known(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    for path in list(tmp_path.iterdir()):
+        path.rename(path.with_name(path.name.replace("-idx", ".idx")))
+    assert len(load(tmp_path).train) == 5
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 3), (0, 4, 3)])
+def test_test_images_of_another_kind_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    write_folder(tmp_path)
+    (tmp_path / "t10k-images-idx3-ubyte").write_bytes(idx(np.zeros(shape, np.uint8)))
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx(np.zeros(shape[0], np.uint8)))
+    with pytest.raises(ValueError, match=f"{tmp_path.name}.* test images"):
+        load(tmp_path)
+
+
 def test_a_slice_keeps_labels_and_indices(tmp_path: Path) -> None:
     write_folder(tmp_path)
     part = load_idx_folder(tmp_path).train[3:]
@@ -90,3 +106,20 @@ def test_errors_on_sources_say_what_a_source_is(tmp_path: Path) -> None:
         load(tmp_path)
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         load_idx_folder(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("source", ["", " "])
+def test_an_empty_source_is_not_this_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+    (tmp_path / " ").mkdir()
+    write_folder(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert len(load(".").train) == 5
+    with pytest.raises(ValueError, match="the data source is empty"):
+        load(source)
+
+
+@pytest.mark.parametrize("name", ["photos.zip", "train.npy", "a.png", "train-images-idx3-ubyte", "noise"])
+def test_a_file_of_another_kind_is_named_with_what_is_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match=rf"{name} is a file of no kind that is read; a data source is .*npz"):
+        load(tmp_path / name)

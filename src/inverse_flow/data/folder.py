@@ -2,39 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from inverse_flow.data.files import listing
-from inverse_flow.data.images import ImageData, ImageSet
+from inverse_flow.data.files import is_hidden, listing, shortened, walk
+from inverse_flow.data.holdout import held_out
+from inverse_flow.data.images import UNLABELLED, ImageData, ImageSet
+from inverse_flow.data.picture import COLOUR, FOREIGN_SUFFIXES, GREY, SUFFIXES, read_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
-# Without a folder of test images, every tenth image is held out.
+# Without a folder of test images, one image in so many is held out.
 HELD_OUT = 10
-UNLABELLED = -1
-# What Pillow calls the two kinds of pixels that are read; the others are turned into colour.
-GREY, COLOUR = "L", "RGB"
+# What the folders of the sets are called.
+SET_NAMES = {
+    "train": "train", "training": "train",
+    "val": "validation", "valid": "validation", "validation": "validation",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+
+
+class Found(NamedTuple):
+    """A picture that was read."""
+
+    path: Path
+    class_name: str | None
+    picture: Image
 
 
 def has_images(folder: Path) -> bool:
     """Whether there is an image file in a folder or below it."""
-    return any(path.suffix.lower() in SUFFIXES for path in folder.rglob("*"))
+    return any(_is_picture(path) for path in walk(folder, lambda path, reason: None))
 
 
-def load_image_folder(folder: str | Path, *, size: int | None = None, crop: bool = False) -> ImageData:
-    """The images of a folder and of the folders in it, by Pillow.
+def load_image_folder(
+    folder: str | Path, *, size: int | None = None, crop: bool = False, seed: int = 0, skip_bad_images: bool = False
+) -> ImageData:
+    """The images of a folder and of the folders in it, by Pillow, as a viewer shows them.
 
-    ``train`` and ``test`` in the folder are the two sets; without them every tenth image, in the order of the names,
-    is a test image. Folders within these are the classes, numbered in the order of their names; without them the
-    images have no labels. Grey images stay grey if all are.
+    ``train``, ``val`` and ``test`` in the folder are the three sets (``val`` alone is the test set); without them one
+    image in ten, drawn at random and of each class alike, is a test image. The first folders within these are the
+    classes, in the order of their names, or of the numbers that their names are; deeper ones only hold more images.
+    Without them the images have no labels. Grey images stay grey if all are. Hidden files are left out, and links are
+    followed.
 
     Args:
         folder: of the images.
@@ -42,10 +57,13 @@ def load_image_folder(folder: str | Path, *, size: int | None = None, crop: bool
             are.
         crop: cut a centred square out of each image before resizing; without it, images that are no squares are
             distorted.
+        seed: of the choice of test images.
+        skip_bad_images: leave out what cannot be read, and list it in ``left_out``, instead of refusing the folder.
 
     Raises:
         FileNotFoundError: no such folder, or no images in it.
-        ValueError: an image that cannot be read; images of different sizes, when ``size`` is not given.
+        ValueError: images that cannot be read, all of them named; images of different sizes, when ``size`` is not
+            given; folders of which it is not clear whether they are sets or classes.
         ModuleNotFoundError: Pillow is not installed.
     """
     folder = Path(folder)
@@ -55,52 +73,85 @@ def load_image_folder(folder: str | Path, *, size: int | None = None, crop: bool
         raise ValueError(f"the size of images must be at least 1, got {size}")
     if crop and size is None:
         raise ValueError("cropped images need a size, for they differ in it")
-    name = folder.resolve().name
-    if (folder / "train").is_dir() and (folder / "test").is_dir():
-        paths = [_images_in(folder / part) for part in ("train", "test")]
-        classes = _classes(folder / "train")
-    else:
-        found, classes = _images_in(folder), _classes(folder)
-        paths = [[p for i, p in enumerate(found) if (i % HELD_OUT == HELD_OUT - 1) == held] for held in (False, True)]
-        name = f"{name} (every tenth image held out)"
-    if not all(paths):
-        raise FileNotFoundError(f"{folder} has {len(paths[0])} training and {len(paths[1])} test images")
-    pictures = [[_read(path, size, crop) for path in part] for part in paths]
-    grey = all(picture.mode == GREY for part in pictures for picture in part)
-    mode = GREY if grey else COLOUR
-    sets = [
-        ImageSet(_stack(pictures[i], paths[i], mode), _labels(paths[i], classes), torch.arange(len(paths[i])))
-        for i in range(2)
-    ]
-    if sets[0].image_shape != sets[1].image_shape:
-        shapes = sets[0].image_shape, sets[1].image_shape
-        raise ValueError(f"training and test images differ in shape, {shapes[0]} and {shapes[1]}: give a size")
-    return ImageData(name, *sets)
+    places = _sets(folder)
+    bad: list[str] = []
+    found = {part: _read_set(place, size, crop, bad) for part, place in places.items()}
+    if bad and not skip_bad_images:
+        message = f"{len(bad)} of the images in {folder} cannot be read (skip_bad_images leaves them out):"
+        raise ValueError("\n  ".join([message, shortened(bad, "\n  ")]))
+    for part, place in places.items():
+        if not found[part]:
+            raise FileNotFoundError(f"{place} has no images ({', '.join(SUFFIXES)}); it holds {listing(place)}")
+    together = [picture for pictures in found.values() for picture in pictures]
+    _require_one_size(together)
+    mode = GREY if all(picture.picture.mode == GREY for picture in together) else COLOUR
+    names = _class_names(folder, found)
+    sets = {part: _image_set(pictures, names, mode) for part, pictures in found.items()}
+    how = _hold_out(sets, seed)
+    if bad:
+        how.append(f"{len(bad)} that cannot be read left out")
+    name = folder.resolve().name + (f" ({', '.join(how)})" if how else "")
+    return ImageData(name, **sets, class_names=names, left_out=tuple(bad))
 
 
-def _images_in(folder: Path) -> list[Path]:
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    if not found:
-        raise FileNotFoundError(f"{folder} has no images ({', '.join(SUFFIXES)}); it holds {listing(folder)}")
+def _hold_out(sets: dict[str, ImageSet], seed: int) -> list[str]:
+    """Sees to a test set where there is none; says how."""
+    if "test" in sets:
+        return []
+    if "validation" in sets:
+        sets["test"] = sets.pop("validation")
+        return ["val as the test set"]
+    everything = sets["train"]
+    if len(everything) < 2:
+        raise ValueError("there is one image; a test image must be held out of two or more")
+    chosen = held_out(everything.labels, HELD_OUT, torch.Generator().manual_seed(seed))
+    sets |= {"train": everything[~chosen], "test": everything[chosen]}
+    return [f"{len(sets['test'])} of {len(everything)} held out at random, seed {seed}"]
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES + FOREIGN_SUFFIXES
+
+
+def _sets(folder: Path) -> dict[str, Path]:
+    """The folder of each set: those that are called so, or the one folder from which a test set is held out.
+
+    ``train`` may be a class too: folders beside it that are no sets make it one.
+    """
+    entries = [entry for entry in sorted(folder.iterdir()) if not is_hidden(entry)]
+    inner = [entry for entry in entries if entry.is_dir() and has_images(entry)]
+    named = {entry: SET_NAMES[entry.name.lower()] for entry in inner if entry.name.lower() in SET_NAMES}
+    beside = [entry.name for entry in entries if entry not in named and (entry in inner or _is_picture(entry))]
+    if not named or (beside and [*named.values()] == ["train"]):
+        return {"train": folder}
+    sets = {part: entry for entry, part in named.items()}
+    if beside or len(sets) < len(named) or "train" not in sets:
+        names = shortened([*(entry.name for entry in named), *beside])
+        raise ValueError(
+            f"{folder} holds {names}: either train with val, test or both and no images beside them, or folders that "
+            f"are classes, are read"
+        )
+    return {part: sets[part] for part in ("train", "validation", "test") if part in sets}
+
+
+def _read_set(folder: Path, size: int | None, crop: bool, bad: list[str]) -> list[Found]:
+    found = []
+    for path in walk(folder, lambda path, reason: bad.append(f"{path} {reason}")):
+        if not _is_picture(path):
+            continue
+        try:
+            picture = _resized(read_picture(path), size, crop)
+        except ValueError as error:
+            bad.append(f"{path}: {error}")
+            continue
+        within = path.relative_to(folder).parts
+        found.append(Found(path, within[0] if len(within) > 1 else None, picture))
     return found
 
 
-def _classes(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and has_images(path))
+def _resized(picture: Image, size: int | None, crop: bool) -> Image:
+    from PIL import Image, ImageOps
 
-
-def _labels(paths: Sequence[Path], classes: list[str]) -> Tensor:
-    return torch.tensor([classes.index(p.parent.name) if p.parent.name in classes else UNLABELLED for p in paths])
-
-
-def _read(path: Path, size: int | None, crop: bool) -> Image:
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as file:
-            picture = file.convert(GREY if file.mode in ("1", GREY) else COLOUR)
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
     if size is None:
         return picture
     if crop:
@@ -108,11 +159,30 @@ def _read(path: Path, size: int | None, crop: bool) -> Image:
     return picture.resize((size, size), Image.Resampling.BOX)
 
 
-def _stack(pictures: Sequence[Image], paths: Sequence[Path], mode: str) -> Tensor:
-    for picture, path in zip(pictures, paths, strict=True):
-        if picture.size != pictures[0].size:
-            first, other = (f"{s[0]} × {s[1]}" for s in (pictures[0].size, picture.size))
-            raise ValueError(f"{paths[0]} is {first} and {path} is {other}: give a size to resize them to")
-    pixels = np.stack([np.asarray(picture.convert(mode)) for picture in pictures])
+def _require_one_size(found: list[Found]) -> None:
+    sizes = Counter(one.picture.size for one in found)
+    if len(sizes) > 1:
+        examples = {one.picture.size: one.path for one in reversed(found)}
+        told = [f"{count} are {size[0]} × {size[1]} ({examples[size]})" for size, count in sizes.most_common()]
+        raise ValueError(f"the images differ in size: {shortened(told)}: give a size to resize them to")
+
+
+def _class_names(folder: Path, found: dict[str, list[Found]]) -> tuple[str, ...]:
+    """Those of the training images; the other sets may have fewer."""
+    names = {part: {one.class_name for one in pictures if one.class_name} for part, pictures in found.items()}
+    known = names["train"]
+    for part, others in names.items():
+        if others - known:
+            unknown = shortened(sorted(others - known))
+            raise ValueError(f"{folder}: the {part} images have classes that no training image has: {unknown}")
+    numbers = all(name.isdecimal() for name in known)
+    return tuple(sorted(known, key=lambda name: (int(name) if numbers else 0, name)))
+
+
+def _image_set(found: list[Found], class_names: tuple[str, ...], mode: str) -> ImageSet:
+    pixels = np.stack([np.asarray(one.picture.convert(mode)) for one in found])
     pixels = pixels[..., None] if mode == GREY else pixels
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+    numbers: dict[str | None, int] = {None: UNLABELLED, **{name: i for i, name in enumerate(class_names)}}
+    labels = torch.tensor([numbers[one.class_name] for one in found])
+    images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+    return ImageSet(images, labels, torch.arange(len(found)))

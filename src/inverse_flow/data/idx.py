@@ -44,7 +44,11 @@ def parse_idx(content: bytes, name: str) -> NDArray[np.uint8]:
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
-    """The array in an idx file, gzipped or not."""
+    """The array in an idx file, gzipped or not.
+
+    Raises:
+        ValueError: a damaged gzip file; as :func:`parse_idx`.
+    """
     content = path.read_bytes()
     if content.startswith(GZIP_MAGIC):
         try:
@@ -73,15 +77,24 @@ def load_idx_folder(folder: str | Path) -> ImageData:
 
 def _load_split(folder: Path, split: str) -> ImageSet:
     prefix = SPLIT_PREFIXES[split]
-    images = _read(folder, f"{prefix}-images-idx3-ubyte", dimensions=3)
-    labels = _read(folder, f"{prefix}-labels-idx1-ubyte", dimensions=1)
+    images = _read(folder, f"{prefix}-images", dimensions=3)
+    labels = _read(folder, f"{prefix}-labels", dimensions=1)
     if len(images) != len(labels):
         raise ValueError(f"{folder} has {len(images)} {split} images but {len(labels)} labels")
     return ImageSet(images[:, None], labels.long(), torch.arange(len(images)))
 
 
-def _read(folder: Path, name: str, dimensions: int) -> Tensor:
-    for path in (folder / name, folder / f"{name}.gz"):
+def has_idx_files(folder: Path) -> bool:
+    """Whether one of the four files is in a folder, under any of its names."""
+    names = {f"{prefix}-{kind}" for prefix in SPLIT_PREFIXES.values() for kind in ("images", "labels")}
+    return any(path.is_file() for name in names for path in folder.glob(f"{name}?idx*-ubyte*"))
+
+
+def _read(folder: Path, prefix: str, dimensions: int) -> Tensor:
+    name = f"{prefix}-idx{dimensions}-ubyte"
+    # Some copies on the web have a dot before the format.
+    dotted = f"{prefix}.idx{dimensions}-ubyte"
+    for path in (folder / name, folder / f"{name}.gz", folder / dotted, folder / f"{dotted}.gz"):
         if path.is_file():
             array = read_idx(path)
             if array.ndim != dimensions:

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from inverse_flow.data.cifar10 import ARCHIVE_NAME, load_cifar10
 from inverse_flow.data.embedded import load_embedded
 from inverse_flow.data.files import listing
 from inverse_flow.data.folder import has_images, load_image_folder
-from inverse_flow.data.idx import SPLIT_PREFIXES, load_idx_folder
+from inverse_flow.data.idx import has_idx_files, load_idx_folder
 from inverse_flow.data.images import ImageData
 from inverse_flow.data.slice import load_slice
 
 EMBEDDED = "embedded"
+ARCHIVE_SUFFIXES = (".tar.gz", ".tgz")
 SOURCES = (
     f'"{EMBEDDED}", a folder with the idx or idx.gz files of MNIST or Fashion-MNIST, {ARCHIVE_NAME}, '
     "an npz file with uint8 images x, or a folder of images"
 )
 
 
-def load(source: str | Path, *, size: int | None = None, crop: bool = False) -> ImageData:
+def load(
+    source: str | Path, *, size: int | None = None, crop: bool = False, seed: int = 0, skip_bad_images: bool = False
+) -> ImageData:
     """The data set that ``source`` names.
 
     Args:
@@ -29,6 +31,8 @@ def load(source: str | Path, *, size: int | None = None, crop: bool = False) -> 
             :func:`load_slice`; a folder of images, see :func:`load_image_folder`.
         size: of a folder of images, see there.
         crop: of a folder of images, see there.
+        seed: of a folder of images, see there.
+        skip_bad_images: of a folder of images, see there.
 
     Raises:
         FileNotFoundError: there is none of these.
@@ -37,24 +41,27 @@ def load(source: str | Path, *, size: int | None = None, crop: bool = False) -> 
     path = Path(source)
     if source != EMBEDDED and not path.exists():
         raise FileNotFoundError(f"there is no {path}; a data source is {SOURCES}")
-    loader = _loader(source, path)
-    if loader is load_image_folder:
-        return load_image_folder(path, size=size, crop=crop)
-    if size is not None or crop:
-        raise ValueError(f"only a folder of images is resized or cropped, {source} is none")
-    return loader(path)
+    if not str(source).strip():
+        raise ValueError(f"the data source is empty; a data source is {SOURCES}")
+    if source != EMBEDDED and path.is_dir() and not _is_set_of_files(path) and has_images(path):
+        return load_image_folder(path, size=size, crop=crop, seed=seed, skip_bad_images=skip_bad_images)
+    if size is not None or crop or skip_bad_images:
+        raise ValueError(f"only a folder of images is resized, cropped or read in part, {source} is none")
+    return load_embedded() if source == EMBEDDED else _load_files(path)
 
 
-def _loader(source: str | Path, path: Path) -> Callable[[Path], ImageData]:
-    if source == EMBEDDED:
-        return lambda path: load_embedded()
-    if path.suffix == ".npz":
-        return load_slice
-    if path.is_file() or (path / ARCHIVE_NAME).is_file():
-        return load_cifar10
+def _is_set_of_files(folder: Path) -> bool:
+    return (folder / ARCHIVE_NAME).is_file() or has_idx_files(folder) or has_idx_files(folder / "raw")
+
+
+def _load_files(path: Path) -> ImageData:
+    if path.is_file() and path.suffix.lower() == ".npz":
+        return load_slice(path)
+    if path.name.endswith(ARCHIVE_SUFFIXES) or (path / ARCHIVE_NAME).is_file():
+        return load_cifar10(path)
     for folder in (path, path / "raw"):
-        if any(folder.glob(f"{SPLIT_PREFIXES['train']}-images-idx3-ubyte*")):
-            return lambda path: load_idx_folder(folder)
-    if has_images(path):
-        return load_image_folder
-    raise FileNotFoundError(f"{path} holds {listing(path)}; a data source is {SOURCES}")
+        if has_idx_files(folder):
+            return load_idx_folder(folder)
+    if path.is_dir():
+        raise FileNotFoundError(f"{path} holds {listing(path)}; a data source is {SOURCES}")
+    raise ValueError(f"{path} is a file of no kind that is read; a data source is {SOURCES}")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from inverse_flow.flows.split import SplitPrior
+from inverse_flow.models.fields import Bounds, check, either
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # in typing from Python 3.11 on
 
 InverseConvDirection: TypeAlias = Literal["training", "sampling", "none"]
-Orders: TypeAlias = Literal["four", "alternating"]
+OrderPattern: TypeAlias = Literal["four", "alternating"]
+Corner: TypeAlias = Literal["unit_triangular", "plu", "identity"]
 Activation: TypeAlias = Literal["none", "spline"]
 Mixing: TypeAlias = Literal["plu", "householder", "permutation"]
 CouplingKind: TypeAlias = Literal["affine", "additive", "spline", "hint"]
@@ -23,17 +25,6 @@ SqueezeKind: TypeAlias = Literal["pixel", "haar"]
 SQUEEZE_FACTOR = 2
 # The spatial axes from the last backwards, for messages.
 AXES = ("depth", "height", "width")
-CHOICES: dict[str, Any] = {
-    "orders": Orders,
-    "coupling": CouplingKind,
-    "split_prior": SplitPrior,
-    "inverse_conv": InverseConvDirection,
-    "activation": Activation,
-    "conv1x1": Mixing,
-    "squeeze": SqueezeKind,
-    "masks": Masks,
-    "conditioner": Conditioner,
-}
 
 
 @dataclass(frozen=True)
@@ -43,16 +34,18 @@ class FlowConfig:
     Attributes:
         image_shape: (C, H, W) of one image, or (C, D, H, W) of one volume; every axis divisible by 2 to the number of
             squeezes, one in each level (with checkerboard masks in each but the last).
-        levels: scales L; each begins with a squeeze, and each but the last ends with a split.
-        steps: steps K in a level.
+        levels: scales of the flow, L. Each begins with a squeeze, and each but the last ends with a split.
+        steps: flow steps in a level, K.
         hidden: width of the coupling networks.
-        kernel_size: of the inverse convolutions, an int or a pair.
-        corner: corner kind of the inverse convolutions.
+        kernel_size: height and width of the kernels of the inverse convolutions, or a pair of them.
+        corner: kind of the corner tap of the inverse convolutions, see :class:`~inverse_flow.InverseConv2d`.
         orders: ``"four"``: four groups of channels, one for each order, in every inverse convolution. That is the
             layer of the paper's experiments, and the number of channels after a squeeze is always divisible by 4.
             ``"alternating"``: one group that mixes all the channels, its order changing from step to step.
-        coupling: ``"affine"``, ``"additive"``, ``"spline"`` (rational-quadratic), or ``"hint"`` (recursive, affine).
-        split_prior: ``"conditional"`` or ``"standard"``, see :class:`~inverse_flow.flows.Split`.
+        coupling: kind of the couplings: ``"affine"``, ``"additive"``, ``"spline"`` (rational-quadratic), or ``"hint"``
+            (recursive, affine).
+        split_prior: density of what a split takes off: ``"conditional"`` on what stays, or ``"standard"`` normal, see
+            :class:`~inverse_flow.flows.Split`.
         logit_margin: begin with a :class:`~inverse_flow.flows.Logit` of this margin, for images in [0, 1]; None for no
             such layer.
         context_channels: channels of the context given to the coupling and prior networks; 0 for none.
@@ -63,7 +56,8 @@ class FlowConfig:
             convolution (or at the head of a step without one).
         conv1x1: what mixes the channels between two couplings: a 1×1 convolution as ``"plu"`` or as ``"householder"``
             reflections, or the ``"permutation"`` that reverses them.
-        squeeze: ``"pixel"``, in the order of ``F.pixel_unshuffle``, or ``"haar"``, the wavelet transform.
+        squeeze: how space becomes channels: ``"pixel"``, in the order of ``F.pixel_unshuffle``, or ``"haar"``, the
+            wavelet transform.
         masks: ``"channel"``: the couplings split the channels. ``"checkerboard"``: Real NVP's arrangement, in which a
             level is K couplings with checkerboard masks, the squeeze, and K with channel masks; the last level is
             K + 1 with checkerboard masks.
@@ -78,23 +72,23 @@ class FlowConfig:
     """
 
     image_shape: tuple[int, ...]
-    levels: int = 2
-    steps: int = 4
-    hidden: int = 64
-    kernel_size: int | tuple[int, int] = 3
-    corner: str = "unit_triangular"
-    orders: Orders = "four"
+    levels: Annotated[int, Bounds(1)] = 2
+    steps: Annotated[int, Bounds(1)] = 4
+    hidden: Annotated[int, Bounds(1)] = 64
+    kernel_size: Annotated[int, Bounds(1)] | tuple[int, int] = 3
+    corner: Corner = "unit_triangular"
+    orders: OrderPattern = "four"
     coupling: CouplingKind = "affine"
     split_prior: SplitPrior = "conditional"
     logit_margin: float | None = None
-    context_channels: int = 0
+    context_channels: Annotated[int, Bounds(0)] = 0
     inverse_conv: InverseConvDirection = "none"
     activation: Activation = "none"
     conv1x1: Mixing = "plu"
     squeeze: SqueezeKind = "pixel"
     masks: Masks = "channel"
     conditioner: Conditioner = "conv"
-    blocks: int = 2
+    blocks: Annotated[int, Bounds(1)] = 2
     memory_efficient: bool = False
 
     PAPER: ClassVar[dict[str, Any]] = {}
@@ -105,13 +99,7 @@ class FlowConfig:
         object.__setattr__(self, "image_shape", tuple(self.image_shape))
         if not isinstance(self.kernel_size, int):
             object.__setattr__(self, "kernel_size", tuple(self.kernel_size))
-        for name, least in {"levels": 1, "steps": 1, "hidden": 1, "context_channels": 0, "blocks": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        for name, literal in CHOICES.items():
-            if getattr(self, name) not in get_args(literal):
-                choices = [f'"{choice}"' for choice in get_args(literal)]
-                raise ValueError(f"{name} must be {_either(choices)}, got {getattr(self, name)!r}")
+        check(self)
         self._check_shape()
         self._check_checkerboard()
 
@@ -149,7 +137,7 @@ class FlowConfig:
         """
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
-            raise ValueError(f"{cls.__name__} has no {_either(unknown)}: was it written by a newer version?")
+            raise ValueError(f"{cls.__name__} has no {either(unknown)}: was it written by a newer version?")
         return cls(**values)
 
     def _check_shape(self) -> None:
@@ -207,7 +195,7 @@ class GlowConfig(FlowConfig):
 class RealNVPConfig(FlowConfig):
     """Defaults of :class:`~inverse_flow.models.RealNVP`: masks instead of 1×1 convolutions, residual networks."""
 
-    orders: Orders = "alternating"
+    orders: OrderPattern = "alternating"
     conv1x1: Mixing = "permutation"
     masks: Masks = "checkerboard"
     conditioner: Conditioner = "resnet"
@@ -233,7 +221,3 @@ class HintConfig(FlowConfig):
     coupling: CouplingKind = "hint"
     conv1x1: Mixing = "householder"
     squeeze: SqueezeKind = "haar"
-
-
-def _either(names: list[str]) -> str:
-    return ", ".join(names[:-1]) + (" or " if len(names) > 1 else "") + names[-1]

@@ -11,6 +11,9 @@ from inverse_flow.data.images import ImageData, ImageSet
 
 FILE = "fashion_mnist_slice.npz"
 NAME = "fashion-mnist-slice"
+CLASS_NAMES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
 
 
 def load_embedded() -> ImageData:
@@ -27,4 +30,4 @@ def load_embedded() -> ImageData:
             )
             for split in ("train", "test")
         ]
-    return ImageData(NAME, *sets)
+    return ImageData(NAME, *sets, class_names=CLASS_NAMES)
