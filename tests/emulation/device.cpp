@@ -1,16 +1,9 @@
-// The other side of the binding for its test: all kernels, and what device.cu says, with the emulator for a GPU.
+// What csrc/cuda/device.cu says on a GPU, with the emulator in its place.
 #include "device.h"
-
-#include "block/launch.cu"
-#include "gradient/launch.cu"
-#include "lanes/bfloat16.cu"
-#include "lanes/float.cu"
-#include "lanes/half.cu"
-#include "tensor/launch.cu"
 
 namespace inverse_flow {
 
-// A small GPU: images of a few hundred pixels need several tiles.
+// For the binding's test a small GPU: images of a few hundred pixels need several tiles.
 const char* device_limits(DeviceLimits& limits) {
   limits = {128, 6 * 1024, 4};
   return nullptr;

@@ -1,6 +1,6 @@
 // Runs one case of csrc/cuda on the emulator: driver CASE RESULT. CASE is a text header ("key value ..." lines up to
 // "end") followed by raw arrays; RESULT gets the raw outputs, one set a seed. The plan and what was launched go to
-// standard output as "key value" lines. See test_emulation.py for the other side.
+// standard output as "key value" lines. See emulator.py for the other side.
 #include <fstream>
 #include <iostream>
 #include <map>
@@ -10,21 +10,6 @@
 #include "common/element.cuh"
 #include "gradient/launch.h"
 #include "regimes.h"
-
-namespace inverse_flow {
-
-// What a build without some of the kernels has in their place.
-#ifdef EMULATE_WITHOUT_LANES_FLOAT
-const char* launch_lanes_float(const SolveProblem&, const LanesPlan&, void*) { return "absent"; }
-#endif
-#ifdef EMULATE_WITHOUT_LANES_BFLOAT16
-const char* launch_lanes_bfloat16(const SolveProblem&, const LanesPlan&, void*) { return "absent"; }
-#endif
-#ifdef EMULATE_WITHOUT_LANES_HALF
-const char* launch_lanes_half(const SolveProblem&, const LanesPlan&, void*) { return "absent"; }
-#endif
-
-}  // namespace inverse_flow
 
 namespace {
 
