@@ -76,7 +76,10 @@ __device__ LanesTile claim_tile(const LanesArguments<Element>& args, int32_t* sh
   const LanesPlan& plan = args.plan;
   LanesTile claimed{};
   if (plan.single_tile()) {
-    claimed.tile = whole_images(args);
+    claimed.tile.first_image = args.first_image + static_cast<int64_t>(blockIdx.x) * plan.images;
+    claimed.tile.images = smaller(plan.images, shape.batch - claimed.tile.first_image);
+    claimed.tile.rows = plan.tile_h;
+    claimed.tile.columns = plan.tile_w;
     return claimed;
   }
   if (threadIdx.x == 0) *shared_ticket = atomicAdd(block_progress(args), 1);

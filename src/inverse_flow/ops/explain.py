@@ -8,7 +8,7 @@ plans name their facts there, and nobody names them again.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -99,7 +99,7 @@ class Problem:
 class Facts:
     """What a plan says, by name: ``plan.threads`` reads ``plan.facts["threads"]``."""
 
-    facts: Mapping[str, Any]
+    facts: Mapping[str, Any] = field(hash=False)
 
     def __getattr__(self, name: str) -> Any:
         facts = vars(self).get("facts", {})
@@ -126,48 +126,46 @@ class Plan(Facts):
     Attributes:
         problem: What is asked.
         gpu: The limits that the plan was made for; None on a CPU.
-        regime: How the work is cut up. On a CPU "images as lanes" or "rows as lanes". On a GPU "images in a block" (whole
-            images), "tiles" (an image is cut up), "tensor cores" (whole images, or a ring of their diagonals), each with
-            where the folded weights are; or "rows as lanes", whole images or tiles, whose weights are in registers.
-            "nothing to do" for an empty batch, of which there is nothing else to say.
-        threads: On a CPU, the threads that PyTorch has. On a GPU, those of a block.
-        steps: Steps that follow each other in a unit of work (CPU) or in a block: its pixels or columns, or the
-            anti-diagonals of a tile; with rows as lanes some more, since a row starts behind the one above it.
+        regime: How the work is cut up. On a CPU "images as lanes" or "rows as lanes". On a GPU "images in a block"
+            (whole images), "tiles" (an image is cut up), "tensor cores" (whole images, or a ring of their diagonals),
+            each with where the folded weights are; or "rows as lanes", whole images or tiles, with the weights in
+            registers. "nothing to do" for an empty batch, of which there is little else to say.
+        threads: On a CPU those that PyTorch has, on a GPU those of a block.
+        steps: Steps that follow each other in a unit of work (CPU) or in a block: pixels, columns, or anti-diagonals;
+            with rows as lanes some more, since a row starts behind the one above it.
         scratch_bytes: Memory beside inputs, outputs and gradients; on a CPU also beside a prepared copy of the weight.
 
-        isa: CPU: the instruction set in use.
-        workers: CPU: threads that have work.
-        lanes: CPU: pixels that are solved at once, images of a batch or rows of a band.
-        units: CPU: pieces of work, pieces of the batch times groups, or bands of all images and groups.
-        joined: CPU: whether a thread that is through with a band's first row goes on with the next band's.
+        isa: CPU, as the next four: the instruction set in use.
+        workers: Threads that have work.
+        lanes: Pixels that are solved at once: images of a batch, or rows of a band.
+        units: Pieces of work: pieces of the batch times groups, or bands of all images and groups.
+        joined: Whether a thread that is through with a band's first row goes on with the next band's.
 
         tile: GPU, as all that follow: rows and columns that a block keeps in shared memory.
         tiles: Tiles of an image, downwards and to the right.
-        images: Whole images of a block.
+        images: Whole images of a block; with rows as lanes ``images_per_warp`` of them side by side.
         pack: Channels that are read and written together.
         channel_threads: Threads of a pixel; 0 on tensor cores.
         diagonal_threads: Pixels of an anti-diagonal that are solved at once; 0 on tensor cores.
-        bands: With rows as lanes, the bands of rows of a tile, each swept by a warp; else 0. Then there are
-            ``images_per_warp``, side by side, and ``phases`` of steps between barriers.
+        bands: With rows as lanes the bands of rows of a tile, each swept by a warp, in ``phases``; else 0.
         blocks: Blocks of the largest launch of the solve.
         shared_bytes: Shared memory of a block of the solve.
         weights_in_shared: Whether the folded weights are in shared memory; else they are read through the L2 cache.
         folded_bytes: Size of the folded weights of all groups.
-        fold_launches: Launches, for each chunk of groups, that fold the corner before the solve; 0 if every block does
-            it for itself.
-        fold_blocks: Blocks of those launches.
+        fold_launches: Launches, for each chunk of groups, that fold the corner before the solve, of ``fold_blocks``; 0
+            if every block does it for itself.
         launches: Launches in all, those of the gradient included.
         tf32: Whether tensor cores multiply once, in TF32, as PyTorch's switches allow it now; else three times, which
-            is as exact as float32.
-        tensor: On tensor cores, how they solve one anti-diagonal, else None: ``output_tiles`` of 16 channels, ``k_steps``
-            of 8 input channels a tap, ``resident_steps`` of all taps whose weights are in shared memory, ``splits``,
-            the warps that share a job (a tile of outputs, up to four of pixels), ``job_warps``, the jobs at a time,
-            ``finish_warps``, which add up, load and store meanwhile, and ``whole_images``, else a ring.
-        gradient: Of a backward pass, the sums of weight and bias behind the transposed solve, else None:
-            ``tensor_cores``, or none; of a block the ``channels``, outputs and inputs whose pairs it accumulates, the
-            ``window`` of taps, the ``images`` and the ``tile`` of pixels in shared memory at a time, ``teams`` that share
-            them, ``threads`` and ``shared_bytes``; ``tiles`` of the whole batch, ``splits``, the blocks that share the
-            pixels of a window, whose sums ``combine_lanes`` threads add up; ``blocks``, ``launches``, ``scratch_bytes``.
+            is as exact as float32. ``products`` says the same of what they multiply.
+        tensor: On tensor cores, how they solve one anti-diagonal, else None: ``output_tiles`` of 16 channels;
+            ``k_steps`` of 8 input channels a tap; ``resident_steps``, of all taps, whose weights are in shared memory;
+            ``splits``, the warps that share a job (a tile of outputs, up to four of pixels); ``job_warps``, the jobs at
+            a time; ``finish_warps``, which add up, load and store meanwhile; ``whole_images``, or a ring.
+        gradient: Of a backward pass, the sums of weight and bias behind the transposed solve, else None: on
+            ``tensor_cores`` or not; of a block the ``channels``, outputs and inputs, whose pairs it accumulates, the
+            ``window`` of taps, and the ``images`` and the ``tile`` of pixels in shared memory at a time, which
+            ``teams`` share; ``tiles`` of the whole batch; ``splits``, the blocks that share the pixels of a window,
+            whose sums ``combine_lanes`` threads add up. And ``threads`` to ``scratch_bytes`` as above, of its own.
     """
 
     problem: Problem
