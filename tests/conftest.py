@@ -20,6 +20,10 @@ DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.cuda)] if HAS_CUDA e
 # The first PyTorch that these tests have not been run with.
 NEXT_TORCH = (2, 14)
 
+# The convolutions that a solve is compared with compute in TF32 on a GPU unless told not to.
+if HAS_CUDA:
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+
 # Workers of pytest-xdist share the processor; tests of threading set their own number.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
