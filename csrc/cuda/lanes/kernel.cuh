@@ -76,10 +76,7 @@ __device__ LanesTile claim_tile(const LanesArguments<Element>& args, int32_t* sh
   const LanesPlan& plan = args.plan;
   LanesTile claimed{};
   if (plan.single_tile()) {
-    claimed.tile.first_image = args.first_image + static_cast<int64_t>(blockIdx.x) * plan.images;
-    claimed.tile.images = smaller(plan.images, shape.batch - claimed.tile.first_image);
-    claimed.tile.rows = plan.tile_h;
-    claimed.tile.columns = plan.tile_w;
+    claimed.tile = whole_images(args);
     return claimed;
   }
   if (threadIdx.x == 0) *shared_ticket = atomicAdd(block_progress(args), 1);
@@ -590,7 +587,9 @@ __global__ void __launch_bounds__(lanes_threads(kChannels), LanesShape<kChannels
   __syncthreads();  // z and the margin are complete
   sweep_lanes<S>(plan, claimed, weights, zeros, x);
   __syncthreads();  // x is complete
-  with_access<S>(args.output_access, [&](auto access) { store_lanes<S, access.value>(args, claimed, group, x); });
+  // The group is made anew: kept, it would cost registers all through the sweep.
+  with_access<S>(args.output_access,
+                 [&](auto access) { store_lanes<S, access.value>(args, claimed, block_group(args), x); });
   if (!plan.single_tile()) {
     __syncthreads();  // the whole tile is written before one thread says so
     if (threadIdx.x == 0) store_release(flag_of_tile(args, claimed.tile), 1);

@@ -375,16 +375,19 @@ template <typename Element>
 struct NextDiagonal {
   const TensorPixels<Element>& pixels;
   Finishers finishers;
+  bool is_wanted;  // of this thread
   Diagonal diagonal;
-  int items;  // 0 where there is nothing to load
+  int items;
   Pack<float, 4> staged[kStagedPacks];
 
   __device__ NextDiagonal(const TensorPixels<Element>& block_pixels, const Finishers& block_finishers, int number,
-                          bool is_wanted)
+                          bool streams)
       : pixels(block_pixels),
         finishers(block_finishers),
+        is_wanted(streams && finishers.index >= 0),
         diagonal(diagonal_at(pixels.tile, pixels.args.plan, number)),
-        items(is_wanted && finishers.index >= 0 ? diagonal.columns * pixels.packs : 0) {
+        items(diagonal.columns * pixels.packs) {
+    if (!is_wanted) return;
     INVERSE_FLOW_UNROLL
     for (int i = 0; i < kStagedPacks; ++i) {
       const int item = finishers.index + i * finishers.count;
@@ -393,6 +396,7 @@ struct NextDiagonal {
   }
 
   __device__ void keep() const {
+    if (!is_wanted) return;
     INVERSE_FLOW_UNROLL
     for (int i = 0; i < kStagedPacks; ++i) {
       const int item = finishers.index + i * finishers.count;
