@@ -15,7 +15,7 @@ def warn(category: type[Warning], module: str) -> None:
 
 
 @pytest.mark.parametrize("module", ["torch", "torch.nn.modules"])
-@pytest.mark.skipif(torch.__version__ >= NEXT_TORCH, reason="this PyTorch is newer than the tests: its warnings are shown")
+@pytest.mark.skipif(torch.__version__ >= NEXT_TORCH, reason="the warnings of a newer PyTorch are shown")
 def test_pytorch_may_use_what_it_has_deprecated(module: str) -> None:
     for category in (DeprecationWarning, FutureWarning):
         warn(category, module)
