@@ -52,7 +52,8 @@ def test_bands_are_joined_where_no_thread_could_wait_for_itself() -> None:
     # A line of two threads starts its next band when the other one is a band and a stretch, of 16 steps, behind. How
     # many rows a band has is a fact of the plan: it depends on the instruction set.
     band = cpu((1, 3, 256, 256), 3, threads=2).lanes
-    for width, joined in [(2 * (16 + band), True), (2 * (16 + band) - 1, False)]:
+    least = 2 * (16 + band) - (3 - 1)  # a band lasts as long as its rows with their padding
+    for width, joined in [(least, True), (least - 1, False)]:
         plan = cpu((1, 3, 256, width), 3, threads=2)
         assert (plan.lanes, plan.workers, plan.joined) == (band, 2, joined)
     # The order in which two threads claim bands would show in the sums of the gradient.
