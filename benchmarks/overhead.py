@@ -26,7 +26,7 @@ from torch import Tensor
 from inverse_flow import InverseConv2d
 from inverse_flow.functional import inverse_conv2d
 from inverse_flow.ops import library as ops
-from inverse_flow.ops.checks import UNIT_TRIANGULAR
+from inverse_flow.ops.spec import UNIT_TRIANGULAR
 
 CHANNELS, SIZE, KERNEL = 3, 8, 3
 # Microseconds, on the CPU.

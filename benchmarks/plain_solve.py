@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from inverse_flow import InverseConv2d
-from inverse_flow.ops.causal import effective_weight
-from inverse_flow.ops.checks import MIRROR_COLUMNS, MIRROR_ROWS, parse_corner
+from inverse_flow.ops.spec import MIRROR_COLUMNS, MIRROR_ROWS
 
 
 class PlainSolve(nn.Module):
@@ -24,10 +23,10 @@ class PlainSolve(nn.Module):
 
     def __init__(self, layer: InverseConv2d) -> None:
         super().__init__()
-        self.groups, self.kernel, self.orders = layer.groups, layer.kernel_size, layer._orders
+        self.groups, self.kernel, self.orders = layer.groups, layer.kernel_size, layer.spec.orders
         with torch.no_grad():
-            weight, corner = layer._weight()
-            complete = effective_weight(weight, self.orders, parse_corner(corner)).unflatten(0, (self.groups, -1))
+            weight = layer.complete_weight()
+            complete = weight.unflatten(0, (self.groups, -1))
             # Every group mirrored, so that its recurrence starts at the top left.
             mirrored = torch.stack([self._mirror(w, code) for w, code in zip(complete, self.orders, strict=True)])
             corner_inverse = torch.linalg.inv(mirrored[..., -1, -1].double())

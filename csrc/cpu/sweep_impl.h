@@ -108,8 +108,14 @@ template Kernels<double, double> kernels<double, double>();
 template Kernels<BFloat16, float> kernels<BFloat16, float>();
 template Kernels<Float16, float> kernels<Float16, float>();
 
-static void subtract_row(double* row, const double* other, double factor, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) row[i] -= factor * other[i];
+static void subtract_rows(double* matrix, const double* row, const double* factors, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const double factor = factors[i];
+    if (factor == 0) continue;
+    double* const to = matrix + i * n;
+#pragma GCC ivdep
+    for (int64_t k = 0; k < n; ++k) to[k] -= factor * row[k];
+  }
 }
 
 static void subtract_row_exactly(double* row, double* low, const double* other, double factor, int64_t n) {
@@ -139,6 +145,6 @@ static void add_product(double* out, const double* matrix, const double* right, 
   });
 }
 
-PrepareKernels prepare_kernels() { return {&subtract_row, &subtract_row_exactly, &add_product}; }
+PrepareKernels prepare_kernels() { return {&subtract_rows, &subtract_row_exactly, &add_product}; }
 
 }  // namespace inverse_flow::cpu::INVERSE_FLOW_ISA

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 from inverse_flow.functional import causal_conv2d, inverse_conv2d
 from inverse_flow.ops.autograd import solve_backward
 from inverse_flow.ops.backpropagate import backpropagate
-from inverse_flow.ops.causal import corner_index
-from inverse_flow.ops.checks import FLOAT_DTYPES, Order, parse_corner, parse_orders
+from inverse_flow.ops.causal import corner_taps, effective_weight, with_corner_taps
+from inverse_flow.ops.checks import FLOAT_DTYPES
 from inverse_flow.ops.library import allows_tf32
+from inverse_flow.ops.spec import OrderNames, make_spec
 
 __all__ = ["InverseConv2d"]
 
@@ -67,7 +69,7 @@ class InverseConv2d(nn.Module):
         kernel_size: int | tuple[int, int] = 3,
         *,
         groups: int = 1,
-        order: Order = "top_left",
+        order: OrderNames = "top_left",
         corner: str = "unit_triangular",
         bias: bool = True,
         device: torch.device | str | None = None,
@@ -80,7 +82,7 @@ class InverseConv2d(nn.Module):
             raise ValueError(f"kernel_size must be one integer or a pair, each at least 1, got {kernel_size!r}")
         if not isinstance(channels, int) or channels < 1:
             raise ValueError(f"channels must be an integer of at least 1, got {channels!r}")
-        self._orders = parse_orders(order, groups)
+        make_spec(order, groups, "general")
         if channels % groups:
             raise ValueError(f"channels ({channels}) must be divisible by groups ({groups})")
         if corner not in ("identity", "unit_triangular", "plu"):
@@ -93,6 +95,11 @@ class InverseConv2d(nn.Module):
         self.groups = groups
         self.order = order if isinstance(order, str) else tuple(order)
         self.corner = corner
+        # A "plu" corner is multiplied out first, and all of the product is read.
+        self._arguments: dict[str, Any] = {
+            "order": self.order, "groups": groups, "corner": "general" if corner == "plu" else corner,
+        }  # fmt: skip
+        self.spec = make_spec(**self._arguments)
         self.weight = nn.Parameter(
             torch.empty(channels, channels // groups, *self.kernel_size, device=device, dtype=dtype)
         )
@@ -121,14 +128,12 @@ class InverseConv2d(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data to latent: (z, log|det ∂z/∂x|), the solve. ``context`` is not used."""
-        weight, corner = self._weight()
-        z = inverse_conv2d(x, weight, self.bias, order=self.order, groups=self.groups, corner=corner)
+        z = inverse_conv2d(x, self._weight(), self.bias, **self._arguments)
         return z, self._log_det(x, inverse=True)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Latent to data: (x, log|det ∂x/∂z|), a plain convolution. ``context`` is not used."""
-        weight, corner = self._weight()
-        x = causal_conv2d(z, weight, self.bias, order=self.order, groups=self.groups, corner=corner)
+        x = causal_conv2d(z, self._weight(), self.bias, **self._arguments)
         return x, self._log_det(z)
 
     def backward_from_output(
@@ -137,37 +142,26 @@ class InverseConv2d(nn.Module):
         """x = A(w) z + b, a plain convolution, and the backward pass of the solve, which asks for nothing but z:
         ∂x = A(w)⁻ᵀ ∂z. For :mod:`inverse_flow.reversible`."""
         with torch.enable_grad():
-            weight, corner = self._weight()
-            log_det = self._log_det(z, inverse=True)
-        x = causal_conv2d(z, weight, self.bias, order=self.order, groups=self.groups, corner=corner)
-        grad_x, grad_weight, grad_bias = solve_backward(
-            grad_z, z, weight, self._orders, parse_corner(corner), False, allows_tf32(z)
-        )
+            weight, log_det = self._weight(), self._log_det(z, inverse=True)
+        x = causal_conv2d(z, weight, self.bias, **self._arguments)
+        spec = self.spec._replace(allow_tf32=allows_tf32(z))
+        grad_x, grad_weight, grad_bias = solve_backward(grad_z, z, weight, spec)
         backpropagate([weight, self.bias, log_det], [grad_weight, grad_bias, grad_logdet])
         return x, grad_x
 
-    def _weight(self) -> tuple[Tensor, str]:
-        """The weight and corner kind to hand to the functional layer."""
-        if self.corner != "plu":
-            return self.weight, self.corner
-        corners = self._corner_matrices()
-        kernel_h, kernel_w = self.kernel_size
-        at_corner = torch.zeros(self.groups, 1, 1, kernel_h, kernel_w, dtype=torch.bool, device=self.weight.device)
-        for group, order in enumerate(self._orders):
-            row, column = corner_index(order, kernel_h, kernel_w)
-            at_corner[group, 0, 0, row, column] = True
-        grouped = self.weight.unflatten(0, (self.groups, -1))
-        return torch.where(at_corner, corners[..., None, None], grouped).flatten(0, 1), "general"
+    def complete_weight(self) -> Tensor:
+        """:attr:`weight` with all of M in its place: that of A(w) for the corner kind ``"general"``."""
+        return effective_weight(self._weight(), self.spec)
 
-    def _corner_matrices(self) -> Tensor:
+    def _weight(self) -> Tensor:
+        """The weight to hand to the functional layer."""
+        if self.corner != "plu":
+            return self.weight
+        return with_corner_taps(self.weight, self._plu(), self.spec.orders)
+
+    def _plu(self) -> Tensor:
         """M = P·L·(U + diag(s)) of every group: (groups, C / groups, C / groups)."""
-        rows, columns = [], []
-        for order in self._orders:
-            row, column = corner_index(order, *self.kernel_size)
-            rows.append(row)
-            columns.append(column)
-        grouped = self.weight.unflatten(0, (self.groups, -1))
-        packed = torch.stack([grouped[g, :, :, i, j] for g, (i, j) in enumerate(zip(rows, columns, strict=True))])
+        packed = corner_taps(self.weight, self.spec.orders)
         lower = packed.tril(-1) + torch.eye(packed.shape[-1], dtype=packed.dtype, device=packed.device)
         scale = (self.sign * self.log_scale.exp()).unflatten(0, (self.groups, -1))
         product = lower @ (packed.triu(1) + torch.diag_embed(scale))

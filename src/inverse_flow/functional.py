@@ -11,7 +11,8 @@ from torch import Tensor
 from inverse_flow.ops import autograd, native
 from inverse_flow.ops import library as ops
 from inverse_flow.ops.causal import convolve, effective_weight
-from inverse_flow.ops.checks import Order, check_arguments, parse_corner, parse_orders
+from inverse_flow.ops.checks import check_arguments
+from inverse_flow.ops.spec import OrderNames, make_spec
 
 __all__ = ["causal_conv2d", "inverse_conv2d"]
 
@@ -21,7 +22,7 @@ def inverse_conv2d(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    order: Order = "top_left",
+    order: OrderNames = "top_left",
     groups: int = 1,
     corner: str = "general",
 ) -> Tensor:
@@ -60,9 +61,9 @@ def inverse_conv2d(
         RuntimeError: the tensors lie on different devices, or on a device the library was not built for.
         NotImplementedError: forward mode inside forward mode, for which PyTorch would give zeros.
     """
-    orders, corner_code = parse_orders(order, groups), parse_corner(corner)
+    spec = make_spec(order, groups, corner, ops.allows_tf32(input))
     try:
-        return autograd.solve(input, weight, bias, orders, corner_code, False, ops.allows_tf32(input))
+        return autograd.solve(input, weight, bias, spec)
     except Exception as error:
         # The operator checks its arguments by itself. These checks say what is wrong more clearly, and cost nothing
         # where nothing is.
@@ -78,7 +79,7 @@ def causal_conv2d(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    order: Order = "top_left",
+    order: OrderNames = "top_left",
     groups: int = 1,
     corner: str = "general",
 ) -> Tensor:
@@ -91,7 +92,7 @@ def causal_conv2d(
 
     Args, Returns and Raises are those of :func:`inverse_conv2d`, except that M may be singular.
     """
-    orders, corner_code = parse_orders(order, groups), parse_corner(corner)
+    spec = make_spec(order, groups, corner)
     check_arguments(input, weight, bias, groups)
-    output = convolve(input, effective_weight(weight, orders, corner_code), orders)
+    output = convolve(input, effective_weight(weight, spec), spec)
     return output if bias is None else output + bias.to(output.dtype).view(-1, 1, 1)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from inverse_flow.ops.causal import corner_index, effective_weight
-from inverse_flow.ops.checks import MIRROR_COLUMNS, MIRROR_ROWS, Order, check_arguments, parse_corner, parse_orders
+from inverse_flow.ops.checks import check_arguments
+from inverse_flow.ops.spec import MIRROR_COLUMNS, MIRROR_ROWS, OrderNames, make_spec
 
 __all__ = ["dense_matrix", "inverse_conv2d", "inverse_conv2d_dense"]
 
@@ -19,7 +20,7 @@ def dense_matrix(
     height: int,
     width: int,
     *,
-    order: Order = "top_left",
+    order: OrderNames = "top_left",
     groups: int = 1,
     corner: str = "general",
 ) -> Tensor:
@@ -28,11 +29,11 @@ def dense_matrix(
     Returns:
         (C·H·W, C·H·W), rows and columns in the order of ``x.flatten()`` for one image; differentiable in ``weight``.
     """
-    orders = parse_orders(order, groups)
-    weight = effective_weight(weight, orders, parse_corner(corner))
+    spec = make_spec(order, groups, corner)
+    weight = effective_weight(weight, spec)
     channels, (kernel_h, kernel_w) = weight.shape[1], weight.shape[2:]
     blocks = []
-    for group, code in enumerate(orders):
+    for group, code in enumerate(spec.orders):
         block = weight.new_zeros(channels, height, width, channels, height, width)
         row, column = corner_index(code, kernel_h, kernel_w)
         for i in range(kernel_h):
@@ -55,12 +56,12 @@ def inverse_conv2d_dense(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    order: Order = "top_left",
+    order: OrderNames = "top_left",
     groups: int = 1,
     corner: str = "general",
 ) -> Tensor:
     """:func:`inverse_flow.functional.inverse_conv2d` as a dense solve in float64: the oracle. Returns float64."""
-    parse_orders(order, groups)
+    make_spec(order, groups, corner)
     check_arguments(input, weight, bias, groups)
     right = input.double() if bias is None else input.double() - bias.double().view(-1, 1, 1)
     matrix = dense_matrix(weight.double(), *input.shape[2:], order=order, groups=groups, corner=corner)
@@ -72,21 +73,21 @@ def inverse_conv2d(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    order: Order = "top_left",
+    order: OrderNames = "top_left",
     groups: int = 1,
     corner: str = "general",
 ) -> Tensor:
     """:func:`inverse_flow.functional.inverse_conv2d` as the plain recurrence, one pixel after the other, in the
     dtype of ``input``: what rounding alone costs. Same arguments and errors."""
-    orders, corner_code = parse_orders(order, groups), parse_corner(corner)
+    spec = make_spec(order, groups, corner)
     check_arguments(input, weight, bias, groups)
-    weight = effective_weight(weight, orders, corner_code).to(input.dtype)
+    weight = effective_weight(weight, spec).to(input.dtype)
     if bias is not None:
         input = input - bias.to(input.dtype).view(-1, 1, 1)
     channels = weight.shape[1]
     parts = [
         _recurrence(input[:, part], weight[part], code)
-        for group, code in enumerate(orders)
+        for group, code in enumerate(spec.orders)
         for part in [slice(group * channels, (group + 1) * channels)]
     ]
     return torch.cat(parts, 1)

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from inverse_flow import explain
-from inverse_flow.ops.checks import CORNERS, ORDERS
 from inverse_flow.ops.explain import CudaPlan, GpuProperties
+from inverse_flow.ops.spec import CORNERS, ORDERS
 
 from .emulator import (
     ANY_REGIME,

@@ -14,6 +14,7 @@ from inverse_flow import InverseConv2d, reference
 from inverse_flow.functional import causal_conv2d, inverse_conv2d
 from inverse_flow.ops import library as ops
 from inverse_flow.ops.autograd import Solve
+from inverse_flow.ops.spec import Spec
 
 from ..cases import CORNERS, ORDERS, Case
 from ..checks import check_vmap
@@ -57,7 +58,7 @@ def test_gradgradcheck(case: Case, needed: tuple[bool, bool, bool], device: torc
 @pytest.mark.parametrize("case", FEW_TINY, ids=str)
 def test_gradcheck_of_the_transposed_solve(case: Case, needed: tuple[bool, bool, bool], device: torch.device) -> None:
     def transposed(*tensors: Tensor) -> Tensor:
-        return Solve.apply(*tensors, case.order_codes, case.corner_code, True, False)
+        return Solve.apply(*tensors, Spec(case.order_codes, case.corner_code, transposed=True))
 
     assert gradcheck(transposed, leaves(case, needed, device))
 

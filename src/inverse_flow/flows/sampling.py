@@ -20,8 +20,7 @@ from inverse_flow.flows.conv1x1 import Conv1x1
 from inverse_flow.flows.householder import Householder
 from inverse_flow.flows.permute import Permute
 from inverse_flow.functional import causal_conv2d
-from inverse_flow.ops.causal import convolve_mixed, effective_weight
-from inverse_flow.ops.checks import parse_corner
+from inverse_flow.ops.causal import convolve_mixed
 
 # Layers that are z_p = W x_p + b at every pixel p: a run of them is one such layer. Joining them pays where one of them
 # mixes the channels.
@@ -155,8 +154,7 @@ class _FixedInverseConv(FlowLayer):
         super().__init__()
         self.layer = layer
         with torch.no_grad():
-            weight, corner = layer._weight()
-            complete = effective_weight(weight, layer._orders, parse_corner(corner))
+            complete = layer.complete_weight()
         self.register_buffer("weight", complete.contiguous())
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -199,7 +197,7 @@ class _FixedStep(FlowLayer):
         compute = logdet_dtype(z.dtype)
         centred = z.to(compute) - self.linear.bias.to(compute).view(-1, 1, 1)
         bias = None if layer.bias is None else layer.bias.to(compute)
-        x = convolve_mixed(centred, self.weight.to(compute), bias, layer._orders).to(z.dtype)
+        x = convolve_mixed(centred, self.weight.to(compute), bias, layer.spec.orders).to(z.dtype)
         return x, layer._log_det(z) + expand_logdet(-self.linear.logdet * count_pixels(z), z)
 
 

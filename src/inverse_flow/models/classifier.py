@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inverse_flow.conv import InverseConv2d
-from inverse_flow.ops.causal import read_mask
-from inverse_flow.ops.checks import FLOAT_DTYPES, parse_corner
+from inverse_flow.ops.causal import read_part
+from inverse_flow.ops.checks import FLOAT_DTYPES
 
 # From opposite corners, so that after both every pixel has seen the whole image.
 ORDERS = ("top_left", "bottom_right")
@@ -84,7 +84,7 @@ class InverseConvClassifier(nn.Module):
     def num_inverse_conv_parameters(self) -> int:
         """Weights that the inverse convolutions read. The fixed entries of the corner tap are stored but not read."""
         return sum(
-            int(read_mask(layer.weight, layer._orders, parse_corner(layer.corner)).sum())
+            int(read_part(torch.ones_like(layer.weight), layer.spec).sum())
             for layer in self.inverse_convs
             if isinstance(layer, InverseConv2d)
         )

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self  # in typing from Python 3.11 on
 
 InverseConvDirection: TypeAlias = Literal["training", "sampling", "none"]
-Orders: TypeAlias = Literal["four", "alternating"]
+OrderPattern: TypeAlias = Literal["four", "alternating"]
 Corner: TypeAlias = Literal["unit_triangular", "plu", "identity"]
 Activation: TypeAlias = Literal["none", "spline"]
 Mixing: TypeAlias = Literal["plu", "householder", "permutation"]
@@ -77,7 +77,7 @@ class FlowConfig:
     hidden: Annotated[int, Bounds(1)] = 64
     kernel_size: Annotated[int, Bounds(1)] | tuple[int, int] = 3
     corner: Corner = "unit_triangular"
-    orders: Orders = "four"
+    orders: OrderPattern = "four"
     coupling: CouplingKind = "affine"
     split_prior: SplitPrior = "conditional"
     logit_margin: float | None = None
@@ -195,7 +195,7 @@ class GlowConfig(FlowConfig):
 class RealNVPConfig(FlowConfig):
     """Defaults of :class:`~inverse_flow.models.RealNVP`: masks instead of 1×1 convolutions, residual networks."""
 
-    orders: Orders = "alternating"
+    orders: OrderPattern = "alternating"
     conv1x1: Mixing = "permutation"
     masks: Masks = "checkerboard"
     conditioner: Conditioner = "resnet"

@@ -20,128 +20,87 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
 from inverse_flow.ops import library as ops
-from inverse_flow.ops.causal import convolve, read_mask
-from inverse_flow.ops.library import Orders
+from inverse_flow.ops.causal import convolve, read_part
+from inverse_flow.ops.spec import Spec
 
 
 class Solve(torch.autograd.Function):
-    """``apply(input, weight, bias, orders, corner, transposed, allow_tf32) -> output``"""
+    """``apply(input, weight, bias, spec) -> output``"""
 
     @staticmethod
-    def forward(
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        orders: Orders,
-        corner: int,
-        transposed: bool,
-        allow_tf32: bool,
-    ) -> Tensor:
-        return ops.solve(input, weight, bias, orders, corner, transposed, allow_tf32)
+    def forward(input: Tensor, weight: Tensor, bias: Tensor | None, spec: Spec) -> Tensor:
+        return ops.solve(input, weight, bias, *spec)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, weight, _, ctx.orders, ctx.corner, ctx.transposed, ctx.allow_tf32 = inputs
+        _, weight, _, ctx.spec = inputs
         ctx.save_for_backward(output, weight)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         output, weight = ctx.saved_tensors
-        _, weight_needed, bias_needed, *_ = ctx.needs_input_grad
+        _, weight_needed, bias_needed, _ = ctx.needs_input_grad
         if weight_needed:
-            grads = solve_backward(grad_output, output, weight, ctx.orders, ctx.corner, ctx.transposed, ctx.allow_tf32)
-            return (*grads[:2], grads[2] if bias_needed else None, None, None, None, None)
-        grad_input = solve(grad_output, weight, None, ctx.orders, ctx.corner, not ctx.transposed, ctx.allow_tf32)
+            grads = solve_backward(grad_output, output, weight, ctx.spec)
+            return (*grads[:2], grads[2] if bias_needed else None, None)
+        grad_input = solve(grad_output, weight, None, ctx.spec.adjoint())
         grad_bias = -grad_input.sum((0, 2, 3), dtype=weight.dtype) if bias_needed else None
-        return grad_input, None, grad_bias, None, None, None, None
+        return grad_input, None, grad_bias, None
 
     @staticmethod
     def vmap(
-        info: Any,
-        in_dims: tuple[Any, ...],
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        orders: Orders,
-        corner: int,
-        transposed: bool,
-        allow_tf32: bool,
+        info: Any, in_dims: tuple[Any, ...], input: Tensor, weight: Tensor, bias: Tensor | None, spec: Spec
     ) -> tuple[Tensor, int]:
-        size, (input_dim, weight_dim, bias_dim, *_) = info.batch_size, in_dims
+        size, (input_dim, weight_dim, bias_dim, _) = info.batch_size, in_dims
         if weight_dim is None and bias_dim is None:
             images = input.movedim(input_dim, 0)
-            output = solve(images.flatten(0, 1), weight, bias, orders, corner, transposed, allow_tf32)
+            output = solve(images.flatten(0, 1), weight, bias, spec)
             return output.unflatten(0, images.shape[:2]), 0
         output = solve(
             _into_channels(input, input_dim, size, 1),
             _into_channels(weight, weight_dim, size, 0),
             None if bias is None else _into_channels(bias, bias_dim, size, 0),
-            orders * size,
-            corner,
-            transposed,
-            allow_tf32,
+            spec.repeated(size),
         )
         return output.unflatten(1, (size, -1)), 1
 
 
 class SolveBackward(torch.autograd.Function):
-    """``apply(grad_output, output, weight, orders, corner, transposed, allow_tf32)
-    -> (grad_input, grad_weight, grad_bias)``"""
+    """``apply(grad_output, output, weight, spec) -> (grad_input, grad_weight, grad_bias)``"""
 
     @staticmethod
-    def forward(
-        grad_output: Tensor,
-        output: Tensor,
-        weight: Tensor,
-        orders: Orders,
-        corner: int,
-        transposed: bool,
-        allow_tf32: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return ops.solve_backward(grad_output, output, weight, orders, corner, transposed, allow_tf32)
+    def forward(grad_output: Tensor, output: Tensor, weight: Tensor, spec: Spec) -> tuple[Tensor, Tensor, Tensor]:
+        return ops.solve_backward(grad_output, output, weight, *spec)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor, Tensor]) -> None:
-        _, output, weight, ctx.orders, ctx.corner, ctx.transposed, ctx.allow_tf32 = inputs
+        _, output, weight, ctx.spec = inputs
         ctx.save_for_backward(output, outputs[0], weight)
 
     @staticmethod
     def backward(ctx: Any, into_u: Tensor, into_weight: Tensor, into_bias: Tensor) -> tuple[Tensor | None, ...]:
-        x, u, weight = ctx.saved_tensors
+        (x, u, weight), adjoint = ctx.saved_tensors, ctx.spec.adjoint()
         # ∂L/∂w = −Σ u xᵀ (transposed: −Σ x uᵀ) is bilinear: its derivatives are convolutions with the incoming
         # gradient as the weight.
-        taps = into_weight * read_mask(weight, ctx.orders, ctx.corner)
-        into_u = into_u - convolve(x, taps, ctx.orders, transposed=ctx.transposed)
+        taps = read_part(into_weight, ctx.spec)
+        into_u = into_u - convolve(x, taps, ctx.spec)
         into_u = into_u - into_bias.to(into_u.dtype).view(-1, 1, 1)
-        into_x = -convolve(u, taps, ctx.orders, transposed=not ctx.transposed) if ctx.needs_input_grad[1] else None
+        into_x = -convolve(u, taps, adjoint) if ctx.needs_input_grad[1] else None
         # u = A⁻ᵀ g is a solve like any other.
-        into_grad, into_w, _ = solve_backward(
-            into_u, u, weight, ctx.orders, ctx.corner, not ctx.transposed, ctx.allow_tf32
-        )
-        return into_grad, into_x, into_w, None, None, None, None
+        into_grad, into_w, _ = solve_backward(into_u, u, weight, adjoint)
+        return into_grad, into_x, into_w, None
 
     @staticmethod
     def vmap(
-        info: Any,
-        in_dims: tuple[Any, ...],
-        grad_output: Tensor,
-        output: Tensor,
-        weight: Tensor,
-        orders: Orders,
-        corner: int,
-        transposed: bool,
-        allow_tf32: bool,
+        info: Any, in_dims: tuple[Any, ...], grad_output: Tensor, output: Tensor, weight: Tensor, spec: Spec
     ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int, int]]:
-        size, (grad_dim, output_dim, weight_dim, *_) = info.batch_size, in_dims
+        size, (grad_dim, output_dim, weight_dim, _) = info.batch_size, in_dims
         # Each sample has a weight gradient of its own, so samples become groups even where they share a weight.
         grad_input, grad_weight, grad_bias = solve_backward(
             _into_channels(grad_output, grad_dim, size, 1),
             _into_channels(output, output_dim, size, 1),
             _into_channels(weight, weight_dim, size, 0),
-            orders * size,
-            corner,
-            transposed,
-            allow_tf32,
+            spec.repeated(size),
         )
         split = (size, -1)
         grads = grad_input.unflatten(1, split), grad_weight.unflatten(0, split), grad_bias.unflatten(0, split)
@@ -159,7 +118,7 @@ class SolveForwardMode(Solve):
 
     @staticmethod
     def jvp(
-        ctx: Any, input_tangent: Tensor | None, weight_tangent: Tensor | None, bias_tangent: Tensor | None, *_: Any
+        ctx: Any, input_tangent: Tensor | None, weight_tangent: Tensor | None, bias_tangent: Tensor | None, _: None
     ) -> Tensor:
         """ẋ = A⁻¹(ẏ − ḃ − A(ẇ) x)"""
         output, weight = ctx.saved_tensors
@@ -167,9 +126,8 @@ class SolveForwardMode(Solve):
         if bias_tangent is not None:
             tangent = tangent - bias_tangent.to(tangent.dtype).view(-1, 1, 1)
         if weight_tangent is not None:
-            taps = weight_tangent * read_mask(weight, ctx.orders, ctx.corner)
-            tangent = tangent - convolve(output, taps, ctx.orders, transposed=ctx.transposed)
-        return solve(tangent, weight, None, ctx.orders, ctx.corner, ctx.transposed, ctx.allow_tf32)
+            tangent = tangent - convolve(output, read_part(weight_tangent, ctx.spec), ctx.spec)
+        return solve(tangent, weight, None, ctx.spec)
 
 
 class SolveBackwardForwardMode(SolveBackward):
@@ -182,19 +140,17 @@ class SolveBackwardForwardMode(SolveBackward):
 
     @staticmethod
     def jvp(
-        ctx: Any, grad_tangent: Tensor | None, output_tangent: Tensor | None, weight_tangent: Tensor | None, *_: Any
+        ctx: Any, grad_tangent: Tensor | None, output_tangent: Tensor | None, weight_tangent: Tensor | None, _: None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """u̇ = A⁻ᵀ(ġ − A(ẇ)ᵀ u); the weight gradient −Σ u xᵀ is bilinear, and each half of its tangent is what this
         very Function gives, once for (u̇, x) and once for (u, ẋ)."""
         grad_output, output, u, weight = ctx.saved_tensors
-        rest = (weight, ctx.orders, ctx.corner, ctx.transposed, ctx.allow_tf32)
         tangent = torch.zeros_like(grad_output) if grad_tangent is None else grad_tangent
         if weight_tangent is not None:
-            taps = weight_tangent * read_mask(weight, ctx.orders, ctx.corner)
-            tangent = tangent - convolve(u, taps, ctx.orders, transposed=not ctx.transposed)
-        u_tangent, weight_part, bias_part = solve_backward(tangent, output, *rest)
+            tangent = tangent - convolve(u, read_part(weight_tangent, ctx.spec), ctx.spec.adjoint())
+        u_tangent, weight_part, bias_part = solve_backward(tangent, output, weight, ctx.spec)
         if output_tangent is not None:
-            weight_part = weight_part + solve_backward(grad_output, output_tangent, *rest)[1]
+            weight_part = weight_part + solve_backward(grad_output, output_tangent, weight, ctx.spec)[1]
         return u_tangent, weight_part, bias_part
 
 
@@ -238,34 +194,19 @@ def _records_gradients(input: Tensor, weight: Tensor, bias: Tensor | None) -> bo
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
-def solve(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    orders: Orders,
-    corner: int,
-    transposed: bool,
-    allow_tf32: bool,
-) -> Tensor:
+def solve(input: Tensor, weight: Tensor, bias: Tensor | None, spec: Spec) -> Tensor:
     """The differentiable solve, in reverse mode and, inside a forward-mode level, in forward mode."""
-    args = (input, weight, bias, orders, corner, transposed, allow_tf32)
     if _in_forward_mode():
-        return _apply(SolveForwardMode, *args)
-    return _apply(Solve, *args) if _records_gradients(input, weight, bias) else ops.solve(*args)
+        return _apply(SolveForwardMode, input, weight, bias, spec)
+    if _records_gradients(input, weight, bias):
+        return _apply(Solve, input, weight, bias, spec)
+    return ops.solve(input, weight, bias, *spec)
 
 
-def solve_backward(
-    grad_output: Tensor,
-    output: Tensor,
-    weight: Tensor,
-    orders: Orders,
-    corner: int,
-    transposed: bool,
-    allow_tf32: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def solve_backward(grad_output: Tensor, output: Tensor, weight: Tensor, spec: Spec) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of :func:`solve`, themselves differentiable in both modes."""
-    args = (grad_output, output, weight, orders, corner, transposed, allow_tf32)
     if _in_forward_mode():
-        return _apply(SolveBackwardForwardMode, *args)
-    recorded = _records_gradients(grad_output, output, weight)
-    return _apply(SolveBackward, *args) if recorded else ops.solve_backward(*args)
+        return _apply(SolveBackwardForwardMode, grad_output, output, weight, spec)
+    if _records_gradients(grad_output, output, weight):
+        return _apply(SolveBackward, grad_output, output, weight, spec)
+    return ops.solve_backward(grad_output, output, weight, *spec)

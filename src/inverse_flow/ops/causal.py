@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inverse_flow.ops.checks import GENERAL, MIRROR_COLUMNS, MIRROR_ROWS, UNIT_TRIANGULAR
+from inverse_flow.ops.spec import GENERAL, MIRROR_COLUMNS, MIRROR_ROWS, UNIT_TRIANGULAR, Orders, Spec
 
 
 def corner_index(order: int, kernel_h: int, kernel_w: int) -> tuple[int, int]:
@@ -22,36 +22,52 @@ def corner_index(order: int, kernel_h: int, kernel_w: int) -> tuple[int, int]:
     return (0 if order & MIRROR_ROWS else kernel_h - 1, 0 if order & MIRROR_COLUMNS else kernel_w - 1)
 
 
-def read_mask(weight: Tensor, orders: tuple[int, ...], corner: int) -> Tensor:
-    """Which entries of ``weight`` the operator reads: all taps, and of the corner tap what the corner kind reads.
-    Boolean, of the weight's shape."""
-    groups, channels = len(orders), weight.shape[1]
-    kernel_h, kernel_w = weight.shape[2:]
-    mask = torch.ones(groups, channels, channels, kernel_h, kernel_w, dtype=torch.bool, device=weight.device)
-    if corner != GENERAL:
-        read = torch.zeros(channels, channels, dtype=torch.bool, device=weight.device)
-        if corner == UNIT_TRIANGULAR:
-            read = torch.ones_like(read).tril(-1)
-        for group, order in enumerate(orders):
-            row, column = corner_index(order, kernel_h, kernel_w)
-            mask[group, :, :, row, column] = read
-    return mask.flatten(0, 1)
+def corner_taps(weight: Tensor, orders: Orders) -> Tensor:
+    """M of every group: (groups, C / groups, C / groups)."""
+    grouped = weight.unflatten(0, (len(orders), -1))
+    corners = [corner_index(order, *weight.shape[2:]) for order in orders]
+    if len(set(corners)) == 1:
+        row, column = corners[0]
+        return grouped[..., row, column]
+    return torch.stack([window[..., row, column] for window, (row, column) in zip(grouped, corners, strict=True)])
 
 
-def effective_weight(weight: Tensor, orders: tuple[int, ...], corner: int) -> Tensor:
-    """``weight`` with the entries that the corner kind does not read replaced by those of the identity."""
-    if corner == GENERAL:
+def with_corner_taps(weight: Tensor, matrices: Tensor, orders: Orders) -> Tensor:
+    """``weight`` with other corner taps: ``matrices`` as :func:`corner_taps` gives them. Nothing is written in place,
+    so that compilers can follow."""
+    grouped = weight.unflatten(0, (len(orders), -1))
+    corners = [corner_index(order, *weight.shape[2:]) for order in orders]
+    if len(set(corners)) == 1:
+        return _with_corner(grouped, matrices, *corners[0]).flatten(0, 1)
+    parts = zip(grouped, matrices, corners, strict=True)
+    return torch.cat([_with_corner(window, matrix, *corner) for window, matrix, corner in parts])
+
+
+def _with_corner(windows: Tensor, values: Tensor, row: int, column: int) -> Tensor:
+    """(..., kH, kW) with ``values`` (...) in one place of every window."""
+    return windows.select_scatter(windows[..., row, :].select_scatter(values, -1, column), -2, row)
+
+
+def read_part(weight: Tensor, spec: Spec) -> Tensor:
+    """``weight`` with zeros where the operator does not read it: linear, and its own adjoint."""
+    if spec.corner == GENERAL:
         return weight
-    groups, channels = len(orders), weight.shape[1]
-    kernel_h, kernel_w = weight.shape[2:]
-    unit = weight.new_zeros(groups, channels, channels, kernel_h, kernel_w)
-    for group, order in enumerate(orders):
-        row, column = corner_index(order, kernel_h, kernel_w)
-        unit[group, :, :, row, column].fill_diagonal_(1)
-    return torch.where(read_mask(weight, orders, corner), weight, unit.flatten(0, 1))
+    taps = corner_taps(weight, spec.orders)
+    read = taps.tril(-1) if spec.corner == UNIT_TRIANGULAR else torch.zeros_like(taps)
+    return with_corner_taps(weight, read, spec.orders)
 
 
-def _runs(orders: tuple[int, ...], channels: int) -> list[tuple[int, slice]]:
+def effective_weight(weight: Tensor, spec: Spec) -> Tensor:
+    """``weight`` with the entries that the corner kind does not read replaced by those of the identity."""
+    if spec.corner == GENERAL:
+        return weight
+    taps = corner_taps(weight, spec.orders)
+    unit = torch.eye(taps.shape[-1], dtype=taps.dtype, device=taps.device)
+    whole = taps.tril(-1) + unit if spec.corner == UNIT_TRIANGULAR else unit.expand_as(taps)
+    return with_corner_taps(weight, whole, spec.orders)
+
+
+def _runs(orders: Orders, channels: int) -> list[tuple[int, slice]]:
     """(order, channel slice) of each run of neighbouring groups that share an order."""
     runs, start = [], 0
     for order, members in groupby(orders):
@@ -69,26 +85,26 @@ def _padding(order: int, kernel_h: int, kernel_w: int) -> tuple[int, int, int, i
     return left, right, top, bottom
 
 
-def convolve(input: Tensor, weight: Tensor, orders: tuple[int, ...], *, transposed: bool = False) -> Tensor:
-    """A(w) x, or A(w)ᵀ x when ``transposed``, reading every entry of ``weight``.
+def convolve(input: Tensor, weight: Tensor, spec: Spec) -> Tensor:
+    """A(w) x, or A(w)ᵀ x where ``spec`` is transposed, reading every entry of ``weight`` whatever the corner kind.
 
     One grouped convolution serves all orders: the kernel window already has its corner tap on the right side, so
     only the padding differs from group to group. Autocast is switched off inside, since a convolution rounded to
     half precision would no longer be the inverse of the solve.
     """
     if weight.dtype != input.dtype:
-        return convolve(input.to(weight.dtype), weight, orders, transposed=transposed).to(input.dtype)
-    groups, (kernel_h, kernel_w) = len(orders), weight.shape[2:]
-    runs = _runs(orders, weight.shape[1])
+        return convolve(input.to(weight.dtype), weight, spec).to(input.dtype)
+    groups, (kernel_h, kernel_w) = len(spec.orders), weight.shape[2:]
+    runs = _runs(spec.orders, weight.shape[1])
     with torch.autocast(input.device.type, enabled=False):
-        if not transposed:
+        if not spec.transposed:
             padded = [F.pad(input[:, channels], _padding(order, kernel_h, kernel_w)) for order, channels in runs]
             return F.conv2d(padded[0] if len(runs) == 1 else torch.cat(padded, 1), weight, groups=groups)
         full = F.conv_transpose2d(input, weight, groups=groups)
         return _crop(full, input, runs, [_padding(order, kernel_h, kernel_w) for order, _ in runs])
 
 
-def convolve_mixed(input: Tensor, weight: Tensor, bias: Tensor | None, orders: tuple[int, ...]) -> Tensor:
+def convolve_mixed(input: Tensor, weight: Tensor, bias: Tensor | None, orders: Orders) -> Tensor:
     """A(w) K x + b for a matrix K that mixes all channels of a pixel, where ``weight`` is w K: (C, C, kH, kW), each
     output channel with the window of its group's order.
 

@@ -1,49 +1,13 @@
-"""Argument names and checks shared by every public entry point: each error says what was given and what is right."""
+"""Checks of tensors shared by every public entry point: each error says what was given and what is right."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-# The corner of the image an order pads, and recurs, from. The codes are those of csrc/params.h: bit 0 mirrors the
-# columns, bit 1 the rows.
-ORDERS = {"top_left": 0, "top_right": 1, "bottom_left": 2, "bottom_right": 3}
-MIRROR_COLUMNS = 1
-MIRROR_ROWS = 2
-
-# What is read of the corner tap M; the codes are those of csrc/params.h.
-CORNERS = {"identity": 0, "unit_triangular": 1, "general": 2}
-IDENTITY, UNIT_TRIANGULAR, GENERAL = CORNERS.values()
-
 # Every operator's images are float32 or float64, or one of these with a float32 recurrence.
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 FLOAT_DTYPES = (torch.float32, torch.float64, *HALF_DTYPES)
-
-Order = str | Sequence[str]
-
-
-def parse_orders(order: Order, groups: int) -> tuple[int, ...]:
-    """One order code a group. ``order`` is one name for all groups, or a sequence with a name for each."""
-    if not isinstance(groups, int) or groups < 1:
-        raise ValueError(f"groups must be an integer of at least 1, got {groups!r}")
-    if isinstance(order, str) and order in ORDERS:
-        return (ORDERS[order],) * groups
-    names = (order,) * groups if isinstance(order, str) else tuple(order)
-    if len(names) != groups:
-        raise ValueError(f"order must be one name or one name for each of the {groups} groups, got {len(names)} names")
-    for name in names:
-        if name not in ORDERS:
-            raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {name!r}")
-    return tuple(ORDERS[name] for name in names)
-
-
-def parse_corner(corner: str) -> int:
-    """The code of a corner kind."""
-    if corner not in CORNERS:
-        raise ValueError(f"corner must be one of {', '.join(CORNERS)}, got {corner!r}")
-    return CORNERS[corner]
 
 
 def _floating(name: str, value: object) -> torch.dtype:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from inverse_flow import _C
-from inverse_flow.ops.checks import FLOAT_DTYPES, ORDERS, Order, parse_corner, parse_orders
+from inverse_flow.ops.checks import FLOAT_DTYPES
 from inverse_flow.ops.library import switches_allow_tf32
+from inverse_flow.ops.spec import ORDERS, OrderNames, make_spec
 
 __all__ = ["H200", "CpuPlan", "CudaPlan", "GpuProperties", "GradientPlan", "Problem", "TensorPlan", "explain"]
 
@@ -294,7 +295,7 @@ def explain(
     kernel: int | Sequence[int],
     *,
     groups: int = 1,
-    order: Order = "top_left",
+    order: OrderNames = "top_left",
     corner: str = "general",
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
@@ -329,7 +330,7 @@ def explain(
             device.
         RuntimeError: A pixel has more channels in a group than fit the GPU's shared memory.
     """
-    orders, corner_code = parse_orders(order, groups), parse_corner(corner)
+    orders, corner_code, *_ = make_spec(order, groups, corner)
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype must be float32, float64, bfloat16 or float16, got {dtype}")
     batch, channels, height, width = _check_shape(shape)

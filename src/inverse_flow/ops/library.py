@@ -10,17 +10,15 @@ from torch import Tensor
 
 from inverse_flow.ops import native
 from inverse_flow.ops.checks import check_arguments
-
-Orders = tuple[int, ...]
+from inverse_flow.ops.spec import Orders
 
 # Looked up once, and called without a wrapper: small solves are short. Their schemas are in csrc/ops.cpp.
 solve: Callable[..., Tensor] = torch.ops.inverse_flow.solve.default
-"""``solve(input, weight, bias, orders, corner, transposed, allow_tf32=False)``: A(w)⁻¹ (input − bias), or
-A(w)⁻ᵀ (input − bias)."""
+"""``solve(input, weight, bias, *spec)``: A(w)⁻¹ (input − bias), or A(w)⁻ᵀ (input − bias)."""
 
 solve_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.inverse_flow.solve_backward.default
-"""``solve_backward(grad_output, output, weight, orders, corner, transposed, allow_tf32=False)``: the gradients of
-:func:`solve` for (input, weight, bias), from its output."""
+"""``solve_backward(grad_output, output, weight, *spec)``: the gradients of :func:`solve` for (input, weight, bias),
+from its output."""
 
 
 def switches_allow_tf32() -> bool:
@@ -39,7 +37,8 @@ def allows_tf32(images: Tensor) -> bool:
     """Whether the solve of these images may multiply in TF32: on a GPU, with a float32 recurrence, where PyTorch's
     switches allow it both for matrix products and for convolutions. Compiled code keeps what held when it was compiled.
     """
-    return images.is_cuda and images.dtype != torch.float64 and switches_allow_tf32()
+    # What is no tensor is refused where the arguments are checked.
+    return getattr(images, "is_cuda", False) and images.dtype != torch.float64 and switches_allow_tf32()
 
 
 @torch.library.register_fake("inverse_flow::solve")
