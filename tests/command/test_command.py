@@ -11,8 +11,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 import inverse_flow
-from inverse_flow.command import main as entry
 from inverse_flow.command.commands import cli
+from inverse_flow.command.info import format_info
 from inverse_flow.data import load
 from inverse_flow.training import checkpoint
 from inverse_flow.training.log import read_log
@@ -270,7 +270,7 @@ def test_info_prints_the_build() -> None:
 
 
 def test_info_shows_empty_values() -> None:
-    lines = entry.format_info({"cuda_archs": [], "reason": "", "isas": ["a", "b"]}).splitlines()
+    lines = format_info({"cuda_archs": [], "reason": "", "isas": ["a", "b"]}).splitlines()
     assert [line.split("  ")[-1] for line in lines] == ["none", "–", "a, b"]
 
 
