@@ -40,7 +40,6 @@ class Example:
     fast: bool = False
 
 
-
 @click.command()
 @ConfigOptions(Example, spelled={"share": "part_of_it"}, demo={"count": 3})
 def example(**options: Any) -> None:
@@ -92,7 +91,7 @@ def test_every_option_says_what_it_means(name: str) -> None:
         if isinstance(parameter, click.Option):
             text = parameter.help or ""
             meaning = text.split("  [default")[0]
-            assert meaning[:1].isupper() or meaning[:1] in "…\"", f"{parameter.name}: {text}"
+            assert meaning[:1].isupper() or meaning[:1] in '…"', f"{parameter.name}: {text}"
             assert meaning.endswith((".", "…")), f"{parameter.name}: {text}"
             assert not {"`", "None", "see there", "See there"} & set(text.split()), f"{parameter.name}: {text}"
             assert "`" not in text, f"{parameter.name}: {text}"

@@ -77,7 +77,8 @@ def test_bad_images_are_named_or_left_out(images: Path, tmp_path: Path) -> None:
     for label in ("Dogs", "1"):
         drawn = call("sample", tmp_path / "run", "--label", label, "--count", 8, "--out", tmp_path / "some.npz")
         assert drawn.exit_code == 0, drawn.output
-        arrays = np.load(tmp_path / "some.npz")
+        with np.load(tmp_path / "some.npz") as file:
+            arrays = dict(file)
         assert arrays["y"].tolist() == [1] * 8
         assert arrays["class_names"].tolist() == ["cats", "dogs"]
     told = refused("sample", tmp_path / "run", "--label", "eels", "--out", tmp_path / "some.npz")

@@ -75,6 +75,7 @@ Examples:
 """,
 }
 
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXAMPLES["cli"])
 @click.version_option(inverse_flow.__version__, prog_name="inverse-flow")
 def cli() -> None:

@@ -77,7 +77,9 @@ def load_image_folder(
     bad: list[str] = []
     found = {part: _read_set(place, size, crop, bad) for part, place in places.items()}
     if bad and not skip_bad_images:
-        told = f"{len(bad)} of the images in {folder} cannot be read; --skip-bad-images (skip_bad_images) goes on without"
+        told = (
+            f"{len(bad)} of the images in {folder} cannot be read; --skip-bad-images (skip_bad_images) goes on without"
+        )
         raise ValueError(f"{told}:\n  " + shortened(bad, "\n  "))
     for part, place in places.items():
         if not found[part]:
