@@ -18,6 +18,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 BUILD_TOOLS := "setuptools>=77" "pybind11>=2.12" ninja
+HAS_BUILD_TOOLS := "import setuptools, pybind11, ninja; assert int(setuptools.__version__.split('.')[0]) >= 77"
 
 python := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 pip := $(python) -m pip --disable-pip-version-check
@@ -28,6 +29,13 @@ export PATH := $(if $(VENV),$(abspath $(VENV))/bin:)$(PATH)
 done := $(if $(VENV),$(VENV),build)/.inverse-flow
 sources := setup.py pyproject.toml MANIFEST.in LICENSE README.md \
     $(shell find csrc src -type f ! -name '*.so' ! -name '*.pyc' ! -path '*.egg-info/*')
+# A GPU that is lent for minutes has no time for the code of others.
+ifeq ($(MAKECMDGOALS),gpu-check)
+  ifndef TORCH_CUDA_ARCH_LIST
+    export TORCH_CUDA_ARCH_LIST := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | paste -sd ';')
+  endif
+endif
+
 # What the build reads from the environment; see docs/installation.md.
 settings := $(FORCE_CUDA)/$(CUDA_HOME)/$(TORCH_CUDA_ARCH_LIST)/$(if $(findstring default,$(origin CXX)),,$(CXX))
 
@@ -58,7 +66,7 @@ clean:
 $(done)/python:
 	$(if $(VENV),$(pip) --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV))
 	$(python) -c "import torch" 2>/dev/null || $(pip) install "$(TORCH)"
-	$(pip) install $(BUILD_TOOLS)
+	$(python) -c $(HAS_BUILD_TOOLS) 2>/dev/null || $(pip) install $(BUILD_TOOLS)
 	@mkdir -p $(@D) && touch $@
 
 # Rewritten only when a setting has changed since the last build.

@@ -17,6 +17,10 @@ from inverse_flow.ops import native
 HAS_CUDA = not native.cuda_absent_reason and torch.cuda.is_available()
 DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.cuda)] if HAS_CUDA else [])]
 
+# The convolutions that a solve is compared with compute in TF32 on a GPU unless told not to.
+if HAS_CUDA:
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+
 # Workers of pytest-xdist share the processor; tests of threading set their own number.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
