@@ -23,8 +23,8 @@ def test_a_config_survives_json() -> None:
         ("bit_depth", 9, "bit_depth must be 1 to 8, got 9"),
         ("decay_at", (0.5, 1.5), "decay_at must be shares below 1 or whole steps, got 1.5"),
         ("decay_factor", 0.0, "decay_factor must be a finite number above 0, got 0"),
-        ("optimizer", "sgd", "optimizer must be \"adam\" or \"adamax\", got 'sgd'"),
-        ("precision", "fp8", "precision must be \"float32\" or \"bf16\", got 'fp8'"),
+        ("optimizer", "sgd", 'optimizer must be "adam" or "adamax", got \'sgd\''),
+        ("precision", "fp8", 'precision must be "float32" or "bf16", got \'fp8\''),
         ("max_inverse_error", 0.0, "max_inverse_error must be a finite number above 0, got 0"),
     ],
 )
