@@ -3,6 +3,7 @@
 #
 #   make demo             train a small flow on 1,000 images, four minutes on two cores; results in demo/
 #   make test             the test suite
+#   make test-isas        tests/ops again, under each lower instruction set that the processor has
 #   make lint             formatters, linters, type checker
 #   make bench            the solve against conv2d; results in benchmarks/results/
 #   make gpu-check        everything that needs a GPU; results in benchmarks/results/
@@ -39,7 +40,7 @@ endif
 # What the build reads from the environment; see docs/installation.md.
 settings := $(FORCE_CUDA)/$(CUDA_HOME)/$(TORCH_CUDA_ARCH_LIST)/$(if $(findstring default,$(origin CXX)),,$(CXX))
 
-.PHONY: demo test lint bench gpu-check docs clean
+.PHONY: demo test test-isas lint bench gpu-check docs clean
 .DELETE_ON_ERROR:
 
 demo: $(done)/package $(done)/train
@@ -47,6 +48,15 @@ demo: $(done)/package $(done)/train
 
 test: $(done)/package $(done)/dev
 	$(python) -m pytest -n auto
+
+# PyTorch's own kernels are held to the same instruction set, which it calls "default" where it is the least.
+test-isas: $(done)/package $(done)/dev
+	set -e; for isa in $$($(python) -c 'import inverse_flow; info = inverse_flow.build_info(); \
+	    print(*info["cpu_isas"][: info["cpu_isas"].index(info["cpu_isa"])])'); do \
+	  echo "tests/ops with $$isa"; \
+	  INVERSE_FLOW_CPU_ISA=$$isa ATEN_CPU_CAPABILITY=$$(echo $$isa | sed s/portable/default/) \
+	    $(python) -m pytest -n auto tests/ops; \
+	done
 
 lint: $(done)/package $(done)/dev
 	$(python) -m pre_commit run --all-files --show-diff-on-failure --color never

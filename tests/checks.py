@@ -17,6 +17,7 @@ from .cases import Case
 from .tolerance import assert_accurate, assert_solves, plain_solve, state_dtype
 
 Device = torch.device | str
+Solver = Callable[..., Tensor]
 
 
 def clean(case: Case, weight: Tensor) -> Tensor:
@@ -75,7 +76,15 @@ def check_value(
     assert_solves(actual, plain, matrix, right)
 
 
-def check_gradients(case: Case, input: Tensor, weight: Tensor, bias: Tensor | None, grad: Tensor | None = None) -> None:
+def check_gradients(
+    case: Case,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    grad: Tensor | None = None,
+    dense: Solver = reference.inverse_conv2d_dense,
+    recurrence: Solver = reference.inverse_conv2d,
+) -> None:
     """The gradients agree with autograd through the dense float64 solve, and are zero for entries that are not read."""
     if grad is None:
         grad = torch.randn_like(input, memory_format=torch.contiguous_format)
@@ -90,8 +99,8 @@ def check_gradients(case: Case, input: Tensor, weight: Tensor, bias: Tensor | No
     given = [tensor for tensor in (input, weight, bias) if tensor is not None]
     actual = [gradient.cpu() for gradient in gradients(inverse_conv2d, None)[1]]
     given, weight, grad = [tensor.cpu() for tensor in given], weight.cpu(), grad.cpu()
-    x, exact = gradients(reference.inverse_conv2d_dense, torch.float64)
-    _, plain = gradients(reference.inverse_conv2d, state_dtype(input.dtype))
+    x, exact = gradients(dense, torch.float64)
+    _, plain = gradients(recurrence, state_dtype(input.dtype))
     u = exact[0]
     # The gradient of the weight is a sum of products of x and u over all images and pixels, that of the bias of u.
     ones = torch.ones_like(weight, dtype=torch.float64).requires_grad_()

@@ -6,11 +6,14 @@ import sys
 
 from inverse_flow.command.encoding import print_anywhere
 from inverse_flow.command.extra import missing_extra
+from inverse_flow.command.spinning import spin_moderately
 
 
 def main() -> None:
     """Entry point of the console script."""
     print_anywhere()
+    if sys.argv[1:2] == ["train"]:
+        spin_moderately()
     try:
         from inverse_flow.command.commands import cli
     except ModuleNotFoundError as error:
