@@ -39,6 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes very long or very much memory; run with --slow")
     # Warnings are errors, but PyTorch warns of its own code when forward-mode derivatives are first used.
     config.addinivalue_line("filterwarnings", "ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+    # Most tests evaluate models that were never trained.
+    config.addinivalue_line("filterwarnings", "ignore:ActNorm is not initialised:UserWarning")
 
 
 @pytest.fixture(params=DEVICES)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,17 @@ class StandardNormal(nn.Module):
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, ...]:
         """``n`` draws of latents of the given shapes, each value N(0, temperature²)."""
-        options = {"device": self.origin.device, "dtype": self.origin.dtype}
-        draws = [torch.randn(n, *shape, generator=generator, **options) for shape in shapes]  # type: ignore[call-overload]
+        # Not torch.randn, which torch.compile does not take with a generator and a number of rows that varies.
+        draws = [self.origin.new_empty((n, *shape)).normal_(generator=generator) for shape in shapes]
         return tuple(temperature * z for z in draws)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if not self.origin.is_meta:
+            return
+        # A flow built without values, on the meta device, takes over the tensors that it is given: follow them.
+        owner = prefix[:-1].rpartition(".")[0]
+        weights = (value for name, value in state_dict.items() if name.startswith(owner) and value.is_floating_point())
+        like = next(weights, None)
+        if like is not None:
+            self.origin = like.new_zeros(())
