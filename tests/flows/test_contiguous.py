@@ -17,6 +17,6 @@ def parts(value: Any) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_contiguous_in_contiguous_out(case: Case) -> None:
     layer, context = case.layer(), case.context(3)
-    z, logdet = layer(case.images(3), context)
+    z, _ = layer(case.images(3), context)
     assert all(part.is_contiguous() for part in parts(z))
     assert layer.inverse(z, context)[0].is_contiguous()

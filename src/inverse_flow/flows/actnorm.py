@@ -54,6 +54,7 @@ class ActNorm(FlowLayer):
         UserWarning: once, when a layer that is not initialised runs in evaluation mode.
     """
 
+    uses_context = False
     initialized: Tensor
 
     def __init__(

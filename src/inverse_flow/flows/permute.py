@@ -17,6 +17,7 @@ class Permute(FlowLayer):
         permutation: the channels' new order, such as ``range(C - 1, -1, -1)`` or ``torch.randperm(C)``.
     """
 
+    uses_context = False
     permutation: Tensor
     inverse_permutation: Tensor
 

@@ -15,6 +15,7 @@ from inverse_flow.flows.base import Shape, logdet_dtype, sum_example
 class StandardNormal(nn.Module):
     """Independent N(0, 1) for every latent value: log p(z) = −½ Σ (z² + log 2π), over the latents of every scale."""
 
+    uses_context = False
     origin: Tensor
 
     def __init__(self) -> None:

@@ -46,7 +46,12 @@ def prepare_sampling(flow: Flow) -> Flow:
 
     Returns:
         A :class:`Flow` with the same latents, base and event shape.
+
+    Raises:
+        TypeError: it is no :class:`Flow`.
     """
+    if not isinstance(flow, Flow):
+        raise TypeError(f"only a Flow is prepared, got {type(flow).__name__}: prepare the flow within it")
     layers = _prepare_layers(copy.deepcopy(flow).eval().layers)
     prepared = Flow(layers, flow.event_shape, base=copy.deepcopy(flow.base)).eval().requires_grad_(False)
     arrange_for(next(itertools.chain(prepared.parameters(), prepared.buffers())).device, prepared)
@@ -104,6 +109,7 @@ def reconstruction_error(flow: nn.Module, x: Tensor, context: Tensor | None = No
 class _PixelLinear(FlowLayer):
     """z_p = W x_p + b at every pixel p, and its inverse x_p = W⁻¹ z_p + b′, all four fixed."""
 
+    uses_context = False
     weight: Tensor
     bias: Tensor
     inverse_weight: Tensor
@@ -148,6 +154,7 @@ class _PixelLinear(FlowLayer):
 class _FixedInverseConv(FlowLayer):
     """An :class:`InverseConv2d` whose inverse, the plain convolution, has its complete weight at hand."""
 
+    uses_context = False
     weight: Tensor
 
     def __init__(self, layer: InverseConv2d) -> None:
@@ -174,6 +181,7 @@ class _FixedStep(FlowLayer):
     k is taken off the image and not folded into a bias, since the padding stands for zeros of A's own input.
     """
 
+    uses_context = False
     weight: Tensor
 
     def __init__(self, conv: _FixedInverseConv, linear: _PixelLinear) -> None:

@@ -138,6 +138,8 @@ class SplineActivation(FlowLayer):
         ValueError: a kind that does not exist, fewer than 2 bins, a bound that is not above 0.
     """
 
+    uses_context = False
+
     def __init__(
         self,
         channels: int,

@@ -17,6 +17,8 @@ class Squeeze(FlowLayer):
         factor: f; D, H and W must be multiples of it.
     """
 
+    uses_context = False
+
     def __init__(self, factor: int = 2) -> None:
         super().__init__()
         if factor < 1:
