@@ -112,3 +112,19 @@ def test_rivals_take_turns(scripts: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     samples = scripts.harness.time_alternately(works, torch.device("cpu"), 0.0)
     assert {name: len(seconds) for name, seconds in samples.items()} == dict.fromkeys(works, scripts.harness.MIN_ROUNDS)
     assert "".join(calls[-9:]) == "abccbaabc"
+
+
+def test_a_wrong_corner_is_not_timed(scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = scripts.layer.check
+
+    def check(operands: Any, corner: str) -> dict[str, float]:
+        if corner == "general":
+            raise ArithmeticError("wrong")
+        return dict(right(operands, corner))
+
+    monkeypatch.setattr(scripts.layer, "check", check)
+    given = ["--shapes", "1x2x3", "--threads", "1", "--budget", "0", "--mode", "forward"]
+    assert scripts.layer.main([*given, "--json", str(tmp_path / "layer.json")]) == 1
+    content = json.loads((tmp_path / "layer.json").read_text())
+    assert [row["corner"] for row in content["rows"]] == ["unit_triangular"]
+    assert [failure["error"] for failure in content["failures"]] == ["wrong"]

@@ -9,7 +9,8 @@ def report(step: int, validation: float | None = None) -> StepReport:
 
 def write(path: Path, steps_done: int, reports: list[StepReport]) -> None:
     log = CsvLog(path, steps_done)
-    log.extend(reports)
+    for entry in reports:
+        log.append(entry)
     log.close()
 
 

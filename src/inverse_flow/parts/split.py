@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from inverse_flow.flows import Flow, Split
 from inverse_flow.flows.base import Shape, output_shape, zero_logdet
-from inverse_flow.parts.config import Cut
 from inverse_flow.reversible.chain import Link, run_links
+
+if TYPE_CHECKING:
+    from inverse_flow.parts.config import Cut
 
 
 class Carried(NamedTuple):

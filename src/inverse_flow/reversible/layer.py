@@ -85,11 +85,13 @@ def shortcut(layer: nn.Module, name: str) -> Callable[..., Any] | None:
     return method
 
 
-def is_changed(layer: nn.Module, kind: type, names: Iterable[str]) -> bool:
-    """Whether ``layer`` differs from an object of its base class ``kind`` in one of these methods, or has hooks."""
+def is_changed(layer: nn.Module, kind: type, names: Iterable[str] | None = None) -> bool:
+    """Whether ``layer`` differs from an object of its base class ``kind`` in one of these methods, or has hooks; in any
+    method or property but its construction and its text, if no names are given.
+    """
     mro = type(layer).__mro__
-    below = [vars(base) for base in mro[: mro.index(kind)]]
-    replaced = any(name in members for name in names for members in (vars(layer), *below))
+    below = {name for members in (vars(layer), *map(vars, mro[: mro.index(kind)])) for name in members}
+    replaced = any(_is_method(kind, name) for name in below) if names is None else not below.isdisjoint(names)
     return replaced or any(getattr(layer, hooks) for hooks in HOOKS)
 
 
@@ -170,6 +172,12 @@ def _as_logdet(path: str, layer: nn.Module, logdet: Any, x: Any) -> Tensor:
             f"({batch.shape[0]},), got shape {tuple(logdet.shape)}"
         )
     return logdet
+
+
+def _is_method(kind: type, name: str) -> bool:
+    member = getattr(kind, name, None)
+    described = name.startswith("__") or name == "extra_repr"
+    return not described and (callable(member) or isinstance(member, property))
 
 
 def _definer(kind: type, name: str) -> type:

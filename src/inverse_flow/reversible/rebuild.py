@@ -238,8 +238,12 @@ class RebuiltChain:
                 x, grad = closed_form(z, grad_z, grad_logdet, context)
             return layouts[0].of(x), grad
         if rebuilt:
-            with self.replay.layer(i):
+            with self.replay.layer(i) as has_changed:
                 x, _ = link.turned.run(z, context)
+                updated = has_changed() and not self.replay.changed(i)
+            if updated:  # this direction takes statistics of its own in training, which the first run had no part in
+                with self.replay.layer(i), self.replay.evaluating(i):
+                    x, _ = link.turned.run(z, context)
             given = tuple(layout.of(part) for layout, part in zip(layouts, _parts(x), strict=True))
         else:
             given = self.kept[i]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,7 +65,8 @@ class Replay:
         state = _State(self._modules[i])
         parametrize._cache.clear()
         yield
-        changed, initialised = state.changes(path)
+        state.check(path)
+        changed, initialised = state.changes()
         self._states[i] = _State(self._modules[i]) if initialised else state
         if changed and not initialised:
             self._changed[i] = changed
@@ -106,9 +107,9 @@ class Replay:
                 module._parameters[name] = parameter
 
     @contextmanager
-    def layer(self, i: int) -> Iterator[None]:
+    def layer(self, i: int) -> Iterator[Callable[[], bool]]:
         """For one later run of layer ``i``, within :meth:`again`: what it held before its first run stands in copies
-        where it stood.
+        where it stood. Yields a function that tells whether this run has changed them.
         """
         if i in self._drawn:
             _set_generators(self._drawn[i], self._device)
@@ -118,12 +119,23 @@ class Replay:
         attributes = [dict(vars(module)) for module in modules]
         try:
             self._states[i].restore()
-            yield
+            now = _State(modules, copies=False)
+            yield lambda: bool(now.changes()[0])
         finally:
             for module, held, of_module in zip(modules, buffers, attributes, strict=True):
                 module._buffers.clear()
                 module._buffers.update(held)
                 _set_attributes(module, of_module)
+
+    @contextmanager
+    def evaluating(self, i: int) -> Iterator[None]:
+        """Layer ``i`` in evaluation mode, within :meth:`again`."""
+        modules = [module for module in self._modules[i] if module.training]
+        _set_modes(dict.fromkeys(modules, False))
+        try:
+            yield
+        finally:
+            _set_modes(dict.fromkeys(modules, True))
 
     def _autocast(self) -> torch.autocast:
         # No cache: a weight cast without a graph would be found there by a later use that needs one.
@@ -135,10 +147,10 @@ class Replay:
 class _State:
     """What modules hold besides parameters, as it is now."""
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], *, copies: bool = True) -> None:
         self._attributes = [(module, dict(vars(module))) for module in modules]
         self._buffers = [
-            (module, name, buffer, _mark(buffer), buffer.clone())
+            (module, name, buffer, _mark(buffer), buffer.clone() if copies else buffer)
             for module in modules
             for name, buffer in module._buffers.items()
             if buffer is not None
@@ -151,14 +163,17 @@ class _State:
             if isinstance(value, Tensor)
         ]
 
-    def changes(self, path: str) -> tuple[list[nn.Module], bool]:
-        """The modules that hold something else now; and whether a parameter has another value."""
+    def check(self, path: str) -> None:
+        """Refuses a change that cannot be taken back."""
         for module, name, value, mark in self._plain:
             if _mark(value) != mark:
                 raise RuntimeError(
                     f"{path}: {type(module).__name__} changed its tensor {name!r} in place, which is neither a "
                     "parameter nor a buffer, so that the layer cannot run again as it did: register it as a buffer"
                 )
+
+    def changes(self) -> tuple[list[nn.Module], bool]:
+        """The modules that hold something else now; and whether a parameter has another value."""
         changed = [module for module, name, buffer, mark, _ in self._buffers if _is_other(module, name, buffer, mark)]
         changed += [module for module, before in self._attributes if _differ(vars(module), before)]
         return changed, any(_mark(parameter) != mark for parameter, mark in self._parameters)

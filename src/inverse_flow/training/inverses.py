@@ -15,8 +15,12 @@ class InverseError(FloatingPointError):
     """A layer does not invert its own output. ``path`` names it: ``flow.get_submodule(error.path)``."""
 
     def __init__(self, path: str, what: str) -> None:
-        super().__init__(f"{path}: {what}")
+        super().__init__(path, what)
         self.path = path
+        self.what = what
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.what}"
 
 
 @torch.no_grad()

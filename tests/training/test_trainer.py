@@ -11,9 +11,18 @@ from torch import Tensor, nn
 from inverse_flow.flows import Flow, FlowLayer, NonFiniteError
 from inverse_flow.flows.base import zero_logdet
 from inverse_flow.models import InverseFlow
-from inverse_flow.training import InverseError, StepResult, Stop, TrainConfig, Trainer, Workers, checkpoint
-from inverse_flow.training.batches import Batches
-from inverse_flow.training.log import StepReport, read_log
+from inverse_flow.training import (
+    Batches,
+    InverseError,
+    StepReport,
+    StepResult,
+    Stop,
+    TrainConfig,
+    Trainer,
+    Workers,
+    checkpoint,
+)
+from inverse_flow.training.log import read_log
 
 CONFIG = TrainConfig(
     steps=12, batch_size=4, learning_rate=3e-3, warmup_steps=5, flip=True, validation=5, evaluate_every=4
@@ -113,7 +122,7 @@ def test_the_resume_test_can_fail(tmp_path: Path) -> None:
     expected = losses(run(Trainer(model(), images(), CONFIG)))
     run(Trainer(model(), images(), replace(CONFIG, steps=6), tmp_path))
     content = checkpoint.load(tmp_path)
-    content["method"]["optimizer"]["state"] = {}
+    content.progress.method["optimizer"]["state"].clear()
     assert losses(run(Trainer.resume(content, images(), steps=CONFIG.steps))) != expected[6:]
 
 
@@ -121,7 +130,7 @@ def test_ctrl_c_ends_the_run_after_the_step_and_keeps_it(tmp_path: Path) -> None
     trainer = Trainer(model(), images(), CONFIG, tmp_path)
     assert [report.step for report in run(trainer, interrupt_at=3)] == [1, 2, 3]
     assert trainer.stop is Stop.INTERRUPTED
-    assert checkpoint.load(tmp_path)["step"] == 3
+    assert checkpoint.load(tmp_path).progress.step == 3
 
 
 def test_the_time_budget_counts_the_time_before_a_resume(tmp_path: Path) -> None:
@@ -151,7 +160,7 @@ def test_a_run_that_gets_no_better_ends(tmp_path: Path) -> None:
     trainer = Trainer(model(), images(), config, tmp_path)
     reports = run(trainer)
     assert trainer.stop is Stop.PATIENCE
-    assert reports[-1].step == trainer.best["step"] + 2 * config.evaluate_every
+    assert reports[-1].step == trainer.best.step + 2 * config.evaluate_every
     assert run(Trainer.resume(checkpoint.load(tmp_path), images())) == []
     learning = Trainer(model(), images(), replace(CONFIG, steps=40, patience=2, learning_rate=1e-2))
     assert run(learning)[-1].step == 40
@@ -233,8 +242,8 @@ def test_the_best_validated_weights_are_the_result() -> None:
     reports = run(trainer)
     checked = [r.validation for r in reports if r.validation is not None]
     assert len(checked) == 3
-    assert trainer.best["bits_per_dim"] == min(checked)
-    trainer.best["weights"] = {n: torch.zeros_like(t) for n, t in trainer.best["weights"].items()}
+    assert trainer.best.bits_per_dim == min(checked)
+    trainer.best = replace(trainer.best, weights={n: torch.zeros_like(t) for n, t in trainer.best.weights.items()})
     assert all(not t.any() for t in trainer.result().state_dict().values())
 
 
@@ -242,11 +251,11 @@ def test_the_best_weights_survive_a_resume(tmp_path: Path) -> None:
     trainer = Trainer(model(), images(), CONFIG, tmp_path)
     run(trainer, interrupt_at=5)
     content = checkpoint.load(tmp_path)
-    content["best"]["bits_per_dim"] = -1000.0  # never to be beaten
-    resumed = Trainer.resume(content, images())
+    best = replace(content.progress.best, bits_per_dim=-1000.0)  # never to be beaten
+    resumed = Trainer.resume(replace(content, progress=replace(content.progress, best=best)), images())
     run(resumed)
     for name, value in resumed.result().state_dict().items():
-        assert torch.equal(value, content["best"]["weights"][name])
+        assert torch.equal(value, best.weights[name])
 
 
 def test_the_global_random_state_survives_a_resume(tmp_path: Path) -> None:
@@ -261,13 +270,13 @@ def test_the_global_random_state_survives_a_resume(tmp_path: Path) -> None:
 def test_the_last_weights_of_a_finished_run_are_validated_too() -> None:
     trainer = Trainer(model(), images(), replace(CONFIG, steps=3))
     assert not any(report.validation for report in run(trainer))
-    assert trainer.best["step"] == 3
+    assert trainer.best.step == 3
 
 
 def test_without_validation_images_the_averaged_weights_are_the_result() -> None:
     trainer = Trainer(model(), images(), replace(CONFIG, validation=0))
     assert all(report.validation is None for report in run(trainer))
-    assert trainer.result() is trainer.averaged.model
+    assert trainer.result() is trainer.averaged_model
 
 
 def test_validation_images_are_not_trained_on() -> None:
