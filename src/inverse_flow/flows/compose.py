@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -213,6 +213,11 @@ class Flow(nn.Module):
             raise ValueError(
                 "no layer of this flow uses a context, and one was given: leave it out, or build the flow for it"
             )
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, *args, **kwargs)
+        if isinstance(self.base, StandardNormal):
+            self.base.follow(state_dict.values())  # it has nothing that a state_dict could bring
 
     def _check_latents(self, latents: Sequence[Tensor]) -> None:
         given = [tuple(z.shape[1:]) for z in latents]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -41,13 +40,8 @@ class StandardNormal(nn.Module):
         draws = [self.origin.new_empty((n, *shape)).normal_(generator=generator) for shape in shapes]
         return tuple(temperature * z for z in draws)
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if not self.origin.is_meta:
-            return
-        # A flow built without values, on the meta device, takes over the tensors that it is given: follow them.
-        owner = prefix[:-1].rpartition(".")[0]
-        weights = (value for name, value in state_dict.items() if name.startswith(owner) and value.is_floating_point())
-        like = next(weights, None)
-        if like is not None:
+    def follow(self, weights: Iterable[Tensor]) -> None:
+        """Draws where the weights are and in their dtype, if it was built without values, on the meta device."""
+        like = next((weight for weight in weights if weight.is_floating_point()), None)
+        if self.origin.is_meta and like is not None:
             self.origin = like.new_zeros(())
