@@ -92,4 +92,4 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> ImageFlow:
     # Only here: what trains stands above the models, which are used without it.
     from inverse_flow.training import checkpoint
 
-    return checkpoint.model_of(checkpoint.load(Path(path))).to(device)
+    return checkpoint.model_of(checkpoint.load(path)).to(device)
