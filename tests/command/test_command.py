@@ -206,7 +206,8 @@ def test_two_processes_train_one_model(small: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert together.returncode == 0, together.stderr
     one, two = ([report.loss for report in read_log(tmp_path / name / "log.csv")] for name in ("one", "two"))
-    assert two == pytest.approx(one, rel=1e-4)
+    # Bits per dimension, which may be near zero: sums in another order change some 1e-5 of them.
+    assert two == pytest.approx(one, abs=1e-4)
     outputs = (alone.output, together.stdout)
     assert [output.count("bits/dim, test") for output in outputs] == [1, 1]
     assert ["2 processes" in output for output in outputs] == [False, True]
