@@ -45,29 +45,19 @@ PLANTED = {
         "if (!PLANTED) team.sync();",
     ),
     "missing barrier between the levels of the fold": Mistake(
-        "common/fold.cuh",
-        "team.sync();  // L21 X11 is there",
-        "if (!PLANTED) team.sync();",
+        "common/fold.cuh", "team.sync();  // L21 X11 is there", "if (!PLANTED) team.sync();"
     ),
     "missing barrier behind the last tile of the gradient": Mistake(
-        "gradient/tile.cuh",
-        "__syncthreads();  // the last tile was used",
-        "if (!PLANTED) __syncthreads();",
+        "gradient/tile.cuh", "__syncthreads();  // the last tile was used", "if (!PLANTED) __syncthreads();"
     ),
     "small part left out of a split product": Mistake(
-        "common/mma.cuh",
-        "multiply_tf32(sum, a.big, b.small);",
-        "if (!PLANTED) multiply_tf32(sum, a.big, b.small);",
+        "common/mma.cuh", "multiply_tf32(sum, a.big, b.small);", "if (!PLANTED) multiply_tf32(sum, a.big, b.small);"
     ),
     "missing barrier where teams meet": Mistake(
-        "gradient/tile.cuh",
-        "__syncthreads();  // the later half's sums are there",
-        "if (!PLANTED) __syncthreads();",
+        "gradient/tile.cuh", "__syncthreads();  // the later half's sums are there", "if (!PLANTED) __syncthreads();"
     ),
     "barrier that some threads skip": Mistake(
-        "block/kernel.cuh",
-        "__syncthreads();  // z is complete",
-        "if (!PLANTED || threadIdx.x != 3) __syncthreads();",
+        "block/kernel.cuh", "__syncthreads();  // z is complete", "if (!PLANTED || threadIdx.x != 3) __syncthreads();"
     ),
     "tensor cores: missing barrier": Mistake(
         "tensor/kernel.cuh",
@@ -90,14 +80,10 @@ PLANTED = {
         "if (!PLANTED) multiply_tf32(sums.small[i], weights.small, x[i].big);",
     ),
     "tensor cores: weights that nobody waited for": Mistake(
-        "tensor/kernel.cuh",
-        "wait_for_copies();",
-        "if (!PLANTED) wait_for_copies();",
+        "tensor/kernel.cuh", "wait_for_copies();", "if (!PLANTED) wait_for_copies();"
     ),
     "tensor cores: a ring of one diagonal too few": Mistake(
-        "tensor/kernel.cuh",
-        "if (slot < 0) slot += plan.slots;",
-        "if (slot < 0) slot += plan.slots - (PLANTED ? 1 : 0);",
+        "tensor/kernel.cuh", "if (slot < 0) slot += plan.slots;", "if (slot < 0) slot += plan.slots - (PLANTED ? 1 : 0);"
     ),
     "tensor cores: an operand that is not rounded": Mistake(
         "common/mma.cuh",
@@ -105,34 +91,22 @@ PLANTED = {
         "big[i] = PLANTED ? float_bits(values[i]) : round_to_tf32(values[i]);",
     ),
     "tiles of the gradient that nobody waited for": Mistake(
-        "gradient/tile.cuh",
-        "wait_for_copies();",
-        "if (!PLANTED) wait_for_copies();",
+        "gradient/tile.cuh", "wait_for_copies();", "if (!PLANTED) wait_for_copies();"
     ),
     "the tile that is used is overwritten": Mistake(
-        "gradient/tile.cuh",
-        "shared + (both - used));",
-        "shared + (PLANTED ? used : both - used));",
+        "gradient/tile.cuh", "shared + (both - used));", "shared + (PLANTED ? used : both - used));"
     ),
     "no barrier behind the warp that inverts the corner": Mistake(
-        "common/fold.cuh",
-        "__syncthreads();  // the copy is complete, and so is the inverse",
-        "if (!PLANTED) __syncthreads();",
+        "common/fold.cuh", "__syncthreads();  // the copy is complete, and so is the inverse", "if (!PLANTED) __syncthreads();"
     ),
     "the corner is not waited for": Mistake(
-        "common/fold.cuh",
-        "team.sync();  // the corner is there",
-        "if (!PLANTED) team.sync();",
+        "common/fold.cuh", "team.sync();  // the corner is there", "if (!PLANTED) team.sync();"
     ),
     "lanes: no barrier between phases": Mistake(
-        "lanes/kernel.cuh",
-        "if (plan.bands > 1) __syncthreads();",
-        "if (plan.bands > 1 && !PLANTED) __syncthreads();",
+        "lanes/kernel.cuh", "if (plan.bands > 1) __syncthreads();", "if (plan.bands > 1 && !PLANTED) __syncthreads();"
     ),
     "lanes: a band starts two phases early": Mistake(
-        "lanes/kernel.cuh",
-        "int phase = -band * plan.lag;",
-        "int phase = -band * (plan.lag - (PLANTED ? 2 : 0));",
+        "lanes/kernel.cuh", "int phase = -band * plan.lag;", "int phase = -band * (plan.lag - (PLANTED ? 2 : 0));"
     ),
     "lanes: the rows above are read one off": Mistake(
         "lanes/kernel.cuh",
@@ -140,9 +114,7 @@ PLANTED = {
         "over[a - 1] = line - (PLANTED && a > 1 ? a - 1 : a) * row_floats;",
     ),
     "lanes: no wait for the tile to the left": Mistake(
-        "lanes/kernel.cuh",
-        "if (claimed.left > 0) {",
-        "if (claimed.left > 0 && !PLANTED) {",
+        "lanes/kernel.cuh", "if (claimed.left > 0) {", "if (claimed.left > 0 && !PLANTED) {"
     ),
     "lanes: no barrier before the flag is set": Mistake(
         "lanes/kernel.cuh",
@@ -150,9 +122,7 @@ PLANTED = {
         "if (!PLANTED) __syncthreads();",
     ),
     "lanes: a shuffle without half of the warp": Mistake(
-        "lanes/kernel.cuh",
-        "__shfl_up_sync(kFullWarp, ",
-        "__shfl_up_sync(PLANTED ? 0xffffu : kFullWarp, ",
+        "lanes/kernel.cuh", "__shfl_up_sync(kFullWarp, ", "__shfl_up_sync(PLANTED ? 0xffffu : kFullWarp, "
     ),
     "lanes: flags that are not cleared": Mistake(
         "lanes/launch.cuh",
@@ -160,9 +130,7 @@ PLANTED = {
         "const char* error = PLANTED ? nullptr : clear_memory(",
     ),
     "lanes: a flag that is never set": Mistake(
-        "lanes/kernel.cuh",
-        "if (threadIdx.x == 0) store_release(",
-        "if (threadIdx.x == 0 && !PLANTED) store_release(",
+        "lanes/kernel.cuh", "if (threadIdx.x == 0) store_release(", "if (threadIdx.x == 0 && !PLANTED) store_release("
     ),
     "lanes: a shuffle across images": Mistake(
         "lanes/kernel.cuh",
@@ -170,14 +138,10 @@ PLANTED = {
         "above[a - 1][c] = reads_above && !(PLANTED && slot > 0) ? pixel[c] : above[a - 1][c];",
     ),
     "lanes: a shuffle from the wrong lane": Mistake(
-        "lanes/kernel.cuh",
-        "solved[c], kLanes);",
-        "solved[c], PLANTED ? 2 : kLanes);",
+        "lanes/kernel.cuh", "solved[c], kLanes);", "solved[c], PLANTED ? 2 : kLanes);"
     ),
     "lanes: lanes of a pixel that do not wait": Mistake(
-        "lanes/kernel.cuh",
-        "__syncwarp();",
-        "if (!PLANTED) __syncwarp();",
+        "lanes/kernel.cuh", "__syncwarp();", "if (!PLANTED) __syncwarp();"
     ),
     "lanes: rows above the image": Mistake(
         "lanes/kernel.cuh",
@@ -195,9 +159,7 @@ PLANTED = {
         "if ((!PLANTED && reinterpret_cast<uintptr_t>(data) % kBytes != 0) ||",
     ),
     "lanes: a tile that is not aligned": Mistake(
-        "lanes/launch.cuh",
-        "is_multiple(plan.tile_w)",
-        "(PLANTED || is_multiple(plan.tile_w))",
+        "lanes/launch.cuh", "is_multiple(plan.tile_w)", "(PLANTED || is_multiple(plan.tile_w))"
     ),
     "lanes: a second band that starts before the one above it is far enough": Mistake(
         "lanes/kernel.cuh",
@@ -220,9 +182,7 @@ PLANTED = {
         "(PLANTED || is_multiple(strides.column)) && is_multiple(shape.channels)",
     ),
     "lanes: the next channel of a pixel": Mistake(
-        "lanes/kernel.cuh",
-        ".value[c % kTogether + j]",
-        ".value[(PLANTED && kTogether > 1 ? c + 1 : c) % kTogether + j]",
+        "lanes/kernel.cuh", ".value[c % kTogether + j]", ".value[(PLANTED && kTogether > 1 ? c + 1 : c) % kTogether + j]"
     ),
     "lanes: the other channels of a pixel": Mistake(
         "lanes/kernel.cuh",

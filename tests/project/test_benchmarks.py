@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,14 @@ def test_every_script_runs(scripts: Any, name: str, source: str, tmp_path: Path)
 def test_no_script_is_left_out(scripts: Any) -> None:
     mains = {path.stem for path in scripts.folder.glob("*.py") if "def main(" in path.read_text()}
     assert mains == {name.split(",")[0] for name in RUNS} | {"gpu_check"}
+
+
+def test_the_documents_name_scripts_that_are_there(scripts: Any) -> None:
+    root = scripts.folder.parent
+    for page in [*root.glob("*.md"), *root.glob("docs/**/*.md"), *root.glob("examples/*.py"), root / "Makefile"]:
+        for name in re.findall(r"benchmarks/(\w+\.py|results/[\w-]+\.json)", page.read_text()):
+            made = name in ("results/layer-gpu.json", "results/sampling-gpu.json")  # by a command, on a GPU
+            assert made or (scripts.folder / name).exists(), f"{page.name} names benchmarks/{name}"
 
 
 def report_of(scripts: Any, path: Path) -> Any:

@@ -1,3 +1,4 @@
+import math
 import signal
 from collections.abc import Mapping
 from dataclasses import replace
@@ -22,6 +23,7 @@ from inverse_flow.training import (
     Workers,
     checkpoint,
 )
+from inverse_flow.training import trainer as trainer_module
 from inverse_flow.training.log import read_log
 
 CONFIG = TrainConfig(
@@ -361,3 +363,93 @@ def test_a_gradient_that_is_not_finite_names_its_parameter() -> None:
     broken.layers[1].layers[2] = Fault(in_gradient=True)
     with pytest.raises(FloatingPointError, match=r"gradients of step 1 are not finite: layers.1.layers.2.weight$"):
         Trainer(broken, images(), CONFIG).fit()
+
+
+# ------------------------------------------------------------------------- what a run must not do to its files or data
+
+
+def test_a_run_goes_on_only_with_the_images_it_began_with(tmp_path: Path) -> None:
+    run(Trainer(model(), images(), CONFIG, tmp_path))
+    content = checkpoint.load(tmp_path)
+    for other, message in (
+        (torch.cat([images(), images(3)]), r"shape 24 × 1 × 4 × 4 instead of 21 × 1 × 4 × 4"),
+        (255 - images(), "as many of the same shape, 21 × 1 × 4 × 4, but with other pixels, labels or order"),
+        (images().flip(0), "other pixels, labels or order"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Trainer.resume(content, other, tmp_path, steps=20)
+    assert Trainer.resume(content, images().clone(), tmp_path, steps=20).step == CONFIG.steps
+
+
+def test_a_run_goes_on_only_with_the_contexts_it_began_with(tmp_path: Path) -> None:
+    labels = torch.eye(3)[torch.arange(21) % 3]
+    conditional = InverseFlow((1, 4, 4), levels=1, steps=1, hidden=4, context_channels=3)
+    run(Trainer(conditional, images(), CONFIG, tmp_path, context=labels))
+    with pytest.raises(ValueError, match="other pixels, labels or order"):
+        Trainer.resume(checkpoint.load(tmp_path), images(), context=labels.roll(1, 0))
+
+
+def test_two_runs_in_one_folder_are_refused_at_once(tmp_path: Path) -> None:
+    first, second = (Trainer(model(), images(), CONFIG, tmp_path) for _ in range(2))
+
+    def meanwhile(report: StepReport) -> None:
+        with pytest.raises(OSError, match="another run is using this folder"):
+            second.fit()
+
+    first.fit(meanwhile)
+    assert second.step == 0
+    assert [report.step for report in read_log(tmp_path / "log.csv")] == list(range(1, CONFIG.steps + 1))
+
+
+def test_a_termination_keeps_the_checkpoint_as_ctrl_c_does(tmp_path: Path) -> None:
+    trainer = Trainer(model(), images(), CONFIG, tmp_path)
+    trainer.fit(lambda report: signal.raise_signal(signal.SIGTERM) if report.step == 3 else None)
+    assert trainer.stop is Stop.INTERRUPTED
+    assert checkpoint.load(tmp_path).progress.step == 3
+
+
+def test_weights_whose_validation_is_no_number_are_never_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the first, which no others were better than, nor later ones, and patience does not wait for them."""
+    values = iter([math.nan, 4.0, math.nan, 3.0, -math.inf])
+    monkeypatch.setattr(trainer_module, "evaluate", lambda *arguments, **options: next(values))
+    trainer = Trainer(model(), images(), replace(CONFIG, steps=20, max_inverse_error=None))
+    seen = []
+    trainer.fit(
+        lambda report: seen.append(trainer.best and trainer.best.bits_per_dim) if report.step % 4 == 0 else None
+    )
+    assert seen == [None, 4.0, 4.0, 3.0, 3.0]
+    monkeypatch.setattr(trainer_module, "evaluate", lambda *arguments, **options: math.nan)
+    impatient = Trainer(model(), images(), replace(CONFIG, steps=100, patience=2, max_inverse_error=None))
+    assert impatient.fit() is Stop.PATIENCE
+    assert impatient.step == 8
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        (
+            {"model": lambda: torch.nn.Linear(1, 1)},
+            TypeError,
+            "trains flows on images, of inverse_flow.models, not Linear",
+        ),
+        ({"model": lambda: model().double()}, TypeError, r"float32, got torch.float64: call model.float\(\)"),
+        ({"images": lambda: images() / 256}, TypeError, "uint8, got torch.float32"),
+        ({"images": lambda: images()[0]}, ValueError, r"images \(N, 1, 4, 4\), got \(1, 4, 4\)"),
+        ({"images": lambda: images().expand(-1, 3, -1, -1)}, ValueError, r"got \(21, 3, 4, 4\)"),
+        ({"context": lambda: torch.eye(21)}, ValueError, "context of 0 channels, got 21"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_when_the_trainer_is_made(
+    changed: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    given = {"model": model, "images": images, "context": lambda: None} | changed
+    with pytest.raises(error, match=message):
+        Trainer(given["model"](), given["images"](), CONFIG, context=given["context"]())
+
+
+def test_a_method_whose_package_is_not_imported_is_asked_for() -> None:
+    """As in a program that reads the checkpoint of a run by parts without the room of that name."""
+    config = TrainConfig()
+    object.__setattr__(config, "parts", {"cut": "across", "count": 2})
+    with pytest.raises(ValueError, match=r"trained by parts: import inverse_flow\.parts"):
+        Trainer(model(), images(), config)
