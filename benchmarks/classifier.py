@@ -15,12 +15,12 @@ import math
 import statistics
 import sys
 import time
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import describe, print_table, write_json
+from harness import Report, Table, parser
 from torch import Tensor
 
 from inverse_flow.data import ImageSet, load
@@ -93,55 +93,36 @@ def train(
     }
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="embedded", help="a folder with idx files, or the embedded slice")
-    parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--batch-size", type=int, default=100)
-    parser.add_argument("--learning-rate", type=float, default=3e-3, help="the highest of the one cycle")
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--shift", type=int, default=1, help="training images are moved by so many pixels at most")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu (default) or cuda")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    return parser.parse_args()
-
-
-def main() -> int:
-    settings = parse_arguments()
-    torch.set_num_threads(settings.threads)
-    data = load(settings.data)
-    print(f"{describe(settings.device)}; {settings.threads} threads")
+def main(given: Sequence[str] | None = None) -> int:
+    made = parser(__doc__)
+    made.add_argument("--data", default="embedded", help="a folder with idx files, or the embedded slice")
+    made.add_argument("--epochs", type=int, default=15)
+    made.add_argument("--batch-size", type=int, default=100)
+    made.add_argument("--learning-rate", type=float, default=3e-3, help="the highest of the one cycle")
+    made.add_argument("--hidden", type=int, default=256)
+    made.add_argument("--shift", type=int, default=1, help="training images are moved by so many pixels at most")
+    made.add_argument("--seeds", type=int, default=1)
+    settings = made.parse_args(given)
+    report, data = Report("classifier", settings), load(settings.data)
     print(f"{data.name}: {len(data.train):,} training and {len(data.test):,} test images")
+    report.set(data=data.name, paper=PAPER_ACCURACY, target=TARGET)
     runs: dict[str, list[dict[str, Any]]] = {WITH: [], WITHOUT: []}
     for seed in range(settings.seeds):
         for name, found in runs.items():
             print(f"{name}, seed {seed}")
             found.append(train(data.train, data.test, seed, settings, inverse_convs=name == WITH))
+            report.set(runs=runs)
     means = {name: statistics.fmean(run["accuracy"] for run in found) for name, found in runs.items()}
+    report.set(mean_accuracy=means)
+    columns = {
+        "": "{name}", "accuracy": "{mean:.2%}", "standard error": "{standard_error:.2%}",
+        "inverse-conv parameters": "{inverse_conv_parameters}", "parameters": "{parameters:,}",
+        "seconds": "{seconds:.0f}",
+    }  # fmt: skip
     print()
-    print_table(
-        ["", "accuracy", "standard error", "inverse-conv parameters", "parameters", "seconds"],
-        [
-            [
-                name,
-                f"{means[name]:.2%}",
-                f"{found[0]['standard_error']:.2%}",
-                str(found[0]["inverse_conv_parameters"]),
-                f"{found[0]['parameters']:,}",
-                f"{statistics.fmean(run['seconds'] for run in found):.0f}",
-            ]
-            for name, found in runs.items()
-        ],
-    )
+    Table(columns).add(*(found[0] | {"name": name, "mean": means[name]} for name, found in runs.items()))
     print(f"MNIST: the paper reports {PAPER_ACCURACY:.1%}, the target is at least {TARGET:.0%}")
-    if settings.json:
-        names = ("epochs", "batch_size", "learning_rate", "hidden", "shift", "seeds", "threads")
-        chosen = {name: getattr(settings, name) for name in names}
-        results = {"data": data.name, "runs": runs, "mean_accuracy": means, "paper": PAPER_ACCURACY, "target": TARGET}
-        write_json(settings.json, "classifier", settings.device, chosen, results)
-    return 0
+    return report.finish()
 
 
 if __name__ == "__main__":

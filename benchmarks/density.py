@@ -1,18 +1,24 @@
-"""How good a density does each model learn in the same time? The columns of the paper's tables.
+"""How good a density does each model learn in the same time, and what does each part of it bring?
 
     python benchmarks/density.py                                      the embedded slice, four times 5 minutes
     python benchmarks/density.py --preset mnist --data MNIST/raw      the target on MNIST, four times 40 minutes
     python benchmarks/density.py --preset mnist --data MNIST/raw --models InverseFlow
     python benchmarks/density.py --preset cifar10-slice --data slice.npz --minutes 20 --device cuda
+    python benchmarks/density.py --ablation                           every model with and without each part
+    python benchmarks/density.py --ablation --models "InverseFlow" "InverseFlow, no inverse conv" --seeds 2
 
 InverseFlow, FInCFlow, Glow and RealNVP are trained by the same trainer for the same time, with the same number of
 parameters: the widths of their coupling networks are chosen so and printed. Each has a folder with its checkpoint;
 after Ctrl-C, or any other end, the same command goes on where it was. Figures are of test images that nothing was
 trained on or chosen by. The times of all models are taken in turn, after the last one is trained; samples are checked
-before.
+before. The columns are those of the paper's tables:
 
 BPD: bits per dimension of the dequantized images, with the standard error over the test images. NLL: the same in nats
 an image. ST, FT: milliseconds to sample 100 images (with weights prepared once), and to compute the densities of 100.
+
+The variants of an ablation have the same width, levels and steps, so that they differ in the named part alone; a part
+that costs time costs images, whose number is printed. A difference is to the model that the variant is named after,
+with the same seed.
 """
 
 from __future__ import annotations
@@ -20,12 +26,13 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import describe, print_table, quantile, time_alternately, write_json
+from harness import Report, Table, parser, spread, time_alternately
 from runs import (
     PARAMETER_MARGIN,
     TIMED_IMAGES,
@@ -83,8 +90,8 @@ class Preset:
     paper: tuple[PaperRow, ...] = field(default=())
     target: float | None = None
 
-    def candidates(self, names: list[str]) -> dict[str, Candidate]:
-        return {name: Candidate(name, self.model | (REAL_NVP if name == "RealNVP" else {})) for name in names}
+    def candidates(self) -> dict[str, Candidate]:
+        return {name: Candidate(name, self.model | (REAL_NVP if name == "RealNVP" else {})) for name in MODELS}
 
 
 # A decay in steps at the end, which brings as much again as most of the time before it.
@@ -149,6 +156,67 @@ PRESETS = {
 }  # fmt: skip
 # With as many training images as these presets have, and the time they get, weights are not chosen by validation.
 CHECKPOINT_STEPS = 500
+ABLATION_MINUTES = 3.0
+# Of each model: what is changed in it, by name. The first is the model itself.
+CHANGES: dict[str, dict[str, dict[str, Any]]] = {
+    "InverseFlow": {
+        "": {},
+        "no inverse conv": {"inverse_conv": "none"},
+        "orders alternating": {"orders": "alternating"},
+        "corner identity": {"corner": "identity"},
+        "corner plu": {"corner": "plu"},
+        "activation spline": {"activation": "spline"},
+        "activation spline, no inverse conv": {"activation": "spline", "inverse_conv": "none"},
+        "kernel 5": {"kernel_size": 5},
+    },
+    "FInCFlow": {"": {}, "no inverse conv": {"inverse_conv": "none"}, "orders alternating": {"orders": "alternating"}},
+    "Glow": {"": {}, "inverse conv": {"inverse_conv": "training"}},
+    "RealNVP": {"": {}, "inverse conv": {"inverse_conv": "training"}},
+}
+# Three arrangements of masks are as many couplings as about seven steps of the others.
+REAL_NVP_STEPS = 2
+
+
+def variants(levels: int, steps: int, hidden: int, logit_margin: float | None) -> dict[str, Candidate]:
+    """Every variant of the ablation by its name."""
+    shared = {"levels": levels, "steps": steps, "hidden": hidden, "logit_margin": logit_margin}
+    found = {}
+    for kind, changes in CHANGES.items():
+        options = shared | ({"steps": REAL_NVP_STEPS, "blocks": 1} if kind == "RealNVP" else {})
+        for name, change in changes.items():
+            found[f"{kind}, {name}" if name else kind] = Candidate(kind, options | change)
+    return found
+
+
+def same_model(candidates: dict[str, Candidate], image_shape: tuple[int, ...]) -> dict[str, str]:
+    """For every variant the first one that is the same model under another name, such as a Glow without inverse conv:
+    it need not be trained twice. Most are their own.
+    """
+    first: dict[str, str] = {}
+    seen: list[tuple[dict[str, Any], str]] = []
+    for name, candidate in candidates.items():
+        config = candidate.config(image_shape).to_dict()
+        if config["inverse_conv"] == "none":
+            # Options of a layer that is not there.
+            for option in ("orders", "corner", "kernel_size"):
+                del config[option]
+        first[name] = next((earlier for other, earlier in seen if other == config), name)
+        seen.append((config, name))
+    return first
+
+
+def compare_rows(rows: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, float]]:
+    """Mean bits per dimension of every variant; its difference to its model, seed by seed, and the spread of that."""
+    found = {}
+    for name, runs in rows.items():
+        base = rows.get(name.split(",")[0], runs)
+        differences = [run["bits_per_dim"] - other["bits_per_dim"] for run, other in zip(runs, base, strict=False)]
+        found[name] = {
+            "bits_per_dim": statistics.fmean(run["bits_per_dim"] for run in runs),
+            "difference": statistics.fmean(differences),
+            "spread_over_seeds": max(differences) - min(differences) if len(differences) > 1 else None,
+        }
+    return found
 
 
 def train_config(preset: Preset, minutes: float, seed: int) -> TrainConfig:
@@ -158,7 +226,7 @@ def train_config(preset: Preset, minutes: float, seed: int) -> TrainConfig:
 
 
 def measure_times(
-    trained: dict[str, Any], images: torch.Tensor, device: torch.device, budget: float
+    trained: Mapping[str, Any], images: torch.Tensor, device: torch.device, budget: float
 ) -> dict[str, dict[str, float]]:
     """Milliseconds of the two times of every model, all in turn: median, and quantiles."""
     works = {
@@ -167,134 +235,152 @@ def measure_times(
     found: dict[str, dict[str, float]] = {name: {} for name in trained}
     for key, seconds in time_alternately(works, device, budget).items():
         name, kind = key.split()
-        milliseconds = [1e3 * value for value in seconds]
-        found[name] |= {
-            f"{kind}_ms": statistics.median(milliseconds),
-            f"{kind}_ms_p20": quantile(milliseconds, 0.2),
-            f"{kind}_ms_p80": quantile(milliseconds, 0.8),
-        }
+        times = spread(seconds)
+        found[name] |= {f"{kind}_ms": times["ms"]} | {f"{kind}_ms_{q}": times[f"{q}_ms"] for q in ("p20", "p80")}
     return found
 
 
-def table(rows: dict[str, dict[str, Any]], paper: tuple[PaperRow, ...]) -> list[list[str]]:
-    """Our rows, then the published ones."""
+COLUMNS = {
+    "": "{name}", "BPD": "{bpd}", "NLL nats": "{nats:.0f}", "ST ms": "{ST_ms:.1f}", "FT ms": "{FT_ms:.1f}",
+    "parameters": "{parameters:,}", "minutes": "{minutes:.1f}", "images seen": "{images_seen:,.0f}",
+}  # fmt: skip
+DIFFERENCES = {"difference": "{difference:+.3f}", "over the seeds": "{spread_over_seeds:.3f}"}
 
-    def cell(value: float | None, digits: int = 1) -> str:
-        return "–" if value is None else f"{value:.{digits}f}"
 
-    found = [
-        [
-            name,
-            f"{row['bits_per_dim']:.3f} ± {row['standard_error']:.3f}",
-            f"{row['nats']:.0f}",
-            cell(row.get("ST_ms")),
-            cell(row.get("FT_ms")),
-            f"{row['parameters']:,}",
-            f"{row['training_seconds'] / 60:.1f}",
-            f"{row['images_seen']:,}",
-        ]
-        for name, row in rows.items()
-    ]
+def table(
+    rows: Mapping[str, list[dict[str, Any]]], compared: Mapping[str, Any], paper: Sequence[PaperRow]
+) -> list[dict[str, Any]]:
+    """Lines of our models, the mean of their seeds, then the published ones."""
+    lines = []
+    for name, runs in rows.items():
+        line = {**runs[0], "name": name, **compared.get(name, {})}
+        line["bpd"] = f"{statistics.fmean(run['bits_per_dim'] for run in runs):.3f} ± {runs[0]['standard_error']:.3f}"
+        line["minutes"] = runs[0]["training_seconds"] / 60
+        line["images_seen"] = statistics.fmean(run["images_seen"] for run in runs)
+        lines.append(line)
     for entry in paper:
-        millions = "–" if entry.parameters is None else f"{entry.parameters:.2f} M"
-        cells = [f"{entry.bits_per_dim:.2f}", "–", cell(entry.st), cell(entry.ft), millions, "–", "–"]
-        found.append([f"paper: {entry.model}", *cells])
-    return found
+        line = {"name": f"paper: {entry.model}", "bpd": f"{entry.bits_per_dim:.2f}"}
+        line |= {"ST_ms": entry.st, "FT_ms": entry.ft}
+        if entry.parameters is not None:
+            line["parameters"] = round(1e6 * entry.parameters)
+        lines.append(line)
+    return lines
 
 
-HEADER = ["", "BPD", "NLL nats", "ST ms", "FT ms", "parameters", "minutes", "images seen"]
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="embedded")
-    parser.add_argument(
+def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    made = parser(__doc__, budget=60.0)
+    made.add_argument("--preset", choices=PRESETS, default="embedded")
+    made.add_argument(
         "--data", default="embedded", help="a folder with idx files, the CIFAR-10 archive, an npz slice, or embedded"
     )
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--minutes", type=float, help="of training, each model; that of the preset if not given")
-    parser.add_argument("--parameters", type=int, help="of each model; that of the preset if not given")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--test-images", type=int, help="at most so many; all if not given")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu (default) or cuda")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--budget", type=float, default=60.0, help="seconds of timing, at least 15 rounds")
-    parser.add_argument("--out", type=Path, help="folder of the runs; runs/density-PRESET if not given")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    arguments = parser.parse_args()
-    arguments.out = arguments.out or Path("runs") / f"density-{arguments.preset}"
+    made.add_argument("--ablation", action="store_true", help="every model with and without each part, untimed")
+    made.add_argument("--models", nargs="+", metavar="NAME", help="these models or variants; all if not given")
+    made.add_argument("--minutes", type=float, help=f"of training, each; the preset's, or {ABLATION_MINUTES:g}")
+    made.add_argument("--parameters", type=int, help="of each model, but in an ablation; the preset's if not given")
+    made.add_argument("--levels", type=int, default=2, help="of an ablation")
+    made.add_argument("--steps", type=int, default=4, help="of an ablation")
+    made.add_argument("--hidden", type=int, default=48, help="of an ablation")
+    made.add_argument("--seed", type=int, default=0, help="the first one")
+    made.add_argument("--seeds", type=int, default=1, help="runs of each model")
+    made.add_argument("--test-images", type=int, help="at most so many; all if not given")
+    made.add_argument("--out", type=Path, help="folder of the runs; runs/density-PRESET or runs/ablation-PRESET")
+    arguments = made.parse_args(given)
+    preset, kind = PRESETS[arguments.preset], "ablation" if arguments.ablation else "density"
+    if arguments.minutes is None:
+        arguments.minutes = ABLATION_MINUTES if arguments.ablation else preset.minutes
+    arguments.parameters = arguments.parameters or preset.parameters
+    arguments.out = arguments.out or Path("runs") / f"{kind}-{arguments.preset}"
     return arguments
 
 
-def main() -> int:
-    arguments = parse_arguments()
-    torch.set_num_threads(arguments.threads)
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
+def chosen(arguments: argparse.Namespace, shape: tuple[int, ...]) -> dict[str, Candidate]:
+    """What is trained, by name.
+
+    Raises:
+        ValueError: the data are not those of the preset, or there is no model of a name.
+    """
+    preset = PRESETS[arguments.preset]
+    if not arguments.ablation and preset.image_shape not in (None, shape):
+        raise ValueError(f"the preset {arguments.preset} is for images of {preset.image_shape}, these are {shape}")
+    known = preset.candidates()
+    if arguments.ablation:
+        margin = preset.model.get("logit_margin")
+        known = variants(arguments.levels, arguments.steps, arguments.hidden, margin)
+    if unknown := sorted(set(arguments.models or ()) - set(known)):
+        raise ValueError(f"unknown: {'; '.join(unknown)}. Known: {'; '.join(known)}")
+    found = {name: known[name] for name in arguments.models or known}
+    if arguments.ablation:
+        return found
+    return {name: match_parameters(candidate, shape, arguments.parameters) for name, candidate in found.items()}
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(given)
     preset, device = PRESETS[arguments.preset], arguments.device
-    minutes = preset.minutes if arguments.minutes is None else arguments.minutes
-    parameters = arguments.parameters or preset.parameters
     data = load(arguments.data)
     shape = data.train.image_shape
-    if preset.image_shape not in (None, shape):
-        print(f"the preset {arguments.preset} is for images of {preset.image_shape}, {data.name} has {shape}")
+    try:
+        candidates = chosen(arguments, shape)
+    except ValueError as error:
+        print(error, file=sys.stderr)
         return 2
-    config = train_config(preset, minutes, arguments.seed)
-    print(f"{describe(device)}; {torch.get_num_threads()} threads")
+    report = Report("ablation" if arguments.ablation else "density", arguments)
     print(f"{data.name}: {len(data.train):,} training and {len(data.test):,} test images of {shape}")
-    print(f"{len(arguments.models)} models, {minutes:g} minutes of training each; runs in {arguments.out}")
-    candidates = {
-        name: match_parameters(candidate, shape, parameters)
-        for name, candidate in preset.candidates(arguments.models).items()
-    }
+    first = same_model(candidates, shape)
     for name, candidate in candidates.items():
         count = candidate.build(shape).num_parameters
-        print(f"  {name}: width {candidate.options['hidden']}, {count:,} parameters (±{PARAMETER_MARGIN:.0%} wanted)")
+        same = "" if first[name] == name else f", the same model as {first[name]}"
+        print(f"  {name}: width {candidate.options['hidden']}, {count:,} parameters{same}")
+    if not arguments.ablation:
+        print(f"  (parameters ±{PARAMETER_MARGIN:.0%} wanted)")
+    config = train_config(preset, arguments.minutes, arguments.seed)
     baseline = IndependentPixels.fit(data.train.images, config.bit_depth).bits_per_dim(data.test.images)
-    print(f"independent pixels: {baseline:.3f} bits/dim")
+    print(f"independent pixels: {baseline:.3f} bits/dim; {arguments.minutes:g} minutes each, in {arguments.out}")
+    report.set(
+        data=data.name, train_images=len(data.train), independent_pixels_bits_per_dim=baseline, target=preset.target,
+        training=config.to_dict(), models={name: c.config(shape).to_dict() for name, c in candidates.items()},
+        same_model_as=first,
+    )  # fmt: skip
 
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in candidates}
     trained = {}
     try:
-        for name, candidate in candidates.items():
-            print(f"\n{name}", flush=True)
-            run = train(candidate, arguments.data, shape, config, arguments.out / name, str(device))
-            trained[name] = run.trainer.result().eval()
-            rows[name] = summary_of(run, trained[name], arguments.test_images)
-            print(f"  {rows[name]['bits_per_dim']:.4f} ± {rows[name]['standard_error']:.4f} bits/dim, test", flush=True)
+        for seed in range(arguments.seed, arguments.seed + arguments.seeds):
+            for name in dict.fromkeys(first.values()):
+                print(f"\n{name}, seed {seed}", flush=True)
+                folder = arguments.out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+                config = train_config(preset, arguments.minutes, seed)
+                run = train(candidates[name], arguments.data, config, folder, str(device))
+                trained[name] = run.trainer.result().eval()
+                row = summary_of(run, trained[name], arguments.test_images)
+                for other in candidates:
+                    if first[other] == name:
+                        rows[other].append(dict(row))
+                report.set(rows=rows)
+                print(f"  {row['bits_per_dim']:.4f} ± {row['standard_error']:.4f} bits/dim, test", flush=True)
     except (Interrupted, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
-    times = measure_times(trained, images_of(data, TIMED_IMAGES, device), device, arguments.budget)
-    for name in rows:
-        rows[name] |= times[name]
+    compared = {}
+    if arguments.ablation:
+        compared = compare_rows(rows)
+        report.set(compared=compared)
+    else:
+        with report.checked("prepared samples"):
+            times = measure_times(trained, images_of(data, TIMED_IMAGES, device), device, arguments.budget)
+            for name, found in times.items():
+                rows[name][0] |= found
+        report.set(rows=rows, paper={"hardware": PAPER_HARDWARE, "rows": [vars(entry) for entry in preset.paper]})
 
-    paper = preset.paper
     print()
-    print_table(HEADER, table(rows, paper))
-    if paper:
+    columns = COLUMNS | (DIFFERENCES if arguments.ablation else {})
+    Table(columns).add(*table(rows, compared, () if arguments.ablation else preset.paper))
+    if preset.paper and not arguments.ablation:
         print(f"The paper's figures are of other hardware ({PAPER_HARDWARE}) and of longer training.")
-    if preset.target is not None and "InverseFlow" in rows:
-        print(f"InverseFlow: {rows['InverseFlow']['bits_per_dim']:.3f} bits/dim (target at most {preset.target})")
-    if arguments.json:
-        settings = {
-            "preset": arguments.preset,
-            "minutes": minutes,
-            "parameters": parameters,
-            "threads": arguments.threads,
-            "training": config.to_dict(),
-            "models": {name: candidate.config(shape).to_dict() for name, candidate in candidates.items()},
-        }
-        results = {
-            "data": data.name,
-            "train_images": len(data.train),
-            "independent_pixels_bits_per_dim": baseline,
-            "target": preset.target,
-            "rows": rows,
-            "paper": {"hardware": PAPER_HARDWARE, "rows": [vars(entry) for entry in paper]},
-        }
-        write_json(arguments.json, "density", device, settings, results)
-    return 0
+        if preset.target is not None and "InverseFlow" in rows:
+            reached = rows["InverseFlow"][0]["bits_per_dim"]
+            print(f"InverseFlow: {reached:.3f} bits/dim (target at most {preset.target})")
+    return report.finish()
 
 
 if __name__ == "__main__":

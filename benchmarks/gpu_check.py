@@ -1,54 +1,150 @@
 """Is the CUDA side correct and how fast is it? Everything that needs a GPU, in one command.
 
-    python benchmarks/gpu_check.py                       tests, compute-sanitizer, gpu_table.py; results in results/
-    python benchmarks/gpu_check.py --skip benchmarks     leave a part out
+    python benchmarks/gpu_check.py                       in under eight minutes
+    python benchmarks/gpu_check.py --skip sanitizer      leave parts out
 
-Each part runs in a process of its own, so that a part that fails, or takes too long, does not take the others with it.
-The report lists what ran, what failed and what could not be run; the exit status is 0 only if nothing failed.
-Speed is measured after the tests, and not at all if they fail: figures of a wrong kernel mean nothing.
+The parts, in this order: small cases that reach each path of the kernels, each in a process of its own, so that one
+that hangs is known by its name; the four most telling shapes against conv2d; the tests marked ``cuda``; the other
+shapes; compute-sanitizer. A part that fails or takes too long stops no other, and takes along whatever it started.
+
+A GPU may be lent for minutes and be gone at any second: everything is written as it is known, to the folder $OUT where
+that is set, else to benchmarks/results. The exit status is 0 only if nothing failed. "not run" is no failure: what is
+missing is said.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from common import write_json
 
 import inverse_flow
 from inverse_flow.functional import inverse_conv2d
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-# All parts together stay below eight minutes; the sanitizers slow a kernel down some hundred times.
-TEST_SECONDS = 210
-SANITIZER_SECONDS = 60
-BENCHMARK_SECONDS = 140
-PARTS = ("tests", "sanitizer", "benchmarks")
+KINDS = ("smoke", "shapes", "tests", "sanitizer")
+TELLING = ("100x3x32", "100x12x32", "100x48x8", "100x96x32")
+OTHERS = ("100x3x64", "100x4x14", "100x12x16", "100x12x16x5", "100x16x7", "100x24x16", "100x96x4", "100x48x32")
 TOOLS = ("memcheck", "racecheck")
-SANITIZER_ERROR = 99
-
-# (batch, channels, groups, height, width, kernel): each path of the kernels once. Several images in a block; a corner
-# folded before the solve; several tiles; weights too large for shared memory, on any GPU.
-SANITIZER_CASES = [
-    (5, 6, 2, 7, 5, 3),
-    (2, 20, 1, 4, 4, 3),
-    (1, 2, 1, 300, 130, 2),
-    (1, 160, 1, 2, 3, 3),
-]
+# A process with PyTorch and a GPU is ready after some seconds; a case takes milliseconds.
+SMOKE_SECONDS, FIRST_SECONDS, TEST_SECONDS, OTHER_SECONDS, SANITIZER_SECONDS = 30, 75, 150, 100, 60
+# All parts together; the build comes before.
+TOTAL_SECONDS = 450
+# Exit statuses: of errors that the sanitizer found, of a case that is wrong, and of a check without a GPU.
+SANITIZER_ERROR, WRONG, NO_GPU = 99, 3, 2
 
 
-@dataclass
+class Small(NamedTuple):
+    """A small problem that is solved on the GPU and on the CPU."""
+
+    batch: int
+    channels: int
+    height: int
+    width: int
+    kernel: tuple[int, int] = (3, 3)
+    dtype: str = "float32"
+    orders: tuple[str, ...] = ("top_left",)  # a group each
+    corner: str = "general"
+    last: bool = False  # channels_last
+
+
+# The second one judges the first.
+DEVICES = ("cuda", "cpu")
+# What each one reaches on a GPU with 227 KiB of shared memory for a block.
+SMOKE = {
+    "several images in a block, two groups": Small(5, 6, 7, 5, orders=("bottom_right", "top_right")),
+    "one image in a block, rows as lanes": Small(2, 3, 32, 32),
+    "several tiles, few channels": Small(1, 2, 300, 130, (2, 2)),
+    "several tiles of the block kernel": Small(2, 3, 200, 120, dtype="float64"),
+    "several tiles, an uneven window": Small(1, 4, 300, 90, (3, 2)),
+    "tensor cores": Small(2, 20, 4, 4),
+    "tensor cores, whole images": Small(2, 24, 64, 64),
+    "tensor cores, gradients in splits": Small(100, 48, 32, 32),
+    "weights streamed, a ring of diagonals": Small(2, 96, 32, 32),
+    "a corner inverted by a launch of its own": Small(1, 200, 3, 3),
+    "half precision, tiles with margins": Small(2, 3, 300, 200, dtype="bfloat16"),
+    "channels last, 4": Small(3, 4, 20, 20, last=True),
+    "channels last, 8": Small(3, 8, 20, 20, last=True),
+    "channels last, 12": Small(3, 12, 20, 20, last=True),
+    "an identity corner": Small(4, 48, 8, 8, corner="identity"),
+}
+# The sanitizers slow a kernel down some hundred times.
+SANITIZED = ("several images in a block, two groups", "tensor cores", "a corner inverted by a launch of its own")
+
+
+def solve_small(case: Small) -> None:
+    """Solve and gradients on the GPU, checked against the CPU.
+
+    Raises:
+        ArithmeticError: they differ.
+    """
+    torch.manual_seed(0)
+    dtype, groups = getattr(torch, case.dtype), len(case.orders)
+    size = case.channels // groups
+    weight = 0.25 * torch.randn(case.channels, size, *case.kernel) / (size * case.kernel[0] * case.kernel[1]) ** 0.5
+    for of_group, order in zip(weight.split(size), case.orders, strict=True):
+        of_group[..., 0 if "bottom" in order else -1, 0 if "right" in order else -1] += torch.eye(size)
+    images = torch.randn(case.batch, case.channels, case.height, case.width).to(dtype)
+    found = []
+    for device in DEVICES:
+        y, w = images.to(device), weight.to(dtype).to(device).requires_grad_()
+        y = y.contiguous(memory_format=torch.channels_last if case.last else torch.contiguous_format).requires_grad_()
+        x = inverse_conv2d(y, w, order=case.orders, groups=groups, corner=case.corner)
+        gradients = torch.autograd.grad(x.square().sum(), (y, w))
+        found.append([t.detach().cpu().double() for t in (x, *gradients)])
+    allowed = 64 * torch.finfo(dtype).eps * (case.height * case.width) ** 0.5
+    for name, ours, wanted in zip(("x", "∂y", "∂w"), *found, strict=True):
+        error = float((ours - wanted).abs().max() / wanted.abs().max())
+        if not error <= allowed:
+            raise ArithmeticError(f"{case}: {name} is off by {error:.1e} of its largest value, allowed {allowed:.1e}")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command, and how long it may take.
+
+    Attributes:
+        absent: why it cannot be run here; empty if it can.
+        optional: exit statuses but 0 and those of ``failing`` mean that the tool does not run on this machine.
+    """
+
+    name: str
+    kind: str
+    command: Sequence[str]
+    seconds: float
+    environment: Mapping[str, str] = field(default_factory=dict)
+    absent: str = ""
+    failing: tuple[int, ...] = ()
+
+    def status_of(self, returned: int | None, seconds: float) -> tuple[str, str]:
+        """ "passed", "failed" or "not run", and why; ``returned`` is None when it was killed for its time."""
+        if returned is None:
+            status = "not run" if self.failing else "failed"
+            return status, f"not finished after {seconds:.3g} s"
+        if returned == 0:
+            return "passed", ""
+        failed = not self.failing or returned in self.failing
+        return "failed" if failed else "not run", f"exit status {returned}"
+
+
+@dataclass(frozen=True)
 class Outcome:
-    """How a part ended: "passed", "failed" or "not run", and why."""
+    """How a part ended."""
 
     part: str
     status: str
@@ -56,108 +152,139 @@ class Outcome:
     seconds: float
 
 
-def run(part: str, command: Sequence[str | Path], limit_seconds: float) -> Outcome:
-    """Runs a part, its output passed on to the terminal line by line."""
-    print(f"\n== {part}: {' '.join(map(str, command))}", flush=True)
-    start = time.perf_counter()
-    try:
-        done = subprocess.run([str(word) for word in command], cwd=ROOT, timeout=limit_seconds, check=False)
-    except subprocess.TimeoutExpired:
-        return Outcome(part, "failed", f"not finished after {limit_seconds:.0f} s", time.perf_counter() - start)
-    status = "passed" if done.returncode == 0 else "failed"
-    return Outcome(part, status, f"exit status {done.returncode}", time.perf_counter() - start)
+def plan(results: Path) -> list[Part]:
+    """All parts, in their order."""
+    me, python = str(Path(__file__).resolve()), sys.executable
+    parts = [Part(f"smoke: {name}", "smoke", [python, me, "--case", name], SMOKE_SECONDS) for name in SMOKE]
 
+    def shapes(name: str, chosen: Sequence[str], seconds: float) -> Part:
+        options = ["--device", "cuda", "--pattern", "--budget", "0.4", "--json", str(results / f"gpu-{name}.json")]
+        command = [python, str(HERE / "layer.py"), *options, "--shapes", *chosen]
+        return Part(f"shapes: {name}", "shapes", command, seconds)
 
-def small_cases() -> None:
-    """What runs under compute-sanitizer: solves and gradients of small problems, checked against the CPU."""
-    torch.manual_seed(0)
-    for batch, channels, groups, height, width, kernel in SANITIZER_CASES:
-        weight = 0.2 / kernel * torch.randn(channels, channels // groups, kernel, kernel) / (channels // groups) ** 0.5
-        identity = torch.eye(channels // groups).repeat(groups, 1)
-        order = ("bottom_right", "top_right")[:groups] if groups > 1 else "top_left"
-        corner = (kernel - 1, kernel - 1) if groups == 1 else None
-        for g in range(groups):
-            rows = slice(g * channels // groups, (g + 1) * channels // groups)
-            at = corner or ((0, 0), (kernel - 1, 0))[g]
-            weight[rows, :, at[0], at[1]] += identity[rows]
-        images = torch.randn(batch, channels, height, width)
-        results = []
-        for device in ("cpu", "cuda"):
-            y, w = (t.detach().to(device).requires_grad_() for t in (images, weight))
-            x = inverse_conv2d(y, w, order=order, groups=groups)
-            gradients = torch.autograd.grad(x.square().sum(), (y, w))
-            results.append([t.detach().cpu() for t in (x, *gradients)])
-        for expected, actual in zip(*results, strict=True):
-            error = (expected - actual).abs().max().item()
-            allowed = 1e-4 * expected.abs().max().item()
-            assert error <= allowed, f"{(batch, channels, groups, height, width, kernel)}: off by {error}"
-    print(f"{len(SANITIZER_CASES)} small cases agree with the CPU")
-
-
-def sanitizer_parts() -> list[Outcome]:
+    missing = [name for name in ("pytest", "xdist") if importlib.util.find_spec(name) is None]
+    tests = [python, "-m", "pytest", "tests", "-m", "cuda", "-q", "-n", "8"]
+    parts.append(shapes("telling", TELLING, FIRST_SECONDS))
+    parts.append(Part("tests", "tests", tests, TEST_SECONDS, absent=_absent(missing)))
+    parts.append(shapes("others", OTHERS, OTHER_SECONDS))
     tool = shutil.which("compute-sanitizer")
-    if tool is None:
-        reason = "compute-sanitizer is not on the PATH (it comes with the CUDA toolkit)"
-        return [Outcome(name, "not run", reason, 0.0) for name in TOOLS]
-    here = [sys.executable, Path(__file__), "--small-cases"]
-    options = ["--error-exitcode", str(SANITIZER_ERROR), "--print-limit", "20"]
-    return [run(name, [tool, "--tool", name, *options, *here], SANITIZER_SECONDS) for name in TOOLS]
+    for name in TOOLS:
+        options = ["--tool", name, "--kernel-regex", "kns=inverse_flow", "--report-api-errors", "no"]
+        options += ["--error-exitcode", str(SANITIZER_ERROR), "--print-limit", "20"]
+        command = [tool or "compute-sanitizer", *options, python, me, "--case", *SANITIZED]
+        parts.append(
+            Part(
+                f"sanitizer: {name}", "sanitizer", command, SANITIZER_SECONDS,
+                environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+                absent="" if tool else "compute-sanitizer is not on the PATH (it comes with the CUDA toolkit)",
+                failing=(SANITIZER_ERROR, WRONG),
+            )
+        )  # fmt: skip
+    return parts
 
 
-def benchmark_parts(results: Path) -> list[Outcome]:
-    name = torch.cuda.get_device_name().lower().replace(" ", "-")
-    output = results / f"gpu-table-{name}.json"
-    command = [sys.executable, HERE / "gpu_table.py", "--json", output]
-    return [run("table", command, BENCHMARK_SECONDS)]
+def _absent(modules: Sequence[str]) -> str:
+    return f"{' and '.join(modules)} not installed" if modules else ""
 
 
-def main() -> int:
-    """Runs the parts and returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--skip", choices=PARTS, nargs="+", default=[], help="parts to leave out")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder for the JSON files")
-    parser.add_argument("--small-cases", action="store_true", help="only the cases that run under compute-sanitizer")
-    arguments = parser.parse_args()
+def run(part: Part, limit: float, log: Path) -> Outcome:
+    """Runs a part in a session of its own; its output goes to the terminal and to the log, line by line."""
+    head = f"\n== {part.name}: {' '.join(part.command)}"
+    print(head, flush=True)
+    started, late = time.perf_counter(), threading.Event()
+    process = subprocess.Popen(
+        list(part.command), cwd=ROOT, env=os.environ | part.environment, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
+    )  # fmt: skip
 
-    if not torch.cuda.is_available():
-        print(f"gpu_check: PyTorch {torch.__version__} sees no GPU, so there is nothing to check", file=sys.stderr)
-        return 2
-    if inverse_flow.build_info()["cuda_absent"]:
-        print(f"gpu_check: {inverse_flow.build_info()['cuda_absent']}", file=sys.stderr)
-        return 2
-    if arguments.small_cases:
-        small_cases()
-        return 0
+    def stop() -> None:
+        late.set()
+        _kill(process)
 
-    smi = shutil.which("nvidia-smi")
-    if smi is not None:
-        subprocess.run([smi], check=False)
-    print(json.dumps(inverse_flow.build_info(), indent=2), flush=True)
+    timer = threading.Timer(limit, stop)
+    timer.start()
+    with process, log.open("a") as file:
+        try:
+            print(head, file=file, flush=True)
+            for line in process.stdout or ():
+                print(line, end="", flush=True)
+                print(line, end="", file=file, flush=True)
+            process.wait()
+        finally:
+            timer.cancel()
+            _kill(process)
+    returned = None if late.is_set() else process.returncode
+    return Outcome(part.name, *part.status_of(returned, limit), time.perf_counter() - started)
 
+
+def _kill(process: subprocess.Popen[str]) -> None:
+    """The process and all that it started; they are a group, which outlives its first member."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def run_all(parts: Sequence[Part], results: Path, total_seconds: float = TOTAL_SECONDS) -> int:
+    """Runs the parts one after the other, writes after each what is known, and returns the exit status."""
+    results.mkdir(parents=True, exist_ok=True)
+    report, log = results / "gpu-check.json", results / "gpu-check.log"
+    log.write_text("")
     outcomes: list[Outcome] = []
-    if "tests" not in arguments.skip:
-        outcomes.append(run("tests", [sys.executable, "-m", "pytest", "tests", "-m", "cuda", "-q"], TEST_SECONDS))
-    if "sanitizer" not in arguments.skip:
-        outcomes += sanitizer_parts()
-    if "benchmarks" not in arguments.skip:
-        if any(outcome.status == "failed" for outcome in outcomes):
-            outcomes.append(Outcome("table", "not run", "the checks before it failed", 0.0))
-        else:
-            outcomes += benchmark_parts(arguments.results)
+    end = time.perf_counter() + total_seconds
 
+    def write() -> None:
+        done = {outcome.part for outcome in outcomes}
+        left = [part.name for part in parts if part.name not in done]
+        content = {"outcomes": [asdict(outcome) for outcome in outcomes], "not yet run": left}
+        unfinished = report.with_suffix(".tmp")
+        unfinished.write_text(json.dumps(content, indent=2) + "\n")
+        unfinished.replace(report)
+
+    write()
+    for part in parts:
+        limit = min(part.seconds, end - time.perf_counter())
+        if part.absent or limit <= 0:
+            outcomes.append(Outcome(part.name, "not run", part.absent or "no time was left", 0.0))
+        else:
+            outcomes.append(run(part, limit, log))
+        write()
     print()
     for outcome in outcomes:
-        print(f"{outcome.part:<12} {outcome.status:<8} {outcome.seconds:6.1f} s  {outcome.detail}")
-
-    name = torch.cuda.get_device_name().lower().replace(" ", "-")
-    write_json(
-        arguments.results / f"gpu-check-{name}.json",
-        "gpu_check",
-        torch.device("cuda"),
-        {"skip": arguments.skip, "sanitizer_cases": SANITIZER_CASES},
-        {"outcomes": [asdict(outcome) for outcome in outcomes]},
-    )
+        print(f"{outcome.status:<8} {outcome.seconds:6.1f} s  {outcome.part}  {outcome.detail}")
+    print(f"written: {report}", flush=True)
     return 1 if any(outcome.status == "failed" for outcome in outcomes) else 0
+
+
+def why_not() -> str:
+    """What is missing to check a GPU; empty if nothing is."""
+    if not torch.cuda.is_available():
+        return f"PyTorch {torch.__version__} sees no GPU, so there is nothing to check"
+    return inverse_flow.build_info()["cuda_absent"] or ""
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--skip", choices=KINDS, nargs="+", default=[], help="parts to leave out")
+    parser.add_argument("--results", type=Path, default=Path(os.environ.get("OUT") or HERE / "results"))
+    parser.add_argument("--case", choices=SMOKE, nargs="+", metavar="NAME", help="only small cases, in this process")
+    arguments = parser.parse_args(given)
+    missing = why_not()
+    if missing:
+        print(f"gpu_check: {missing}", file=sys.stderr)
+        return NO_GPU
+    if arguments.case:
+        try:
+            for name in arguments.case:
+                solve_small(SMOKE[name])
+                print(f"agrees with the CPU: {name}", flush=True)
+        except ArithmeticError as error:
+            print(error, file=sys.stderr)
+            return WRONG
+        return 0
+    if shutil.which("nvidia-smi"):
+        subprocess.run(["nvidia-smi"], check=False)
+    # A part that is ended must take its children along: an end from outside becomes an exception here.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    return run_all([part for part in plan(arguments.results) if part.kind not in arguments.skip], arguments.results)
 
 
 if __name__ == "__main__":

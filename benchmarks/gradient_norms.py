@@ -21,15 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import describe, print_table, write_json
-from matplotlib.figure import Figure
+from harness import Report, Table, new_figure, parser, save_figure
 from torch import Tensor, nn
 
 from inverse_flow import InverseConv2d
 from inverse_flow.data import load
 from inverse_flow.flows import Conv1x1
 from inverse_flow.models import KINDS
-from inverse_flow.training import TrainConfig, Trainer
+from inverse_flow.training import Stop, TrainConfig, Trainer, dequantize
 from inverse_flow.training.log import StepReport
 
 # The layer of interest in each model, by what it does from data to latent.
@@ -37,6 +36,8 @@ KIND_OF_LAYER = {"InverseFlow": "inverse conv", "FInCFlow": "conv", "Glow": "1×
 LEARNING_RATES = (1e-3, 4e-3, 1.6e-2)
 # Added by torch.nn.utils.clip_grad_norm_ to the norm that it divides by.
 CLIP_EPSILON = 1e-6
+# Training images that the gain of the solves is measured on.
+GAIN_IMAGES = 50
 
 
 def watched_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -85,14 +86,12 @@ class Recorder:
 def solve_gains(model: nn.Module, images: Tensor) -> dict[str, float]:
     """‖A⁻¹ x‖ / ‖x‖ of every inverse convolution that runs its solve from data to latent."""
     found: dict[str, float] = {}
-    hooks = []
-    for path, layer in model.named_modules():
-        if isinstance(layer, InverseConv2d):
+    paths = {layer: path for path, layer in model.named_modules() if isinstance(layer, InverseConv2d)}
 
-            def record(_: nn.Module, inputs: tuple[Any, ...], output: Any, path: str = path) -> None:
-                found[path] = float(output[0].norm() / inputs[0].norm())
+    def record(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        found[paths[layer]] = float(output[0].norm() / inputs[0].norm())
 
-            hooks.append(layer.register_forward_hook(record))
+    hooks = [layer.register_forward_hook(record) for layer in paths]
     try:
         model(images)
     finally:
@@ -118,10 +117,11 @@ def run(kind: str, learning_rate: float, images: Tensor, settings: argparse.Name
     recorder = Recorder(trainer, settings.every)
     failure = None
     try:
-        trainer.fit(recorder)
+        if trainer.fit(recorder) is Stop.INTERRUPTED:
+            raise KeyboardInterrupt
     except (FloatingPointError, ArithmeticError) as error:
         failure = str(error)
-    batch = trainer.batches(0)[:50].to(settings.device)
+    batch = dequantize(images[:GAIN_IMAGES], generator=torch.Generator().manual_seed(0)).to(settings.device)
     return {
         "model": kind,
         "learning_rate": learning_rate,
@@ -149,7 +149,7 @@ def summarize(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     rows = []
     for entry in runs:
-        for kind, norms in of_kind(entry).items():
+        for kind, norms in of_kind(entry).items() if entry["steps"] else ():
             share = max(1, len(entry["steps"]) // 10)
             by_step = list(zip(*norms.values(), strict=True))
             rows.append(
@@ -171,10 +171,10 @@ def summarize(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
-    """A panel for each model and learning rate: a line a layer, darker towards the latents; as .png and .svg."""
+    """A panel for each model and learning rate: a line a layer, darker towards the latents."""
     models = list(dict.fromkeys(entry["model"] for entry in runs))
     rates = list(dict.fromkeys(entry["learning_rate"] for entry in runs))
-    figure = Figure(figsize=(3.6 * len(rates), 2.6 * len(models)), layout="constrained")
+    figure = new_figure(3.6 * len(rates), 2.6 * len(models))
     panels = figure.subplots(len(models), len(rates), sharex=True, sharey=True, squeeze=False)
     for entry in runs:
         axes = panels[models.index(entry["model"])][rates.index(entry["learning_rate"])]
@@ -190,63 +190,38 @@ def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
         axes.set_xlabel("step")
     for row in panels:
         row[0].set_ylabel("norm of the gradient")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for suffix in (".png", ".svg"):
-        figure.savefig(path.with_suffix(suffix), dpi=150, metadata={"Date": None} if suffix == ".svg" else None)
-        print(f"written: {path.with_suffix(suffix)}")
+    save_figure(figure, path)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="embedded", help="as in benchmarks/density.py")
-    parser.add_argument("--learning-rates", type=float, nargs="+", default=list(LEARNING_RATES))
-    parser.add_argument("--steps", type=int, default=1000, help="of every run")
-    parser.add_argument("--every", type=int, default=10, help="steps between two records")
-    parser.add_argument("--batch-size", type=int, default=50)
-    parser.add_argument("--levels", type=int, default=2)
-    parser.add_argument("--depth", type=int, default=4, help="steps of the flow in a level")
-    parser.add_argument("--hidden", type=int, default=32)
-    parser.add_argument(
-        "--max-grad-norm", type=float, default=1.0, help="clipping; the norms shown are those before it"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu (default) or cuda")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    parser.add_argument("--plot", type=Path, help="draw the norms into this file, as .png and .svg")
-    return parser.parse_args()
-
-
-def main() -> int:
-    settings = parse_arguments()
-    torch.set_num_threads(settings.threads)
-    data = load(settings.data)
-    print(f"{describe(settings.device)}; {settings.threads} threads; {data.name}")
+def main(given: Sequence[str] | None = None) -> int:
+    made = parser(__doc__, plot=True)
+    made.add_argument("--data", default="embedded", help="as in benchmarks/density.py")
+    made.add_argument("--learning-rates", type=float, nargs="+", default=list(LEARNING_RATES))
+    made.add_argument("--steps", type=int, default=1000, help="of every run")
+    made.add_argument("--every", type=int, default=10, help="steps between two records")
+    made.add_argument("--batch-size", type=int, default=50)
+    made.add_argument("--levels", type=int, default=2)
+    made.add_argument("--depth", type=int, default=4, help="steps of the flow in a level")
+    made.add_argument("--hidden", type=int, default=32)
+    made.add_argument("--max-grad-norm", type=float, default=1.0, help="clipping; the norms shown are those before it")
+    made.add_argument("--seed", type=int, default=0)
+    settings = made.parse_args(given)
+    report, data = Report("gradient_norms", settings), load(settings.data)
+    report.set(data=data.name)
     runs = []
     for learning_rate in settings.learning_rates:
         for kind in KIND_OF_LAYER:
             runs.append(run(kind, learning_rate, data.train.images, settings))
+            report.set(summary=summarize(runs), runs=runs)
             bits = runs[-1]["failure"] or f"{runs[-1]['bits_per_dim'][-1]:.3f} bits/dim"
             print(f"{kind}, learning rate {learning_rate:g}: {bits}", flush=True)
-    rows = summarize(runs)
     print()
-    print_table(
-        ["", "layer", "rate", "first", "last", "largest", "over depth", "bits/dim"],
-        [
-            [row["model"], row["layer"], f"{row['learning_rate']:g}"]
-            + [f"{row[name]:.1e}" for name in ("first", "last", "largest")]
-            + [f"{row['spread_over_depth']:.1f}", f"{row['bits_per_dim']:.3f}"]
-            for row in rows
-        ],
-    )
+    norms = {"first": "{first:.1e}", "last": "{last:.1e}", "largest": "{largest:.1e}"}
+    norms |= {"over depth": "{spread_over_depth:.1f}", "bits/dim": "{bits_per_dim:.3f}"}
+    Table({"": "{model}", "layer": "{layer}", "rate": "{learning_rate:g}", **norms}).add(*summarize(runs))
     if settings.plot:
         plot(runs, settings.plot)
-    if settings.json:
-        names = ("steps", "every", "batch_size", "levels", "depth", "hidden", "max_grad_norm", "seed", "threads")
-        chosen = {name: getattr(settings, name) for name in names} | {"learning_rates": settings.learning_rates}
-        results = {"data": data.name, "summary": rows, "runs": runs}
-        write_json(settings.json, "gradient_norms", settings.device, chosen, results)
-    return 0
+    return report.finish()
 
 
 if __name__ == "__main__":

@@ -1,14 +1,23 @@
-"""What does a solve cost against ``F.conv2d`` on the same tensors?
+"""What does a solve cost against ``F.conv2d`` on the same tensors? And a call, when there is nothing to compute?
 
     python benchmarks/layer.py                           every shape, one thread and two
     python benchmarks/layer.py --quick --shapes 12x16    one shape, shorter
     python benchmarks/layer.py --dtype bfloat16 --rival float32      half-precision images against our float32 solve
-    python benchmarks/layer.py --device cuda --json benchmarks/results/layer-gpu.json
+    python benchmarks/layer.py --device cuda --pattern --json benchmarks/results/layer-gpu.json
+    python benchmarks/layer.py --calls                   microseconds of a call on an empty batch
 
-For every shape the solve and its gradients are checked first; then the two operators are timed in turn in this one
-process. The ratio is our time over the convolution's: below 1 the solve is the faster of the two. The convolution
-pads to its input's size, so both read and write the same tensors; both have a bias. Large single
-images are summed up apart from the shapes of layers.
+For every shape and kind of corner the solve and its gradients are checked first; then the operators are timed in turn
+in this one process. The ratio is our time over the convolution's: below 1 the solve is the faster of the two. The
+convolution pads to its input's size, so both read and write the same tensors; both have a bias. "of the limit" is the
+share of the time in which this machine could not have done less: the multiply-adds at the rate of a large matrix
+product, or the bytes at that of a copy. Large single images are summed up apart from the shapes of layers.
+
+On a GPU the convolution runs in both layouts, of which the faster counts, with TF32 off and on; all of them eagerly and
+replayed from a graph, where launches cost next to nothing. --pattern adds the launch pattern of the published code.
+
+A call on an empty batch is Python, autograd, PyTorch's dispatcher, the checks, and what the kernels do before the first
+image. F.conv2d takes part as the measure of what PyTorch's own operators cost, and a Function in Python that saves and
+returns what ours does and computes nothing, as the measure of what ``autograd.grad`` costs by itself.
 """
 
 from __future__ import annotations
@@ -16,49 +25,32 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import cycle
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import (
-    Case,
+from harness import (
+    RATIOS,
+    Report,
+    Table,
     Work,
+    allow_tf32,
     compare,
     cuda_graph,
-    describe,
+    elapsed_seconds,
     geometric_mean,
-    print_table,
+    parser,
+    relative_error,
+    require,
+    spread,
     time_alternately,
-    write_json,
 )
+from problems import CHECK_ROUNDINGS, CORNERS, MODES, Case, Operands, check
 from torch import Tensor
 
-from inverse_flow.functional import causal_conv2d, inverse_conv2d
-from inverse_flow.reference import inverse_conv2d as plain_recurrence
-
-# The tap's standard deviation times the square root of the fan-in: well conditioned, and far from the identity.
-GAIN = 0.25
-# The weights of a check are the same as those timed. Relative error allowed, in units of the dtype's rounding: the
-# sums of a step have some hundred terms, and half-precision images are rounded once.
-CHECK_ROUNDINGS = 64
-# The plain recurrence takes this many tap steps in well under a second; larger images are checked by the residual.
-RECURRENCE_STEPS = 12_000
-# On a GPU, inputs are rotated through this much memory: more than its cache, so that no call finds its input there.
-ROTATED_BYTES = 256 * 2**20
-MAX_ROTATED = 32
-
-MODES = ("forward", "forward+backward")
-# By set of shapes and by mode.
-TARGETS: dict[str, dict[str, dict[str, float]]] = {
-    "layers": {"forward": {"geometric mean": 0.45, "worst": 0.8}, "forward+backward": {"geometric mean": 0.5}},
-    "large images": {"forward": {"worst": 1.0}},
-}
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
+from inverse_flow import InverseConv2d
+from inverse_flow.functional import inverse_conv2d
 
 CASES = [
     *(Case(100, c, s) for c, s in [(1, 28), (3, 32), (4, 14), (12, 16)]),
@@ -69,299 +61,311 @@ CASES = [
 ]
 # Too few images for lanes: the rows of one fill them.
 LARGE_IMAGES = [Case(1, c, s) for c, s in [(3, 1024), (16, 128), (64, 64)]]
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TF32 = {"tf32 off": False, "tf32 on": True}
+# Of the ratios to the convolution, by device, set of shapes and mode.
+TARGETS: dict[tuple[str, str, str], dict[str, float]] = {
+    ("cpu", "layers", "forward"): {"mean": 0.45, "worst": 0.8},
+    ("cpu", "layers", "forward+backward"): {"mean": 0.5},
+    ("cpu", "large images", "forward"): {"worst": 1.0},
+    ("cuda", "layers", "forward"): {"mean": 1.0, "worst": 1.5},
+    ("cuda", "layers", "forward+backward"): {"mean": 0.9},
+}
+CALL_TARGETS = {"functional, no grad": 15.0, "functional, backward": 25.0}  # µs, on the CPU
+BARE_BACKWARD = "bare Function, backward"
+PATTERN_CALLS = 3
+LIMIT_SIDE, LIMIT_BYTES = 512, 64 * 2**20
 
 
-def parse_case(text: str) -> Case:
-    """CxH, BxCxH or BxCxHxK; B is 100 and K is 3 where they are left out."""
-    try:
-        numbers = [int(part) for part in text.split("x")]
-    except ValueError:
-        numbers = []
-    if not 2 <= len(numbers) <= 4 or min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"a shape is CxH, BxCxH or BxCxHxK, got {text!r}")
-    case = Case(100, *numbers) if len(numbers) == 2 else Case(*numbers)
-    if case.kernel % 2 == 0:
-        raise argparse.ArgumentTypeError(f"the kernel must be odd for a convolution that keeps the size, got {text!r}")
-    return case
+# ---- The solve ----
 
 
-@dataclass
-class Operands:
-    """The tensors of a case: ``inputs`` are rotated through, the rest is shared."""
-
-    inputs: list[Tensor]
-    weight: Tensor
-    bias: Tensor
-    grad: Tensor
-
-    def differentiable(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(input, weight, bias) that all require gradients, rotating through the inputs for ever."""
-        weight, bias = self.weight.detach().requires_grad_(), self.bias.detach().requires_grad_()
-        return cycle([(x.detach().requires_grad_(), weight, bias) for x in self.inputs])
+def machine_limits(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """Multiply-adds and bytes a second, with as many threads as PyTorch has now."""
+    matrix = torch.randn(LIMIT_SIDE, LIMIT_SIDE, device=device, dtype=dtype)
+    source = torch.empty(LIMIT_BYTES // dtype.itemsize, device=device, dtype=dtype).fill_(1)
+    copy = torch.empty_like(source)
+    works: dict[str, Work] = {"multiply_adds": lambda: matrix @ matrix, "bytes": lambda: copy.copy_(source)}
+    amounts = {"multiply_adds": LIMIT_SIDE**3, "bytes": 2 * LIMIT_BYTES}
+    return {name: amounts[name] / min(s) for name, s in time_alternately(works, device, 0.0).items()}
 
 
-def make_operands(case: Case, dtype: torch.dtype, device: torch.device) -> Operands:
-    """Seeded random tensors of a case."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    shape = (case.batch, case.channels, case.size, case.size)
-    weight = normal(case.channels, case.channels, case.kernel, case.kernel)
-    weight *= GAIN / weight[0].numel() ** 0.5
-    weight[:, :, -1, -1] += torch.eye(case.channels)
-    images = normal(*shape).to(device, dtype)
-    count = 1
-    if device.type == "cuda":
-        count = max(2, min(MAX_ROTATED, ROTATED_BYTES // (images.numel() * images.element_size())))
-    return Operands(
-        [images.roll(i, 0) for i in range(count)],
-        weight.to(device, dtype),
-        normal(case.channels).to(device, dtype),
-        normal(*shape).to(device, dtype),
-    )
+def least_seconds(case: Case, mode: str, dtype: torch.dtype, limits: Mapping[str, float]) -> float:
+    """What the limits allow: forward reads y and writes x; the backward pass reads x and g and writes u, and has the
+    multiply-adds of a solve and of the weight's gradient."""
+    values = case.batch * case.channels * case.size**2
+    passes, tensors = (1, 2) if mode == "forward" else (3, 5)
+    work = passes * values * case.channels * case.kernel**2
+    return max(work / limits["multiply_adds"], tensors * values * dtype.itemsize / limits["bytes"])
 
 
-def check(operands: Operands, corner: str) -> dict[str, float]:
-    """Relative errors of the solve and of its three gradients, against float64 arithmetic that shares no kernel with
-    ours: the residual A x + b − y, the adjoint residual Aᵀ u − g, and the weight gradient of the convolution.
+def with_tf32(work: Work, allowed: bool) -> Work:
+    """A call under a setting of its own, so that all settings can be timed in turn."""
 
-    Raises:
-        ArithmeticError: one of them is too large, or not a number.
-    """
-    y, weight, bias = next(operands.differentiable())
-    x = inverse_conv2d(y, weight, bias, corner=corner)
-    u, grad_weight, grad_bias = torch.autograd.grad(x, (y, weight, bias), operands.grad)
+    def run() -> None:
+        allow_tf32(allowed)
+        work()
 
-    # The adjoint of the convolution at (x, u) holds all that the gradients of the solve are made of.
-    x64, weight64 = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
-    again = causal_conv2d(x64, weight64, bias.detach().double(), corner=corner)
-    adjoint, conv_grad_weight = torch.autograd.grad(again, (x64, weight64), u.double())
-
-    def relative(found: Tensor, wanted: Tensor) -> float:
-        return float((found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-30))
-
-    errors = {
-        "residual": relative(again.detach(), y.detach()),
-        "grad_input": relative(adjoint, operands.grad),
-        "grad_weight": relative(grad_weight, -conv_grad_weight),
-        "grad_bias": relative(grad_bias, -u.double().sum((0, 2, 3))),
-    }
-    if y.shape[2] * y.shape[3] * weight.shape[2] * weight.shape[3] <= RECURRENCE_STEPS:
-        oracle = plain_recurrence(
-            y[:2].detach().double(), weight.detach().double(), bias.detach().double(), corner=corner
-        )
-        errors["recurrence"] = relative(x[:2].detach(), oracle)
-    allowed = CHECK_ROUNDINGS * torch.finfo(y.dtype).eps
-    wrong = [f"{name} {error:.1e}" for name, error in errors.items() if not error <= allowed]
-    if wrong:
-        raise ArithmeticError(f"relative error above {allowed:.1e}: {', '.join(wrong)}")
-    return errors
+    return run
 
 
-def forward_work(operator: Any, operands: Operands, **arguments: Any) -> Work:
-    """One forward call without autograd."""
-    rotating = cycle(operands.inputs)
-
-    def work() -> None:
-        with torch.no_grad():
-            operator(next(rotating), operands.weight, operands.bias, **arguments)
-
-    return work
-
-
-def training_work(operator: Any, operands: Operands, **arguments: Any) -> Work:
-    """One forward and one backward call, with the gradients of input, weight and bias."""
-    rotating = operands.differentiable()
-
-    def work() -> None:
-        leaves = next(rotating)
-        torch.autograd.grad(operator(*leaves, **arguments), leaves, operands.grad)
-
-    return work
-
-
-def channels_last(operands: Operands) -> Operands:
-    """The same values, in the layout that cuDNN prefers."""
-    last = torch.channels_last
-    return Operands(
-        [x.to(memory_format=last) for x in operands.inputs],
-        operands.weight.to(memory_format=last),
-        operands.bias,
-        operands.grad.to(memory_format=last),
-    )
-
-
-def in_float32(operands: Operands) -> Operands:
-    """The same values as float32."""
-    return Operands(
-        [x.float() for x in operands.inputs], operands.weight.float(), operands.bias.float(), operands.grad.float()
-    )
-
-
-def candidates(mode: str, operands: Operands, corner: str, device: torch.device, rival: str) -> dict[str, Work]:
-    """What competes: ours, and the rival, which is the convolution or our own solve of float32 images; on a GPU the
-    convolution in both layouts, and all of them also replayed from a CUDA graph, where launches cost next to nothing.
-    """
-    make = forward_work if mode == "forward" else training_work
+def candidates(mode: str, operands: Operands, arguments: argparse.Namespace) -> dict[tuple[str, str], Work]:
+    """What competes, by (who, launch): ours with each corner, and the rivals."""
     padding = operands.weight.shape[-1] // 2
-    found = {"ours": make(inverse_conv2d, operands, corner=corner)}
-    if rival == "float32":
-        found[rival] = make(inverse_conv2d, in_float32(operands), corner=corner)
+    works = {f"ours, {corner}": operands.work(mode, inverse_conv2d, corner=corner) for corner in arguments.corner}
+    if arguments.rival == "float32":
+        exact = operands.in_float32()
+        works |= {f"float32, {c}": exact.work(mode, inverse_conv2d, corner=c) for c in arguments.corner}
+    elif arguments.device.type == "cpu":
+        works["conv2d"] = operands.work(mode, F.conv2d, padding=padding)
     else:
-        found[rival] = make(F.conv2d, operands, padding=padding)
-    if device.type == "cuda":
-        if rival == "conv2d":
-            found["conv2d channels_last"] = make(F.conv2d, channels_last(operands), padding=padding)
-        found |= {f"{name} graph": cuda_graph(rotation(work, len(operands.inputs))) for name, work in found.items()}
-        for name in [name for name in found if not name.endswith("graph")]:
-            found[name] = rotation(found[name], len(operands.inputs))
+        last = operands.map(lambda tensor: tensor.to(memory_format=torch.channels_last))
+        works = {name: with_tf32(work, False) for name, work in works.items()}
+        for setting, allowed in TF32.items():
+            for layout, tensors in {"NCHW": operands, "channels_last": last}.items():
+                rival = with_tf32(tensors.work(mode, F.conv2d, padding=padding), allowed)
+                works[f"conv2d {layout}, {setting}"] = rival
+    found = {(name, "eager"): work for name, work in works.items()}
+    if arguments.device.type == "cuda":
+        found |= {(name, "graph"): cuda_graph(work) for name, work in works.items()}
+        allow_tf32(False)
     return found
 
 
-def rotation(work: Work, count: int) -> Work:
-    """``work`` once for each of ``count`` inputs: what a graph has to capture to rotate at all."""
-
-    def all_inputs() -> None:
-        for _ in range(count):
-            work()
-
-    return all_inputs
-
-
-def measure(case: Case, mode: str, operands: Operands, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row (on a GPU one for eager calls and one for graph replay): ours against the faster rival."""
-    works = candidates(mode, operands, arguments.corner, arguments.device, arguments.rival)
-    samples = time_alternately(works, arguments.device, arguments.budget)
+def rows_of(samples: Mapping[tuple[str, str], Sequence[float]], inputs: int) -> list[dict[str, Any]]:
+    """A row for each launch, corner and setting of the rival: ours against the fastest one that fits."""
     rows = []
-    for launch, suffix in (("eager", ""), ("graph", " graph")):
-        names = [name for name in samples if not name.startswith("ours") and name.endswith("graph") == bool(suffix)]
-        if not names:
-            continue
-        rival = min(names, key=lambda name: statistics.median(samples[name]))
-        calls = len(operands.inputs)
-        ours_samples, rival_samples = ([s / calls for s in samples[name]] for name in (f"ours{suffix}", rival))
-        row = {"shape": str(case), "mode": mode, "launch": launch, "rival": rival.removesuffix(suffix)}
-        row["set"] = "large images" if case in LARGE_IMAGES else "layers"
-        rows.append(row | compare(ours_samples, rival_samples))
+    for ours, launch in [key for key in samples if key[0].startswith("ours, ")]:
+        corner = ours.removeprefix("ours, ")
+        rivals = [name for name, other in samples if other == launch and not name.startswith("ours, ")]
+        rivals = [name for name in rivals if not name.startswith("float32, ") or name.endswith(f", {corner}")]
+        settings = [setting for setting in TF32 if any(name.endswith(setting) for name in rivals)]
+        for setting in settings or [""]:
+            fitting = [name for name in rivals if name.endswith(setting)]
+            best = min(fitting, key=lambda name: statistics.median(samples[name, launch]))
+            mine, theirs = ([s / inputs for s in samples[name, launch]] for name in (ours, best))
+            rows.append({"corner": corner, "launch": launch, "rival": best, "tf32": setting, **compare(mine, theirs)})
     return rows
 
 
-def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Geometric mean and worst ratio of each mode and setting, of layers and of large images."""
+def pattern_ms(mode: str, operands: Operands) -> float:
+    """Milliseconds of a call in the launch pattern of the published code.
+
+    Raises:
+        ArithmeticError: its results differ from ours, or it cannot be built.
+    """
+    import published_pattern
+
+    y, weight = operands.inputs[0], operands.weight
+    try:
+        theirs = published_pattern.solve(y, weight)
+    except (RuntimeError, OSError) as error:
+        raise ArithmeticError(f"it cannot be built or run: {error}") from error
+    ours = inverse_conv2d(y, weight, corner="unit_triangular")
+    require({"the published pattern": relative_error(theirs, ours)}, CHECK_ROUNDINGS * torch.finfo(y.dtype).eps)
+
+    def work() -> None:
+        x = published_pattern.solve(y, weight)
+        if mode != "forward":
+            published_pattern.backward(operands.grad, x, weight)
+
+    work()
+    return 1e3 * min(elapsed_seconds(work, 1, y.device) for _ in range(PATTERN_CALLS))
+
+
+def summarise(rows: Sequence[Mapping[str, Any]], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Geometric mean and worst ratio of each mode and setting, of layers and of large images, with the targets."""
     found = []
-    names = ("threads", "launch", "set", "mode")
+    names = ("threads", "launch", "tf32", "corner", "set", "mode")
     for key in dict.fromkeys(tuple(row[name] for name in names) for row in rows):
         members = [row for row in rows if tuple(row[name] for name in names) == key]
-        ratios = [row["ratio"] for row in members]
-        figures = {"geometric mean": geometric_mean(ratios), "worst": max(ratios)}
-        figures["of the fastest samples"] = geometric_mean([row["ratio_fastest"] for row in members])
-        found.append(dict(zip(names, key, strict=True)) | figures | {"shapes": len(ratios)})
+        entry = dict(zip(names, key, strict=True)) | {
+            "shapes": len(members),
+            "mean": geometric_mean([row["ratio"] for row in members]),
+            "worst": max(row["ratio"] for row in members),
+            "fastest": geometric_mean([row["ratio_fastest"] for row in members]),
+        }
+        aims = TARGETS.get((arguments.device.type, entry["set"], entry["mode"]), {})
+        if arguments.rival == "conv2d":
+            entry["targets"] = ", ".join(
+                f"{name} ≤ {aim} {'kept' if entry[name] <= aim else 'MISSED'}" for name, aim in aims.items()
+            )
+        found.append(entry)
     return found
 
 
-def print_summary(summary: list[dict[str, Any]], device: torch.device, rival: str) -> None:
-    """The figures, with the CPU's targets against the convolution beside them."""
+def compare_shapes(report: Report, arguments: argparse.Namespace) -> None:
+    """Every shape, with every number of threads: a row as soon as it is measured."""
+    columns = {
+        "B x C x H², kernel, mode": "{shape:24} {mode:16}",
+        "corner": "{corner:15}",
+        "setting": "{threads} thread(s)" if arguments.device.type == "cpu" else "{launch}, {rival:30}",
+        "ours ms": "{ours_ms:.4f}",
+        f"{arguments.rival} ms": "{rival_ms:.4f}",
+        **RATIOS,
+        "of the limit": "{of_the_limit:.2f}",
+    }
+    if arguments.pattern:
+        columns["pattern / ours"] = "{pattern_ratio:.0f}"
+    table, rows, dtype = Table(columns), [], DTYPES[arguments.dtype]
+    for threads in arguments.threads:
+        torch.set_num_threads(threads)
+        limits = machine_limits(dtype, arguments.device)
+        report.add("limits", {"threads": threads, **limits})
+        for case in arguments.shapes:
+            operands = Operands.make(case, dtype, arguments.device)
+            for mode in arguments.mode:
+                where = {"shape": str(case), "mode": mode, "threads": threads}
+                where["set"] = "large images" if case in LARGE_IMAGES else "layers"
+                correct = []
+                for corner in arguments.corner:
+                    with report.checked(f"{case}, {corner}, {threads} threads"):
+                        if mode == arguments.mode[0]:
+                            report.add("checks", where | {"corner": corner, **check(operands, corner)})
+                        correct.append(corner)
+                if not correct:
+                    continue
+                measured = argparse.Namespace(**{**vars(arguments), "corner": correct})
+                samples = time_alternately(candidates(mode, operands, measured), arguments.device, arguments.budget)
+                pattern = None
+                if arguments.pattern:
+                    with report.checked(f"published pattern, {case}, {mode}"):
+                        pattern = pattern_ms(mode, operands)
+                for figures in rows_of(samples, len(operands.inputs)):
+                    row = where | figures | {"pattern_ms": pattern}
+                    if pattern and row["corner"] == "unit_triangular":
+                        row["pattern_ratio"] = pattern / row["ours_ms"]
+                    row["of_the_limit"] = least_seconds(case, mode, dtype, limits) / (row["ours_ms"] / 1e3)
+                    rows.append(row)
+                    report.add("rows", row)
+                    table.add(row)
+    summary = summarise(rows, arguments)
+    report.set(summary=summary)
     print()
-    for entry in summary:
-        where = f"{entry['threads']} thread{'s' if entry['threads'] > 1 else ''}"
-        figures = []
-        for name in ("geometric mean", "worst", "of the fastest samples"):
-            targets = TARGETS[entry["set"]].get(entry["mode"], {})
-            target = targets.get(name) if device.type == "cpu" and rival == "conv2d" else None
-            figures.append(f"{name} {entry[name]:.3f}" + (f" (target at most {target})" if target else ""))
-        setting = where if device.type == "cpu" else entry["launch"]
-        print(f"{entry['mode']}, {setting}, {entry['shapes']} {entry['set']}: {', '.join(figures)}")
+    columns = {"mode, set, corner": "{mode}, {shapes} {set}, {corner}", "setting": "{threads}, {launch} {tf32}"}
+    columns |= {name: f"{{{name}:.3f}}" for name in ("mean", "worst", "fastest")}
+    Table(columns | {"targets": "{targets}"}).add(*summary)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu (default) or cuda")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="CPU threads to measure with")
-    parser.add_argument(
-        "--shapes",
-        type=parse_case,
-        nargs="+",
-        default=[*CASES, *LARGE_IMAGES],
-        metavar="BxCxHxK",
+# ---- The call ----
+
+
+class BareFunction(torch.autograd.Function):
+    """Saves, and hands back, what the solve does; computes nothing."""
+
+    @staticmethod
+    def forward(input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return input.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(output, *inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, ...]:
+        _, weight, bias = ctx.saved_tensors
+        return grad_output, weight, bias
+
+
+def calls(device: torch.device, channels: int = 3, size: int = 8, kernel: int = 3) -> dict[str, Work]:
+    """Calls on an empty batch; a backward pass is timed by itself, over a graph that is kept.
+
+    Raises:
+        ArithmeticError: such a call does not give an empty result, and gradients of zero.
+    """
+    layer = InverseConv2d(channels, kernel, device=device)
+    input = torch.empty(0, channels, size, size, device=device, requires_grad=True)
+    leaves = (input, layer.weight.detach().requires_grad_(), torch.zeros(channels, device=device, requires_grad=True))
+    plain, grad = tuple(tensor.detach() for tensor in leaves), torch.empty_like(input)
+
+    def solve(y: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return inverse_conv2d(y, w, b, corner="unit_triangular")
+
+    def convolve(y: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return F.conv2d(y, w, b, padding=kernel // 2)
+
+    gradients = torch.autograd.grad(solve(*leaves), leaves, grad)
+    if solve(*plain).shape != input.shape or any(bool(gradient.any()) for gradient in gradients):
+        raise ArithmeticError("an empty batch does not give an empty result and gradients of zero")
+
+    def without_grad(work: Work) -> Work:
+        def run() -> None:
+            with torch.no_grad():
+                work()
+
+        return run
+
+    def backward(output: Tensor, inputs: tuple[Tensor, ...]) -> Work:
+        return lambda: torch.autograd.grad(output, inputs, grad, retain_graph=True)
+
+    # The operators themselves: order top-left, unit triangular corner, not transposed.
+    ours, chosen = torch.ops.inverse_flow, ((0,), 1, False)
+    return {
+        "operator, no grad": without_grad(lambda: ours.solve(*plain, *chosen)),
+        "functional, no grad": without_grad(lambda: solve(*plain)),
+        "module, no grad": without_grad(lambda: layer(plain[0])),
+        "conv2d, no grad": without_grad(lambda: convolve(*plain)),
+        "functional, with grad": lambda: solve(*leaves),
+        "module, with grad": lambda: layer(input),
+        "conv2d, with grad": lambda: convolve(*leaves),
+        "operator, backward": without_grad(lambda: ours.solve_backward(grad, plain[0], plain[1], *chosen)),
+        "functional, backward": backward(solve(*leaves), leaves),
+        BARE_BACKWARD: backward(BareFunction.apply(*leaves), leaves),
+        "module, backward": backward(layer(input)[0], (input, *layer.parameters())),
+        "conv2d, backward": backward(convolve(*leaves), leaves),
+    }
+
+
+def time_calls(report: Report, arguments: argparse.Namespace) -> None:
+    samples = time_alternately(calls(arguments.device), arguments.device, arguments.budget)
+    rows = [{"call": name, **spread(seconds)} for name, seconds in samples.items()]
+    for row in rows:
+        row |= {f"{name}_us": 1e3 * row[f"{name}_ms"] for name in ("p20", "p80", "fastest")}
+        row["median_us"] = 1e3 * row["ms"]
+        row["target"] = CALL_TARGETS.get(row["call"]) if arguments.device.type == "cpu" else None
+    names = ("median", "p20", "p80", "fastest")
+    columns = {"call on an empty batch, µs": "{call}", **{name: f"{{{name}_us:.2f}}" for name in names}}
+    Table(columns | {"target": "{target:.0f}"}).add(*rows)
+    medians = {row["call"]: row["median_us"] for row in rows}
+    above = medians["functional, backward"] - medians[BARE_BACKWARD]
+    print(f"functional, backward, above a bare Function: {above:.1f} µs")
+    report.set(rows=rows)
+
+
+def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    made = parser(__doc__, threads=(1, 2), budget=1.5)
+    made.add_argument(
+        "--shapes", type=Case.parse, nargs="+", default=[*CASES, *LARGE_IMAGES], metavar="BxCxHxK",
         help="also CxH (B=100, K=3) and BxCxH (K=3)",
-    )
-    parser.add_argument("--mode", choices=MODES, nargs="+", default=list(MODES))
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument(
-        "--rival", choices=("conv2d", "float32"), default="conv2d", help="float32: our own solve of float32 images"
-    )
-    parser.add_argument("--corner", choices=("identity", "unit_triangular", "general"), default="unit_triangular")
-    parser.add_argument("--budget", type=float, default=1.5, help="seconds of timing for each row")
-    parser.add_argument("--quick", action="store_true", help="a fifth of the budget")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    arguments = parser.parse_args()
+    )  # fmt: skip
+    made.add_argument("--mode", choices=MODES, nargs="+", default=list(MODES))
+    made.add_argument("--corner", choices=CORNERS, nargs="+", default=["general", "unit_triangular"])
+    made.add_argument("--dtype", choices=DTYPES, default="float32")
+    made.add_argument("--rival", choices=("conv2d", "float32"), default="conv2d", help="float32: our own solve of it")
+    made.add_argument("--quick", action="store_true", help="a fifth of the budget")
+    made.add_argument("--pattern", action="store_true", help="also the published launch pattern, on a GPU")
+    made.add_argument("--calls", action="store_true", help="what a call on an empty batch costs, and nothing else")
+    arguments = made.parse_args(given)
+    if arguments.calls:
+        arguments.threads, arguments.budget = [1], max(20.0, arguments.budget) if arguments.budget else 0.0
+    elif arguments.device.type == "cuda":
+        arguments.threads = [torch.get_num_threads()]
     if arguments.quick:
         arguments.budget /= 5
-    if arguments.device.type == "cuda":
-        arguments.threads = [torch.get_num_threads()]
+    if arguments.pattern and (arguments.device.type, arguments.dtype) != ("cuda", "float32"):
+        made.error("--pattern needs --device cuda and float32")
     return arguments
 
 
-def main() -> int:
-    arguments = parse_arguments()
-    # The convolution must compute in float32 like the solve.
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.benchmark = True
-
-    print(f"{describe(arguments.device)}; {arguments.dtype} against {arguments.rival}, corner {arguments.corner}")
-    rows: list[dict[str, Any]] = []
-    failures: list[dict[str, Any]] = []
-    checks: list[dict[str, Any]] = []
-    for threads in arguments.threads:
-        torch.set_num_threads(threads)
-        for case in arguments.shapes:
-            operands = make_operands(case, DTYPES[arguments.dtype], arguments.device)
-            try:
-                errors = check(operands, arguments.corner)
-            except ArithmeticError as error:
-                print(f"WRONG  {case}, {threads} threads: {error}", file=sys.stderr)
-                failures.append({"shape": str(case), "threads": threads, "error": str(error)})
-                continue
-            checks.append({"shape": str(case), "threads": threads, **errors})
-            for mode in arguments.mode:
-                rows += [row | {"threads": threads} for row in measure(case, mode, operands, arguments)]
-            if sys.stderr.isatty():
-                print(f"measured {case}, {threads} threads", file=sys.stderr)
-
-    header = [
-        "B x C x H², kernel",
-        "threads",
-        "mode",
-        "ours ms",
-        f"{arguments.rival} ms",
-        "ratio",
-        "p20",
-        "p80",
-        "fastest",
-        "rounds",
-    ]
-    if arguments.device.type == "cuda":
-        header[1] = "launch"
-    cells = []
-    for row in rows:
-        setting = str(row["threads"]) if arguments.device.type == "cpu" else f"{row['launch']}, {row['rival']}"
-        figures = [f"{row['ours_ms']:.3f}", f"{row['rival_ms']:.3f}"]
-        ratios = [f"{row[name]:.3f}" for name in ("ratio", "ratio_p20", "ratio_p80", "ratio_fastest")]
-        cells.append([row["shape"], setting, row["mode"], *figures, *ratios, str(row["rounds"])])
-    print_table(header, cells)
-    summary = summarise(rows)
-    print_summary(summary, arguments.device, arguments.rival)
-    if arguments.json:
-        settings = {"dtype": arguments.dtype, "rival": arguments.rival, "corner": arguments.corner}
-        settings["budget_seconds"] = arguments.budget
-        results = {"rows": rows, "summary": summary, "checks": checks, "failures": failures}
-        write_json(arguments.json, "layer", arguments.device, settings, results)
-    if failures:
-        print(f"{len(failures)} checks failed: those rows were not timed", file=sys.stderr)
-    return 1 if failures else 0
+def main(given: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(given)
+    report = Report("overhead" if arguments.calls else "layer", arguments)
+    if arguments.calls:
+        with report.checked("an empty batch"):
+            time_calls(report, arguments)
+    else:
+        compare_shapes(report, arguments)
+    return report.finish()
 
 
 if __name__ == "__main__":

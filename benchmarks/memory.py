@@ -21,22 +21,33 @@ import argparse
 import statistics
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
-from common import Work, compare, describe, print_table, time_alternately, write_json
-from matplotlib.figure import Figure
+from harness import (
+    RATIOS,
+    Report,
+    Table,
+    Work,
+    compare,
+    new_figure,
+    parser,
+    relative_error,
+    require,
+    save_figure,
+    time_alternately,
+)
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from inverse_flow.flows import AffineCoupling, Compose, Flow
 from inverse_flow.models import Glow
-from inverse_flow.reversible import replay
 
 try:
     import normflows
@@ -159,63 +170,78 @@ def images(setting: Setting, device: torch.device) -> Tensor:
     return torch.rand(setting.batch, 3, setting.side, setting.side, generator=generator).to(device)
 
 
-def bytes_saved(run: Callable[[], Any], known: Sequence[Tensor] = ()) -> int:
-    """Bytes of the storages that autograd keeps for the backward pass of ``run()``, each counted once, without those
-    of ``known``.
-    """
+@contextmanager
+def counting_bytes(known: Sequence[Tensor] = ()) -> Iterator[Callable[[], int]]:
+    """Counts the bytes of the storages that autograd keeps for a backward pass, each once, without those of ``known``;
+    yields what tells the count so far."""
     storages: dict[int, torch.UntypedStorage] = {}
+    left_out = {tensor.untyped_storage()._cdata for tensor in known}
 
     def pack(tensor: Tensor) -> Tensor:
         # Holding the storage keeps its address from being given to another one.
         storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage
+        if storage._cdata not in left_out:
+            storages[storage._cdata] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run()
-    for tensor in known:
-        storages.pop(tensor.untyped_storage()._cdata, None)
-    return sum(storage.nbytes() for storage in storages.values())
+        yield lambda: sum(storage.nbytes() for storage in storages.values())
+
+
+class NothingDrawn(TorchFunctionMode):
+    """Generator states count as equal: they are compared to find layers that draw random numbers, and here none does.
+    Fake tensors cannot be compared."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return True if function is torch.equal else function(*args, **(kwargs or {}))
+
+
+def count_bytes(setting: Setting, steps: int) -> list[dict[str, Any]]:
+    """Bytes saved by each way, at one depth."""
+    rows = []
+    # The parameters are real; what comes of a fake batch and of them is fake.
+    for name, (model, loss) in losses(setting, steps, torch.device("cpu")).items():
+        with FakeTensorMode(allow_non_fake_inputs=True), NothingDrawn():
+            x = torch.empty(setting.batch, 3, setting.side, setting.side)
+            with counting_bytes([*model.parameters(), *model.buffers()]) as count:
+                loss(x)
+                rows.append({"method": name, "steps": steps, "bytes": count()})
+    return rows
+
+
+def measure_peaks(setting: Setting, steps: int, device: torch.device) -> list[dict[str, Any]]:
+    """The allocator's peak during one forward and backward pass on a GPU, parameters and gradients included."""
+    rows = []
+    for name in losses(SMALL, 1, torch.device("cpu")):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        row: dict[str, Any] = {"method": name, "steps": steps, "peak_bytes": None}
+        try:
+            _, loss = losses(setting, steps, device)[name]
+            loss(images(setting, device)).backward()
+            row["peak_bytes"] = torch.cuda.max_memory_allocated(device)
+        except torch.cuda.OutOfMemoryError:
+            pass
+        rows.append(row)
+    return rows
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:
     """Least squares: what one unit of the first coordinate adds to the second."""
-    mean_x, mean_y = (statistics.fmean(values) for values in zip(*points, strict=True))
-    spread = sum((x - mean_x) ** 2 for x, _ in points)
-    return sum((x - mean_x) * (y - mean_y) for x, y in points) / spread
+    return statistics.linear_regression(*zip(*points, strict=True)).slope if len(points) > 1 else float("nan")
 
 
-def count_bytes(setting: Setting, steps: Sequence[int]) -> list[dict[str, Any]]:
-    """Bytes saved by each way, at each depth."""
-    rows = []
-    for count in steps:
-        ways = losses(setting, count, torch.device("cpu"))
-        # The parameters are real; what comes of a fake batch and of them is fake. So would be the generator states that
-        # are compared to find layers that draw random numbers; none of these does.
-        with FakeTensorMode(allow_non_fake_inputs=True), patch.object(replay, "_get_states", lambda device: []):
-            x = torch.empty(setting.batch, 3, setting.side, setting.side)
-            for name, (model, loss) in ways.items():
-                saved = bytes_saved(lambda loss=loss, x=x: loss(x), [*model.parameters(), *model.buffers()])
-                rows.append({"method": name, "steps": count, "bytes": saved})
-    return rows
-
-
-def measure_peaks(setting: Setting, steps: Sequence[int], device: torch.device) -> list[dict[str, Any]]:
-    """The allocator's peak during one forward and backward pass on a GPU, parameters and gradients included."""
-    rows = []
-    for count in steps:
-        for name in losses(SMALL, 1, torch.device("cpu")):
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)
-            row: dict[str, Any] = {"method": name, "steps": count, "peak_bytes": None}
-            try:
-                _, loss = losses(setting, count, device)[name]
-                loss(images(setting, device)).backward()
-                row["peak_bytes"] = torch.cuda.max_memory_allocated(device)
-            except torch.cuda.OutOfMemoryError:
-                pass
-            rows.append(row)
-    return rows
+def print_bytes(rows: Sequence[dict[str, Any]], key: str) -> dict[str, float]:
+    """A table of GiB, and what a step of the flow adds, which is returned in bytes."""
+    steps, lines = list(dict.fromkeys(row["steps"] for row in rows)), []
+    for name in dict.fromkeys(row["method"] for row in rows):
+        values = {row["steps"]: row[key] for row in rows if row["method"] == name and row[key] is not None}
+        each = slope([(LEVELS * count, value) for count, value in values.items()])
+        line = {f"K{count}": value / GIB for count, value in values.items()}
+        lines.append({"method": name, "each": each, "mib": each / 2**20, **line})
+    columns = {f"K={count}": f"{{K{count}:.3f}}" for count in steps}
+    Table({"GiB": "{method}", **columns, "MiB a step": "{mib:.4f}"}).add(*lines)
+    return {line["method"]: line["each"] for line in lines}
 
 
 def check_gradients(setting: Setting, steps: int, device: torch.device) -> dict[str, float]:
@@ -231,18 +257,15 @@ def check_gradients(setting: Setting, steps: int, device: torch.device) -> dict[
         return torch.autograd.grad(ways[name][1](x), parameters)
 
     wanted = gradients(STORED)
-    found = {}
-    for name in (COUPLING, BLOCK, OURS):
-        pairs = zip(gradients(name), wanted, strict=True)
-        found[name] = max(float((mine - w).norm() / w.norm().clamp_min(1e-12)) for mine, w in pairs)
-    wrong = [f"{name} {error:.1e}" for name, error in found.items() if not error <= GRADIENT_TOLERANCE]
-    if wrong:
-        raise ArithmeticError(f"gradients differ by more than {GRADIENT_TOLERANCE:.0e}: {', '.join(wrong)}")
-    return found
+    return require(
+        {name: max(map(relative_error, gradients(name), wanted)) for name in (COUPLING, BLOCK, OURS)},
+        GRADIENT_TOLERANCE,
+    )
 
 
-def measure_times(setting: Setting, steps: int, device: torch.device, budget: float) -> dict[str, list[float]]:
-    """Seconds of a forward and backward pass of each way, in alternation."""
+def measure_times(setting: Setting, steps: int, device: torch.device, budget: float) -> list[dict[str, Any]]:
+    """Forward and backward pass, in alternation: every way against the stored path, ours also against the checkpoint
+    of steps."""
     x = images(setting, device)
 
     def work_of(model: nn.Module, loss: Callable[[Tensor], Tensor]) -> Work:
@@ -253,127 +276,78 @@ def measure_times(setting: Setting, steps: int, device: torch.device, budget: fl
         return work
 
     works = {name: work_of(*way) for name, way in losses(setting, steps, device).items()}
-    return time_alternately(works, device, budget)
-
-
-def ratios(samples: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """Every way against the stored path; ours also against the checkpoint of steps."""
-    rows = [
-        {"method": name, "rival": STORED, **compare(samples[name], samples[STORED])}
-        for name in samples
-        if name != STORED
-    ]
-    return [*rows, {"method": OURS, "rival": BLOCK, **compare(samples[OURS], samples[BLOCK])}]
+    samples = time_alternately(works, device, budget)
+    pairs = [*((name, STORED) for name in samples if name != STORED), (OURS, BLOCK)]
+    return [{"method": a, "rival": b, **compare(samples[a], samples[b])} for a, b in pairs]
 
 
 def plot(rows: Sequence[dict[str, Any]], setting: Setting, path: Path) -> None:
-    """Bytes saved over depth, as ``path``.png and ``path``.svg."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    """Bytes saved over depth."""
+    figure = new_figure(9, 4)
     axes = figure.subplots()
     for name in dict.fromkeys(row["method"] for row in rows):
-        points = [(row["steps"], row["bytes"] / GIB) for row in rows if row["method"] == name]
-        axes.plot(
-            *zip(*points, strict=True), marker="o", markersize=4, linewidth=2 if name == OURS else 1.2, label=name
-        )
-    axes.set_yscale("log")
-    axes.set_xlabel(f"steps in each of {LEVELS} levels")
-    axes.set_ylabel("GiB kept for the backward pass")
+        own = [row for row in rows if row["method"] == name]
+        at, kept = [row["steps"] for row in own], [row["bytes"] / GIB for row in own]
+        axes.plot(at, kept, marker="o", markersize=4, linewidth=2 if name == OURS else 1.2, label=name)
+    axes.set(yscale="log", xlabel=f"steps in each of {LEVELS} levels", ylabel="GiB kept for the backward pass")
     axes.set_title(f"Glow, {setting}")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right center")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for suffix in (".png", ".svg"):
-        figure.savefig(path.with_suffix(suffix), dpi=150, metadata={"Date": None} if suffix == ".svg" else None)
-        print(f"written: {path.with_suffix(suffix)}")
+    save_figure(figure, path)
 
 
-def print_bytes(rows: Sequence[dict[str, Any]], key: str) -> dict[str, float]:
-    """A table of GiB, and what a step of the flow adds, which is returned in bytes."""
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    steps = list(dict.fromkeys(row["steps"] for row in rows))
-    slopes, cells = {}, []
-    for name in methods:
-        values = {row["steps"]: row[key] for row in rows if row["method"] == name}
-        points = [(LEVELS * count, value) for count, value in values.items() if value is not None]
-        slopes[name] = slope(points) if len(points) > 1 else float("nan")
-        figures = ["out of memory" if values[count] is None else f"{values[count] / GIB:.3f}" for count in steps]
-        cells.append([name, *figures, f"{slopes[name] / 2**20:.4f}"])
-    print_table(["GiB", *(f"K={count}" for count in steps), "MiB a step"], cells)
-    return slopes
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu (default) or cuda")
-    parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS), help="depths K to count bytes at")
-    parser.add_argument("--timed-steps", type=int, default=4, help="the depth K that is timed")
-    parser.add_argument("--batch", type=int, help="images in a timed batch")
-    parser.add_argument("--side", type=int, help="side of the timed images")
-    parser.add_argument("--full", action="store_true", help=f"time the reference setting, {REFERENCE}")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads to measure with")
-    parser.add_argument("--budget", type=float, default=60.0, help="seconds of timing, at least 15 rounds")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    parser.add_argument("--plot", type=Path, help="draw the bytes into this file, as .png and .svg")
-    arguments = parser.parse_args()
+def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    made = parser(__doc__, threads=1, budget=60.0, plot=True)
+    made.add_argument("--steps", type=int, nargs="+", default=list(STEPS), help="depths K to count bytes at")
+    made.add_argument("--timed-steps", type=int, default=4, help="the depth K that is timed")
+    for name in ("batch", "side", "hidden"):
+        made.add_argument(f"--{name}", type=int, help="of the timed setting")
+    made.add_argument("--full", action="store_true", help=f"time the reference setting, {REFERENCE}, not {SMALL}")
+    arguments = made.parse_args(given)
     timed = REFERENCE if arguments.full else SMALL
-    arguments.timed = Setting(arguments.batch or timed.batch, arguments.side or timed.side, timed.hidden)
+    arguments.timed = Setting(*(getattr(arguments, f) or getattr(timed, f) for f in ("batch", "side", "hidden")))
     return arguments
 
 
-def main() -> int:
-    arguments = parse_arguments()
-    torch.set_num_threads(arguments.threads)
+def main(given: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(given)
     warnings.filterwarnings("ignore", "torch.lu is deprecated")  # in normflows
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
-    print(describe(arguments.device))
+    device, timed = arguments.device, arguments.timed
+    report = Report("memory", arguments)
     if normflows is None:
         print("normflows is not installed, so it is left out: pip install --no-deps normflows", file=sys.stderr)
+    report.set(bytes_at=str(REFERENCE), normflows=getattr(normflows, "__version__", None), targets=TARGETS)
 
     print(f"\nkept for the backward pass, {REFERENCE}")
-    rows = count_bytes(REFERENCE, arguments.steps)
+    rows: list[dict[str, Any]] = []
+    for count in arguments.steps:
+        rows += count_bytes(REFERENCE, count)
+        report.set(bytes=rows)
     slopes = print_bytes(rows, "bytes")
-    results: dict[str, Any] = {"bytes": rows, "bytes_per_step": slopes}
-    if arguments.device.type == "cuda":
-        print(f"\npeak of the allocator, {REFERENCE}")
-        results["peaks"] = measure_peaks(REFERENCE, arguments.steps, arguments.device)
-        results["peak_bytes_per_step"] = print_bytes(results["peaks"], "peak_bytes")
-
-    print(f"\nforward and backward, {arguments.timed}, K={arguments.timed_steps}, {arguments.threads} thread(s)")
-    try:
-        results["gradient_differences"] = check_gradients(arguments.timed, arguments.timed_steps, arguments.device)
-    except ArithmeticError as error:
-        print(f"WRONG  {error}", file=sys.stderr)
-        return 1
-    results["times"] = ratios(measure_times(arguments.timed, arguments.timed_steps, arguments.device, arguments.budget))
-    names = ("ratio", "ratio_p20", "ratio_p80", "ratio_fastest")
-    print_table(
-        ["", "against", "ms", "rival ms", "ratio", "p20", "p80", "fastest", "rounds"],
-        [
-            [row["method"], row["rival"], f"{row['ours_ms']:.1f}", f"{row['rival_ms']:.1f}"]
-            + [*(f"{row[name]:.3f}" for name in names), str(row["rounds"])]
-            for row in results["times"]
-        ],
-    )
-    by_rival = {row["rival"]: row["ratio"] for row in results["times"] if row["method"] == OURS}
-    reached = dict(zip(TARGETS, (slopes.get(OURS, float("nan")), by_rival[STORED], by_rival[BLOCK]), strict=True))
-    print()
-    for name, target in TARGETS.items():
-        print(f"{name}: {reached[name]:.4g} (target at most {target})")
+    report.set(bytes_per_step=slopes)
     if arguments.plot:
         plot(rows, REFERENCE, arguments.plot)
-    if arguments.json:
-        settings = {
-            "levels": LEVELS,
-            "bytes_at": str(REFERENCE),
-            "timed_at": str(arguments.timed),
-            "timed_steps": arguments.timed_steps,
-            "threads": arguments.threads,
-            "normflows": None if normflows is None else getattr(normflows, "__version__", "unknown"),
-            "targets": TARGETS,
-        }
-        write_json(arguments.json, "memory", arguments.device, settings, results)
-    return 0
+    if device.type == "cuda":
+        print(f"\npeak of the allocator, {REFERENCE}")
+        peaks: list[dict[str, Any]] = []
+        for count in arguments.steps:
+            peaks += measure_peaks(REFERENCE, count, device)
+            report.set(peaks=peaks)
+        report.set(peak_bytes_per_step=print_bytes(peaks, "peak_bytes"))
+
+    print(f"\nforward and backward, {timed}, K={arguments.timed_steps}, {arguments.threads} thread(s)")
+    with report.checked("gradients"):
+        report.set(gradient_differences=check_gradients(timed, arguments.timed_steps, device))
+        times = measure_times(timed, arguments.timed_steps, device, arguments.budget)
+        report.set(times=times)
+        columns = {"": "{method}", "against": "{rival}", "ms": "{ours_ms:.1f}", "rival ms": "{rival_ms:.1f}"}
+        Table(columns | RATIOS).add(*times)
+        by_rival = {row["rival"]: row["ratio"] for row in times if row["method"] == OURS}
+        reached = dict(zip(TARGETS, (slopes[OURS], by_rival[STORED], by_rival[BLOCK]), strict=True))
+        print()
+        for name, target in TARGETS.items():
+            print(f"{name}: {reached[name]:.4g} (target at most {target})")
+    return report.finish()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ recurrence's error, plus one rounding to the images' dtype.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import describe, print_table, write_json
+from harness import Report, Table, new_figure, parser, save_figure
 from torch import Tensor
 
 from inverse_flow import explain
@@ -48,6 +47,7 @@ REGIMES = {"images as lanes": BATCH, "rows as lanes": 1}
 # Standard deviation of the taps that the corner's family leaves alone, times the square root of the fan-in.
 CORNER_GAIN = 0.25
 FACTOR = 2.0
+RULE = f"error <= {FACTOR} x plain error + one rounding to the images' dtype"
 # The bisection ends when the growth is this close, relatively.
 GROWTH_TOLERANCE = 1e-3
 # The oracle of float64 images has to be more exact than float64.
@@ -194,10 +194,8 @@ def measure(samples: Sequence[Sample], solve: Solve) -> dict[str, Any]:
     """The worst errors of several draws, and whether each draw keeps to the rule."""
     errors, plain, ratios, kept = [], [], [], True
     for sample in samples:
-        error, plain_error = (
-            sample.error(solve(sample.images, sample.weight, sample.corner)),
-            sample.error(sample.plain),
-        )
+        error = sample.error(solve(sample.images, sample.weight, sample.corner))
+        plain_error = sample.error(sample.plain)
         errors.append(error)
         plain.append(plain_error)
         # Where both are one rounding to the images' dtype, or none at all, a ratio would say nothing.
@@ -214,10 +212,8 @@ def measure(samples: Sequence[Sample], solve: Solve) -> dict[str, Any]:
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Error over growth, as ``path``.png and ``path``.svg."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    """Error over growth."""
+    figure = new_figure(10, 4.5)
     panels = figure.subplots(1, len(FAMILIES), sharey=True)
     colours = {str(dtype).removeprefix("torch."): f"C{i}" for i, dtype in enumerate(DTYPES)}
     markers = dict(zip(REGIMES, "ox", strict=True))
@@ -229,9 +225,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
             at = [row["growth"] for row in members]
             axes.plot(at, [row["error"] for row in members], markers[regime], color=colours[dtype], fillstyle="none")
             axes.plot(at, [row["plain_error"] for row in members], ":", color=colours[dtype], linewidth=1)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xlabel("growth ‖A⁻¹‖∞")
+        axes.set(xscale="log", yscale="log", xlabel="growth ‖A⁻¹‖∞")
         axes.set_title({"taps": "taps grow", "corner": "corner tap close to singular"}[family])
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("max|x − exact| / max|exact|")
@@ -241,59 +235,39 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         panels[1].plot([], [], marker, color="grey", fillstyle="none", label=regime)
     panels[1].plot([], [], ":", color="grey", label="plain recurrence")
     figure.legend(loc="outside right center")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for suffix in (".png", ".svg"):
-        figure.savefig(path.with_suffix(suffix), dpi=150, metadata={"Date": None} if suffix == ".svg" else None)
-        print(f"written: {path.with_suffix(suffix)}")
+    save_figure(figure, path)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--growths", type=float, nargs="+", default=list(GROWTHS))
-    parser.add_argument("--draws", type=int, default=DRAWS, help="draws of the weights for each growth")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    parser.add_argument("--plot", type=Path, help="draw the errors into this file, as .png and .svg")
-    return parser.parse_args()
-
-
-def main() -> int:
-    arguments = parse_arguments()
-    torch.set_num_threads(1)
-    cpu = torch.device("cpu")
-    print(describe(cpu))
-    dtypes = DTYPES
+def main(given: Sequence[str] | None = None) -> int:
+    made = parser(__doc__, threads=1, device=False, plot=True)
+    made.add_argument("--growths", type=float, nargs="+", default=list(GROWTHS))
+    made.add_argument("--draws", type=int, default=DRAWS, help="draws of the weights for each growth")
+    arguments = made.parse_args(given)
+    report = Report("numerics", arguments)
+    report.set(images=[BATCH, CHANNELS, HEIGHT, WIDTH], kernel=KERNEL, rule=RULE)
+    dtypes = [dtype for dtype in DTYPES if HAS_EXTENDED or dtype != torch.float64]
     if not HAS_EXTENDED:
         print("this machine has no 80-bit numbers, so float64 is left out", file=sys.stderr)
-        dtypes = tuple(dtype for dtype in DTYPES if dtype != torch.float64)
-
+    figures = {"growth": "{growth:.3g}", "error": "{error:.1e}", "plain": "{plain_error:.1e}"}
+    figures |= {"worst ratio": "{worst_ratio:.2f}", "kept": "{kept}"}
+    table = Table({"weights": "{family:6}", "dtype": "{dtype:8}", "regime": "{regime:15}", **figures})
     rows: list[dict[str, Any]] = []
     for family in FAMILIES:
         for dtype in dtypes:
             for target in arguments.growths:
                 samples = [make_sample(family, target, dtype, seed) for seed in range(arguments.draws)]
                 name = {"family": family, "dtype": str(dtype).removeprefix("torch."), "target_growth": target}
-                rows += [{**name, "regime": regime, **measure(samples, solve_in(regime))} for regime in REGIMES]
-
-    cells = []
-    for row in rows:
-        ratio = "" if row["worst_ratio"] is None else f"{row['worst_ratio']:.2f}"
-        figures = [f"{row['growth']:.3g}", f"{row['error']:.1e}", f"{row['plain_error']:.1e}", ratio]
-        cells.append([f"{row['family']}, {row['dtype']}, {row['regime']}", *figures, "yes" if row["kept"] else "NO"])
-    print_table(["", "growth", "error", "plain", "worst ratio", "kept"], cells)
+                for regime in REGIMES:
+                    rows.append({**name, "regime": regime, **measure(samples, solve_in(regime))})
+                    report.add("rows", rows[-1])
+                    table.add(rows[-1])
     broken = [row for row in rows if not row["kept"]]
     ratios = [row["worst_ratio"] for row in rows if row["worst_ratio"] is not None]
-    print(f"\nworst ratio to the plain recurrence: {max(ratios):.2f}; the rule is broken in {len(broken)} rows")
+    worst = max(ratios, default=0.0)
+    print(f"\nworst ratio to the plain recurrence: {worst:.2f}; the rule is broken in {len(broken)} rows")
     if arguments.plot:
         plot(rows, arguments.plot)
-    if arguments.json:
-        settings = {
-            "images": [BATCH, CHANNELS, HEIGHT, WIDTH],
-            "kernel": KERNEL,
-            "draws": arguments.draws,
-            "rule": f"error <= {FACTOR} x plain error + one rounding to the images' dtype",
-        }
-        write_json(arguments.json, "numerics", cpu, settings, {"rows": rows})
-    return 1 if broken else 0
+    return report.finish() or int(bool(broken))
 
 
 if __name__ == "__main__":

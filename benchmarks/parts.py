@@ -5,7 +5,7 @@
     python benchmarks/parts.py --report                         # the figures of docs/parts.md, from the JSON
 
 Every run has the same model, seed by seed the same first weights, the same batches, and as many steps; so also as many
-epochs. The clock runs from a batch to the changed and averaged weights. Evaluations are the same for all and stop it.
+epochs. The clock runs from one report of the trainer to the next. Evaluations are the same for all and stop it.
 With --clock cpu it counts the processor time of this process, which other processes on the machine hardly change.
 The runs of a seed follow one another before the next seed begins, every second seed in reverse order.
 """
@@ -15,27 +15,24 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import common
 import torch
-from matplotlib.figure import Figure
+from harness import Report, Table, new_figure, parser, save_figure
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from inverse_flow.data import load
-from inverse_flow.flows.conditioner import arrange_for
 from inverse_flow.models import InverseFlow
 from inverse_flow.parts.config import PartsConfig, parse_parts
-from inverse_flow.parts.split import Carried, Part, part_shares, split_flow
-from inverse_flow.training import TrainConfig, Workers, evaluate, methods
-from inverse_flow.training.average import AveragedModel
-from inverse_flow.training.batches import Batches
-from inverse_flow.training.schedule import rate_factor
+from inverse_flow.parts.split import part_shares, split_flow
+from inverse_flow.training import Stop, TrainConfig, Trainer, evaluate
+from inverse_flow.training.log import StepReport
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "parts.json"
@@ -48,8 +45,8 @@ END_TO_END = "end to end"
 CLAIMED_TIME = 0.70
 TARGET_TIME, TARGET_BITS = 0.65, 0.01
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
-# Warm-up steps that no clock sees: allocators, thread pools, code caches.
-UNTIMED_STEPS = 3
+# Batches of images in the dry run that counts the costs of a step.
+COUNTED_BATCHES = 4
 
 
 def candidates(
@@ -75,20 +72,28 @@ class Curve:
     bits_per_dim: list[float] = field(default_factory=list)
 
 
-def make(settings: argparse.Namespace, parts: PartsConfig | None, images: Tensor, seed: int) -> tuple[Any, ...]:
-    """Model, configuration, batches, method and averaged weights of a run before its first step."""
+def make(settings: argparse.Namespace, parts: PartsConfig | None, images: Tensor, seed: int) -> Trainer:
+    """A run before its first step."""
     config = TrainConfig(
         steps=settings.steps, batch_size=settings.batch_size, learning_rate=settings.learning_rate,
         decay_at=(settings.decay_at,), average_decay=settings.average_decay, flip=True, seed=seed, parts=parts,
+        evaluate_every=settings.steps, max_inverse_error=None,
     )  # fmt: skip
     torch.manual_seed(seed)
     model = InverseFlow(
         tuple(images.shape[1:]), levels=settings.levels, steps=settings.depth, hidden=settings.hidden, logit_margin=1e-3
     )
-    arrange_for(images.device, model)
-    batches = Batches(images, config)
-    method = methods.of(config, batches)(model, config, Workers())
-    return model, config, batches, method, AveragedModel(model, config.average_decay)
+    return Trainer(model, images, config)
+
+
+def part_of(report: StepReport) -> int:
+    """What a step trained: a part, counted from 1, or 0 for all."""
+    return int(report.columns.get("part", 0))
+
+
+def fit(trainer: Trainer, observe: Callable[[StepReport], None]) -> None:
+    if trainer.fit(observe) is Stop.INTERRUPTED:
+        raise KeyboardInterrupt
 
 
 def train(
@@ -96,26 +101,26 @@ def train(
     costs: Mapping[int, Mapping[str, float]],
 ) -> Curve:  # fmt: skip
     """One run."""
-    model, config, batches, method, averaged = make(settings, parts, train_images, seed)
-    clock = CLOCKS[settings.clock]
+    trainer, clock = make(settings, parts, train_images, seed), CLOCKS[settings.clock]
     curve, seconds, flops = Curve(), 0.0, 0.0
-    for step in range(config.steps):
-        progress = config.progress(step, 0.0)
-        started = clock()
-        factor = rate_factor(config, step, progress)
-        result = method.step(batches(step), step=step, progress=progress, rate_factor=factor)
-        averaged.update(model, step)
+
+    def observe(report: StepReport) -> None:
+        nonlocal seconds, flops, started
         seconds += clock() - started
-        flops += costs[int(result.columns.get("part", 0))]["backward_flops"]
-        if (step + 1) % settings.evaluate_every == 0 or step + 1 == config.steps:
-            curve.steps.append(step + 1)
+        flops += costs[part_of(report)]["backward_flops"]
+        if report.step % settings.evaluate_every == 0 or report.step == settings.steps:
+            curve.steps.append(report.step)
             curve.seconds.append(seconds)
             curve.backward_flops.append(flops)
-            curve.bits_per_dim.append(evaluate(averaged.model, test_images))
+            curve.bits_per_dim.append(evaluate(trainer.result(), test_images))
+        started = clock()
+
+    started = clock()
+    fit(trainer, observe)
     return curve
 
 
-# ------------------------------------------------------------------------------------------ FLOPs and memory
+# ---- FLOPs and memory ----
 
 
 def _solve_flops(input: Any, weight: Any, *_: Any, **__: Any) -> int:
@@ -135,82 +140,70 @@ OUR_FLOPS = {
 }
 
 
-def count_flops(work: Callable[[], object]) -> float:
-    """Of the convolutions, matrix products and solves in ``work``. What is done element by element is not counted."""
-    with FlopCounterMode(display=False, custom_mapping=OUR_FLOPS) as counter:
-        work()
-    return float(counter.get_total_flops())
+class Costs:
+    """FLOPs of the forward and backward passes, and bytes that these keep in between, of what runs within :meth:`on`.
 
+    A tensor that is saved tells that a forward pass runs, one that is asked for again that a backward pass does. FLOPs
+    are those of convolutions, matrix products and solves; what is done element by element is not counted. A storage
+    counts once, and the weights not at all.
+    """
 
-def saved_bytes(work: Callable[[], object], method_parameters: list[Tensor]) -> float:
-    """Bytes of the tensors that ``work`` saves for its backward pass, each storage once and the weights not at all."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in method_parameters}
-    storages: dict[int, int] = {}
-    kept: list[Tensor] = []  # a storage that is freed could lend its address to the next
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        self._counter = FlopCounterMode(display=False, custom_mapping=OUR_FLOPS)
+        self._weights = {weight.untyped_storage().data_ptr() for weight in weights}
+        self._seen, self._phase = 0, "forward_flops"
+        self._flops = {"forward_flops": 0.0, "backward_flops": 0.0}
+        self._kept: dict[int, Tensor] = {}  # a storage that is freed could lend its address to the next
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            storages[storage.data_ptr()] = storage.nbytes()
-            kept.append(tensor)
+    def on(self, work: Callable[[], object]) -> None:
+        with torch.autograd.graph.saved_tensors_hooks(self._save, self._ask), self._counter:
+            work()
+
+    def take(self) -> dict[str, float]:
+        """What has been spent since this was last called."""
+        self._enter("forward_flops")
+        saved = sum(tensor.untyped_storage().nbytes() for tensor in self._kept.values())
+        found = {**self._flops, "saved_bytes": float(saved)}
+        self._flops = dict.fromkeys(self._flops, 0.0)
+        self._kept.clear()
+        return found
+
+    def _enter(self, phase: str) -> None:
+        total = self._counter.get_total_flops()
+        self._flops[self._phase] += total - self._seen
+        self._seen, self._phase = total, phase
+
+    def _save(self, tensor: Tensor) -> Tensor:
+        self._enter("forward_flops")
+        address = tensor.untyped_storage().data_ptr()
+        if address not in self._weights:
+            self._kept[address] = tensor
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        work()
-    return float(sum(storages.values()))
+    def _ask(self, tensor: Tensor) -> Tensor:
+        self._enter("backward_flops")
+        return tensor
 
 
 def costs_of_a_step(
     settings: argparse.Namespace, parts: PartsConfig | None, images: Tensor
 ) -> dict[int, dict[str, float]]:
-    """For every kind of step, by the part that it trains (0: all): backward FLOPs and saved bytes.
-
-    FLOPs of the backward pass are those of the whole step less those of its forward passes, run without a graph.
-    """
-    model, _, batches, method, _ = make(settings, parts, images, 0)
-    x = batches(0)
-    moments = {0: 1.0}  # progress at which a step of that kind is made
+    """For every kind of step, by the part that it trains (0: all): FLOPs and saved bytes, from a dry run that makes
+    each of them twice or more. The least counts: a step that also fills a cache is none like the others."""
+    count = 1
     if parts is not None:
-        share = 1 - parts.finish
-        sequential = parts.schedule == "sequential"
-        moments |= {k + 1: (k + 0.5) / parts.count * share if sequential else 0.0 for k in range(parts.count)}
-        if share == 1:
-            del moments[0]
-    split = split_flow(model, parts.cut, parts.count) if parts is not None else []
-    costs: dict[int, dict[str, float]] = {}
-    for part, progress in sorted(moments.items(), reverse=True):
-        step = max(0, part - 1)  # the turn of this part in an alternating schedule
-
-        def make_step(step: int = step, progress: float = progress) -> object:
-            return method.step(x, step=step, progress=progress, rate_factor=0.0)
-
-        make_step()  # fills ActNorms and kept outputs
-        kept = parts is not None and parts.cache_epochs > 0
-        first = part - 1 if kept and part else 0
-        run = split[first:part] if part else None
-        whole = count_flops(make_step)
-        with torch.no_grad():
-            forward = count_flops(lambda run=run: _forward(model, run, x))
-        costs[part] = {
-            "backward_flops": whole - forward,
-            "forward_flops": forward,
-            "saved_bytes": saved_bytes(make_step, list(model.parameters())),
-        }
-    return costs
+        count, finish = 4 * parts.count, 0.5 if 0 < parts.finish < 1 else parts.finish
+        parts = replace(parts, finish=finish)
+    dry = argparse.Namespace(**{**vars(settings), "steps": max(count, 2)})
+    trainer = make(dry, parts, images[: COUNTED_BATCHES * settings.batch_size], 0)
+    spent, found = Costs(list(trainer.model.parameters())), dict[int, list[dict[str, float]]]()
+    spent.on(lambda: fit(trainer, lambda report: found.setdefault(part_of(report), []).append(spent.take())))
+    return {
+        part: {name: min(cost[name] for cost in costs) for name in costs[0]} for part, costs in sorted(found.items())
+    }
 
 
-def _forward(model: InverseFlow, run: list[Part] | None, x: Tensor) -> None:
-    """The forward passes of a step: of the whole flow, or of some of its parts on a tensor of the right shape."""
-    if run is None:
-        model.log_prob(x)
-        return
-    *latents, shape = run[0].input_shapes
-    carried = Carried(x.new_zeros(len(x), *shape), tuple(x.new_zeros(len(x), *s) for s in latents), x.new_zeros(len(x)))
-    for part in run:
-        carried = part(carried)
-
-
-# ----------------------------------------------------------------------------------------------------- results
+# ---- Results ----
 
 
 def summarize(curves: Mapping[str, list[Curve]], costs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -238,23 +231,30 @@ def summarize(curves: Mapping[str, list[Curve]], costs: Mapping[str, Any]) -> di
     return found
 
 
-def rows(summary: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+COLUMNS = {
+    "method": "{name}",
+    "bits/dim": "{bits_per_dim:.3f}",
+    "difference": "{difference:+.3f}",
+    "over the seeds": "{least:.3f}–{most:.3f}",
+    "seconds": "{seconds:.0f}",
+    "time": "{time_ratio:.2f}",
+    "backward FLOPs": "{backward_flops_ratio:.2f}",
+    "saved MiB": "{mib:.1f}",
+}
+
+
+def lines(summary: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of the table."""
     return [
-        [
-            name,
-            f"{entry['bits_per_dim']:.3f}",
-            f"{entry['difference']:+.3f}",
-            f"{min(entry['bits_per_dim_of_seeds']):.3f}–{max(entry['bits_per_dim_of_seeds']):.3f}",
-            f"{entry['seconds']:.0f}",
-            f"{entry['time_ratio']:.2f}",
-            f"{entry['backward_flops_ratio']:.2f}",
-            f"{entry['saved_bytes_before_finish'] / 2**20:.1f}",
-        ]
+        {
+            **entry,
+            "name": name,
+            "least": min(entry["bits_per_dim_of_seeds"]),
+            "most": max(entry["bits_per_dim_of_seeds"]),
+            "mib": entry["saved_bytes_before_finish"] / 2**20,
+        }
         for name, entry in summary.items()
     ]
-
-
-HEADER = ["method", "bits/dim", "difference", "over the seeds", "seconds", "time", "backward FLOPs", "saved MiB"]
 
 
 def verdict(summary: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -291,7 +291,7 @@ def verdict(summary: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def draw(curves: Mapping[str, list[Curve]]) -> None:
     """Mean over the seeds of bits/dim, against seconds and against backward FLOPs."""
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = new_figure(11, 4.2)
     panels = figure.subplots(1, 2, sharey=True)
     lowest, tops = float("inf"), []
     for name, runs in curves.items():
@@ -304,25 +304,23 @@ def draw(curves: Mapping[str, list[Curve]]) -> None:
         panels[0].plot(_mean([run.seconds for run in runs]), bits, label=name, **style)
         panels[1].plot([flops / 1e12 for flops in runs[0].backward_flops], bits, **style)
     panels[0].set_ylim(lowest - 0.02, sorted(tops)[len(tops) // 2])
-    panels[0].set_xlabel("seconds of training")
+    panels[0].set(xlabel="seconds of training", ylabel="test bits per dimension")
     panels[1].set_xlabel("backward TFLOPs")
-    panels[0].set_ylabel("test bits per dimension")
     panels[0].legend(fontsize="small")
-    PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    for suffix in (".png", ".svg"):
-        figure.savefig(PICTURE.with_suffix(suffix), dpi=150)
+    save_figure(figure, PICTURE)
 
 
 def _mean(series: list[list[float]]) -> list[float]:
     return [statistics.fmean(values) for values in zip(*series, strict=True)]
 
 
-def report(path: Path) -> None:
+def write_page(path: Path) -> None:
     """Writes the figures of a results file into the page, and draws its curves."""
     content = json.loads(path.read_text())
     settings, summary = content["settings"], content["summary"]
-    table = [HEADER, ["---", *["---:"] * (len(HEADER) - 1)], *rows(summary)]
-    lines = [
+    rows = [[form.format(**line) for form in COLUMNS.values()] for line in lines(summary)]
+    table = [list(COLUMNS), ["---", *["---:"] * (len(COLUMNS) - 1)], *rows]
+    text = [
         "",
         f"{content['hardware']['cpu']}, {settings['threads']} thread(s), {settings['clock']} time, "
         f"torch {content['versions']['torch']}; "
@@ -341,86 +339,67 @@ def report(path: Path) -> None:
         "",
     ]
     draw({name: [Curve(**run) for run in runs] for name, runs in content["curves"].items()})
-    text = PAGE.read_text()
-    before, rest = text.split(MARKS[0])
+    before, rest = PAGE.read_text().split(MARKS[0])
     _, after = rest.split(MARKS[1])
-    PAGE.write_text(before + MARKS[0] + "\n".join(lines) + MARKS[1] + after)
+    PAGE.write_text(before + MARKS[0] + "\n".join(text) + MARKS[1] + after)
     print(f"written: {PAGE}")
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="embedded", help="a folder with idx files, or the embedded slice")
-    parser.add_argument("--steps", type=int, default=900, help="of every run")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--parts", nargs="+", default=["blocks:2", "across:2", "across:3"])
-    parser.add_argument("--schedules", nargs="+", default=["alternate", "sequential"])
-    parser.add_argument("--finish", type=float, default=1 / 3)
-    parser.add_argument("--cache-epochs", type=int, default=5, help="of the sequential schedule; 0 for none")
-    parser.add_argument("--levels", type=int, default=2)
-    parser.add_argument("--depth", type=int, default=3)
-    parser.add_argument("--hidden", type=int, default=16)
-    parser.add_argument("--batch-size", type=int, default=50)
-    parser.add_argument("--learning-rate", type=float, default=1e-2)
-    parser.add_argument("--decay-at", type=float, default=0.85, help="share of the run after which it falls to a tenth")
-    parser.add_argument("--average-decay", type=float, default=0.99)
-    parser.add_argument("--evaluate-every", type=int, default=100)
-    parser.add_argument("--test-images", type=int, default=1000, help="at most so many")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="seconds passed, or of processor time")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--report", action="store_true", help="write the figures of --out into docs/parts.md")
-    return parser.parse_args()
-
-
-def main() -> None:
-    settings = arguments()
-    if settings.report:
-        report(settings.out)
-        return
+def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    made = parser(__doc__, device=False)
+    made.set_defaults(json=RESULTS)
+    made.add_argument("--data", default="embedded", help="a folder with idx files, or the embedded slice")
+    made.add_argument("--steps", type=int, default=900, help="of every run")
+    made.add_argument("--seeds", type=int, default=3)
+    made.add_argument("--parts", nargs="+", default=["blocks:2", "across:2", "across:3"])
+    made.add_argument("--schedules", nargs="+", default=["alternate", "sequential"])
+    made.add_argument("--finish", type=float, default=1 / 3)
+    made.add_argument("--cache-epochs", type=int, default=5, help="of the sequential schedule; 0 for none")
+    made.add_argument("--levels", type=int, default=2)
+    made.add_argument("--depth", type=int, default=3)
+    made.add_argument("--hidden", type=int, default=16)
+    made.add_argument("--batch-size", type=int, default=50)
+    made.add_argument("--learning-rate", type=float, default=1e-2)
+    made.add_argument("--decay-at", type=float, default=0.85, help="share of the run after which it falls to a tenth")
+    made.add_argument("--average-decay", type=float, default=0.99)
+    made.add_argument("--evaluate-every", type=int, default=100)
+    made.add_argument("--test-images", type=int, default=1000, help="at most so many")
+    made.add_argument("--clock", choices=CLOCKS, default="wall", help="seconds passed, or of processor time")
+    made.add_argument("--report", action="store_true", help="write the figures of --json into docs/parts.md")
+    settings = made.parse_args(given)
     if settings.clock == "cpu" and settings.threads > 1:
-        raise SystemExit("--clock cpu adds up the time of all threads: use it with --threads 1")
-    torch.set_num_threads(settings.threads)
-    device = torch.device("cpu")
-    data = load(settings.data)
+        made.error("--clock cpu adds up the time of all threads: use it with --threads 1")
+    return settings
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    settings = parse_arguments(given)
+    if settings.report:
+        write_page(settings.json)
+        return 0
+    report, data = Report("parts", settings), load(settings.data)
     test_images = data.test.images[: settings.test_images]
     compared = candidates(settings.parts, settings.schedules, settings.finish, settings.cache_epochs)
-    print(common.describe(device))
     costs = {name: costs_of_a_step(settings, parts, data.train.images) for name, parts in compared.items()}
-    model = make(settings, None, data.train.images, 0)[0]
-    shares = {text: part_shares(split_flow(model, *parse_parts(text))) for text in settings.parts}
-    warm = argparse.Namespace(**{**vars(settings), "steps": UNTIMED_STEPS})
+    model = make(settings, None, data.train.images, 0).model
+    report.set(
+        data=data.name, train_images=len(data.train), test_images=len(test_images), parameters=model.num_parameters,
+        work_shares={text: part_shares(split_flow(model, *parse_parts(text))) for text in settings.parts},
+        costs_of_a_step=costs,
+    )  # fmt: skip
     curves: dict[str, list[Curve]] = {name: [] for name in compared}
-    for name, parts in compared.items():
-        train(warm, parts, data.train.images, test_images[:10], 0, costs[name])
     for seed in range(settings.seeds):
-        names = list(compared) if seed % 2 == 0 else list(reversed(compared))
-        for name in names:
+        for name in compared if seed % 2 == 0 else reversed(compared):
             curve = train(settings, compared[name], data.train.images, test_images, seed, costs[name])
             curves[name].append(curve)
+            report.set(curves=curves)
             print(f"seed {seed}, {name}: {curve.bits_per_dim[-1]:.4f} bits/dim, {curve.seconds[-1]:.1f} s", flush=True)
     summary = summarize(curves, costs)
-    common.print_table(HEADER, rows(summary))
-    said = verdict(summary)
-    print("\n".join(said))
-    common.write_json(
-        settings.out,
-        "parts",
-        device,
-        {name: value for name, value in vars(settings).items() if name not in ("out", "report")},
-        {
-            "data": data.name,
-            "train_images": len(data.train),
-            "test_images": len(test_images),
-            "parameters": model.num_parameters,
-            "work_shares": shares,
-            "costs_of_a_step": costs,
-            "summary": summary,
-            "verdict": said,
-            "curves": {name: [vars(run) for run in runs] for name, runs in curves.items()},
-        },
-    )
+    report.set(summary=summary, verdict=verdict(summary))
+    Table(COLUMNS).add(*lines(summary))
+    print("\n".join(verdict(summary)))
+    return report.finish()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,5 +1,5 @@
-"""What the benchmarks that train share: widths for an equal number of parameters, runs that can be cut and gone on
-with, and the figures of a trained model.
+"""Models to train and compare: widths for an equal number of parameters, runs that can be cut and gone on with, and
+the figures of a trained model.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Work
+from harness import Work, relative_error, require
 from torch import Tensor
 
-from inverse_flow.data import ImageData
+from inverse_flow.data import ImageData, load
 from inverse_flow.flows import Flow, prepare_sampling
 from inverse_flow.flows.sampling import reconstruction_error
 from inverse_flow.models import KINDS, FlowConfig, ImageFlow
-from inverse_flow.training import Stop, TrainConfig, bits_per_dim, checkpoint
+from inverse_flow.training import Stop, TrainConfig, bits_per_dim, checkpoint, dequantize
 from inverse_flow.training.dequantizer import VariationalDequantization
 from inverse_flow.training.log import StepReport
-from inverse_flow.training.metrics import dequantize, log_probs, standard_error
+from inverse_flow.training.metrics import log_probs, standard_error
 from inverse_flow.training.run import Run, resume, start
 
 # The paper's batch: times are those of so many images.
@@ -29,9 +29,8 @@ TIMED_IMAGES = 100
 PARAMETER_MARGIN = 0.05
 # Wider networks than this are no answer to a wish for so many parameters.
 MAX_WIDTH = 4096
-# Largest difference allowed between two ways to compute the same images, as a share of their largest magnitude.
-# Prepared weights are joined in float64 and rounded once, so each of some dozens of layers differs by some units in the
-# last place.
+# Relative difference allowed between two ways to compute the same images. Prepared weights are joined in float64 and
+# rounded once, so each of some dozens of layers differs by some units in the last place.
 SAMPLE_TOLERANCE = 1e-4
 MINUTE = 60.0
 
@@ -53,8 +52,8 @@ class Candidate:
     def build(self, image_shape: tuple[int, ...]) -> ImageFlow:
         return KINDS[self.kind].from_config(self.config(image_shape))
 
-    def with_width(self, hidden: int) -> Candidate:
-        return Candidate(self.kind, {**self.options, "hidden": hidden})
+    def but(self, **changes: Any) -> Candidate:
+        return Candidate(self.kind, self.options | changes)
 
 
 def match_parameters(candidate: Candidate, image_shape: tuple[int, ...], parameters: int) -> Candidate:
@@ -65,7 +64,7 @@ def match_parameters(candidate: Candidate, image_shape: tuple[int, ...], paramet
     """
 
     def count(hidden: int) -> int:
-        return candidate.with_width(hidden).build(image_shape).num_parameters
+        return candidate.but(hidden=hidden).build(image_shape).num_parameters
 
     low, high = 1, 2
     while count(high) < parameters and high < MAX_WIDTH:
@@ -79,12 +78,10 @@ def match_parameters(candidate: Candidate, image_shape: tuple[int, ...], paramet
             f"no width gives {candidate.kind} {parameters:,} parameters within {PARAMETER_MARGIN:.0%}: the closest, "
             f"{best}, gives {count(best):,}"
         )
-    return candidate.with_width(best)
+    return candidate.but(hidden=best)
 
 
-def train(
-    candidate: Candidate, source: str, image_shape: tuple[int, ...], config: TrainConfig, folder: Path, device: str
-) -> Run:
+def train(candidate: Candidate, source: str, config: TrainConfig, folder: Path, device: str = "cpu") -> Run:
     """A finished run in ``folder``: a new one, or the rest of one whose checkpoint lies there.
 
     Raises:
@@ -93,50 +90,35 @@ def train(
     """
     path = folder / checkpoint.FILE
     if path.is_file():
-        content = checkpoint.load(path)
-        _check_settings(content, candidate, source, image_shape, config, folder)
-        run = resume(content, folder, device)
+        run = resume(checkpoint.load(path), folder, device)
+        _check_settings(run, candidate, source, config)
     else:
         run = start(source, folder, config, candidate.options, device, kind=candidate.kind)
-    if run.trainer.fit(_Reporter()) is Stop.INTERRUPTED:
+    minute = 0.0
+
+    def every_minute(report: StepReport) -> None:
+        nonlocal minute
+        if report.seconds // MINUTE > minute:
+            minute = report.seconds // MINUTE
+            speed = f"{report.bits_per_dim:.3f} bits/dim, {report.images_per_second:.0f} images/s"
+            print(f"  {minute:.0f} min: step {report.step}, {speed}", flush=True)
+
+    if run.trainer.fit(every_minute) is Stop.INTERRUPTED:
         raise Interrupted(f"interrupted after {run.trainer.seconds:.0f} s of {folder}; the same command goes on")
     return run
 
 
-class _Reporter:
-    """A line a minute."""
-
-    def __init__(self) -> None:
-        self.minute = 0.0
-
-    def __call__(self, report: StepReport) -> None:
-        if report.seconds // MINUTE > self.minute:
-            self.minute = report.seconds // MINUTE
-            print(
-                f"  {self.minute:.0f} min: step {report.step}, {report.bits_per_dim:.3f} bits/dim, "
-                f"{report.images_per_second:.0f} images/s",
-                flush=True,
-            )
-
-
-def _check_settings(
-    content: dict[str, Any], candidate: Candidate, source: str, image_shape: tuple[int, ...], config: TrainConfig,
-    folder: Path,
-) -> None:  # fmt: skip
-    description = content["model_description"]
-    found = {
-        "data": content["extra"]["source"],
-        "kind": description["kind"],
-        **KINDS[description["kind"]].config_type.from_dict(description["config"]).to_dict(),
-        **TrainConfig.from_dict(content["train_config"]).to_dict(),
-    }
-    wanted = {
-        "data": source, "kind": candidate.kind, **candidate.config(image_shape).to_dict(), **config.to_dict()
-    }  # fmt: skip
+def _check_settings(run: Run, candidate: Candidate, source: str, config: TrainConfig) -> None:
+    model = run.trainer.model
+    wanted_model = candidate.config(run.data.train.image_shape).to_dict()
+    found = {"kind": type(model).__name__, "data": run.data.name} | model.config.to_dict()
+    wanted = {"kind": candidate.kind, "data": load(source).name} | wanted_model
+    found |= run.trainer.config.to_dict()
+    wanted |= config.to_dict()
     names = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
     if names:
         differences = ", ".join(f"{name} {found.get(name)!r} instead of {wanted.get(name)!r}" for name in names)
-        raise ValueError(f"{folder} holds a run with {differences}; remove it, or give another folder")
+        raise ValueError(f"{run.folder} holds a run with {differences}; remove it, or give another folder")
 
 
 def images_of(data: ImageData, count: int, device: torch.device) -> Tensor:
@@ -145,42 +127,41 @@ def images_of(data: ImageData, count: int, device: torch.device) -> Tensor:
     return dequantize(data.test.images[rows], generator=torch.Generator().manual_seed(0)).to(device)
 
 
-def bits_of(model: Flow, data: ImageData, config: TrainConfig, test_images: int | None = None) -> dict[str, float]:
-    """Bits per dimension on the test images, their standard error, and nats an image."""
-    found = log_probs(model, data.test.images[:test_images], config.bit_depth)
-    bits = bits_per_dim(found, model.event_shape, config.bit_depth)
-    mean, dimensions = float(bits.mean()), math.prod(model.event_shape)
+def summary_of(run: Run, model: Flow, test_images: int | None = None) -> dict[str, Any]:
+    """Bits per dimension on the test images with their standard error, nats an image, and what the training took."""
+    trainer, device = run.trainer, next(model.parameters()).device
+    bit_depth = trainer.config.bit_depth
+    found = log_probs(model, run.data.test.images[:test_images], bit_depth)
+    bits = bits_per_dim(found, model.event_shape, bit_depth)
     return {
-        "bits_per_dim": mean,
+        "bits_per_dim": float(bits.mean()),
         "standard_error": standard_error(bits),
-        "nats": mean * dimensions * math.log(2),
+        "nats": float(bits.mean()) * math.prod(model.event_shape) * math.log(2),
         "test_images": len(bits),
+        "parameters": trainer.model.num_parameters,
+        "steps": trainer.step,
+        "images_seen": trainer.step * trainer.batches.batch_size,
+        "training_seconds": trainer.seconds,
+        "reconstruction_error": float(reconstruction_error(model, images_of(run.data, TIMED_IMAGES, device)).max()),
     }
 
 
+def draw_latents(flow: Flow, count: int) -> list[Tensor]:
+    """Seeded ones."""
+    like, generator = next(iter(flow.state_dict().values())), torch.Generator().manual_seed(0)
+    return [torch.randn(count, *shape, generator=generator).to(like.device) for shape in flow.latent_shapes]
+
+
 @torch.no_grad()
-def check_sampler(model: Flow, sampler: Flow, count: int = 4, tolerance: float = SAMPLE_TOLERANCE) -> float:
-    """The largest difference between the samples of both from the same latents, as a share of their magnitude.
+def check_sampler(model: Flow, sampler: Flow, count: int = 4) -> float:
+    """The relative difference between the samples of both from the same latents.
 
     Raises:
-        ArithmeticError: it is above ``tolerance``, or not a number.
+        ArithmeticError: it is too large, or not a number.
     """
-    like = next(model.parameters())
-    generator = torch.Generator().manual_seed(0)
-    latents = [torch.randn(count, *shape, generator=generator).to(like) for shape in model.latent_shapes]
-    return relative_difference(sampler.inverse(latents)[0], model.inverse(latents)[0], tolerance)
-
-
-def relative_difference(found: Tensor, wanted: Tensor, tolerance: float = SAMPLE_TOLERANCE) -> float:
-    """max|found − wanted| / max|wanted|.
-
-    Raises:
-        ArithmeticError: it is above ``tolerance``, or not a number.
-    """
-    error = float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
-    if not error <= tolerance:
-        raise ArithmeticError(f"images differ by {error:.1e} of their largest magnitude; {tolerance:.0e} is allowed")
-    return error
+    latents = draw_latents(model, count)
+    error = relative_error(sampler.inverse(latents)[0], model.inverse(latents)[0])
+    return require({"samples": error}, SAMPLE_TOLERANCE)["samples"]
 
 
 def without_dequantizer(model: Flow) -> Flow:
@@ -205,17 +186,3 @@ def timed_works(model: Flow, images: Tensor) -> dict[str, Work]:
             model.log_prob(images)
 
     return {"ST": lambda: sampler.sample(len(images)), "FT": density}
-
-
-def summary_of(run: Run, model: Flow, test_images: int | None = None) -> dict[str, Any]:
-    """Everything but the times."""
-    device = next(model.parameters()).device
-    trainer = run.trainer
-    return {
-        **bits_of(model, run.data, trainer.config, test_images),
-        "parameters": trainer.model.num_parameters,
-        "steps": trainer.step,
-        "images_seen": trainer.step * trainer.batches.batch_size,
-        "training_seconds": trainer.seconds,
-        "reconstruction_error": float(reconstruction_error(model, images_of(run.data, TIMED_IMAGES, device)).max()),
-    }

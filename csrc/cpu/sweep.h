@@ -143,9 +143,10 @@ inline void tap_order(const Shape& shape, TapPosition* order) {
 
 // What preparing a general M does many times, in float64.
 struct PrepareKernels {
-  // row -= factor * other, `n` values.
-  void (*subtract_row)(double* row, const double* other, double factor, int64_t n);
-  // The same for a row kept as the sum of two numbers, row + low: as exact as arithmetic of twice the digits.
+  // Row i of the n x n matrix -= factors[i] * row.
+  void (*subtract_rows)(double* matrix, const double* row, const double* factors, int64_t n);
+  // row -= factor * other, `n` values, for a row kept as the sum of two numbers, row + low: as exact as arithmetic of
+  // twice the digits.
   void (*subtract_row_exactly)(double* row, double* low, const double* other, double factor, int64_t n);
   // out += matrix * right; n x n, in blocks of output channels like Weights::corner, times n rows of `columns` values,
   // a multiple of kProductColumns.

@@ -119,8 +119,14 @@ static Kernels<IO, T> kernels() {
           &rows<IO, T>};
 }
 
-static void subtract_row(double* row, const double* other, double factor, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) row[i] -= factor * other[i];
+static void subtract_rows(double* matrix, const double* row, const double* factors, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const double factor = factors[i];
+    if (factor == 0) continue;
+    double* const to = matrix + i * n;
+#pragma GCC ivdep
+    for (int64_t k = 0; k < n; ++k) to[k] -= factor * row[k];
+  }
 }
 
 static void subtract_row_exactly(double* row, double* low, const double* other, double factor, int64_t n) {
@@ -155,7 +161,7 @@ KernelSet kernel_set() {
           kernels<double, double>(),
           kernels<BFloat16, float>(),
           kernels<Float16, float>(),
-          {&subtract_row, &subtract_row_exactly, &add_product}};
+          {&subtract_rows, &subtract_row_exactly, &add_product}};
 }
 
 }  // namespace inverse_flow::cpu::INVERSE_FLOW_ISA

@@ -227,7 +227,7 @@ inline bool plan_block(const Shape& shape, int64_t state_bytes, const DeviceLimi
 
 }  // namespace plan_detail
 
-// The regime that the cost model (docs/cost-model.md) finds fastest, among those that can be used.
+// The regime that was predicted to be fastest (docs/notes/predictions.md; unmeasured), among those that can be used.
 inline SolveRegime choose_regime(const Shape& shape, int64_t state_bytes, const DeviceLimits& device, SolvePlan& plan) {
   const auto wants = [&](SolveRegime regime) {
     return device.forced_regime < 0 || device.forced_regime == static_cast<int32_t>(regime);

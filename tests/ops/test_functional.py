@@ -187,8 +187,8 @@ def test_any_number_of_threads(case: Case, count: int) -> None:
         check_value(case, input, weight, bias, found=found[0])
         check_value(case, input, weight, bias, transposed=True, found=found[1])
         for a, b in zip(found[2:], everything()[2:], strict=True):
-            # Sums are added up in another order.
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+            # Sums are added up in another order: their rounding is that of the largest, not of what is left.
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * float(b.abs().max()))
 
 
 @pytest.mark.parametrize("batch", [2, 9])

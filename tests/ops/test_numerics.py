@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 @pytest.fixture(scope="module")
 def numerics() -> Iterator[ModuleType]:
-    """The script as a module; it finds its neighbour ``common`` as it does when it is run."""
+    """The script as a module; it finds its neighbour ``harness`` as it does when it is run."""
     spec = importlib.util.spec_from_file_location("numerics_benchmark", FOLDER / "numerics.py")
     assert spec is not None
     assert spec.loader is not None
@@ -35,7 +35,7 @@ def numerics() -> Iterator[ModuleType]:
         torch.set_num_threads(before)
         sys.path.remove(str(FOLDER))
         del sys.modules[spec.name]
-        sys.modules.pop("common", None)
+        sys.modules.pop("harness", None)
 
 
 @pytest.mark.parametrize("regime", ["images as lanes", "rows as lanes"])

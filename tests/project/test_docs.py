@@ -5,43 +5,104 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import struct
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from inverse_flow import InverseConv2d
+from inverse_flow import InverseConv2d, reference
+from inverse_flow.data import load
 from inverse_flow.functional import causal_conv2d, inverse_conv2d
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 MATHEMATICS = (DOCS / "mathematics.md").read_text()
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 
 
 def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", DOCS / "index.md"], ids=lambda page: page.name)
-def test_code_runs(page: Path) -> None:
+def run_code(page: Path, changes: Mapping[str, str] | None = None) -> dict[str, object]:
+    """Runs the Python of a page, block after block, and returns the names it leaves behind."""
     torch.manual_seed(0)
+    names: dict[str, object] = {}
     code = blocks(page, "python")
     assert code
-    names: dict[str, object] = {}
     for number, block in enumerate(code):
-        exec(compile(block, f"{page.name}, block {number}", "exec"), names)
-    if page.name == "README.md":
-        x, x_again, loss = names["x"], names["x_again"], names["loss"]
-        assert isinstance(x, Tensor)
-        assert isinstance(x_again, Tensor)
-        assert isinstance(loss, Tensor)
-        assert (x - x_again).abs().max() < 1e-4
-        assert loss.isfinite()
-        assert names["samples"].shape == (4, 1, 28, 28)  # type: ignore[attr-defined]
+        changed = block
+        for before, after in (changes or {}).items():
+            changed = changed.replace(before, after)
+        exec(compile(changed, f"{page.name}, block {number}", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("page", [DOCS / "index.md", DOCS / "layer.md"], ids=lambda page: page.name)
+def test_code_runs(page: Path) -> None:
+    run_code(page)
+
+
+def test_code_of_the_readme_runs() -> None:
+    names = run_code(ROOT / "README.md")
+    x, x_again, loss, samples = (names[name] for name in ("x", "x_again", "loss", "samples"))
+    assert isinstance(x, Tensor)
+    assert isinstance(x_again, Tensor)
+    assert isinstance(loss, Tensor)
+    assert isinstance(samples, Tensor)
+    assert (x - x_again).abs().max() < 1e-4
+    assert loss.isfinite()
+    assert samples.shape == (4, 1, 28, 28)
+
+
+def test_the_readme_says_truly_what_the_solve_is_equivalent_to() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert "`torch.linalg.solve(A, (y - bias).flatten(1).mT)`" in readme
+    y, weight, bias = torch.randn(2, 3, 5, 4), 0.1 * torch.randn(3, 3, 3, 2), torch.randn(3)
+    weight[:, :, -1, -1] += torch.eye(3)
+    dense = reference.dense_matrix(weight, 5, 4)
+    x = torch.linalg.solve(dense, (y - bias.view(-1, 1, 1)).flatten(1).mT).mT.view_as(y)
+    torch.testing.assert_close(inverse_conv2d(y, weight, bias), x, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(F.conv2d(F.pad(x, (1, 0, 2, 0)), weight, bias), y, rtol=1e-4, atol=1e-5)
+
+
+def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a data set in MNIST's files, with fewer images and steps."""
+    folder = tmp_path / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    data = load("embedded")
+    for part, images in (("train", data.train), ("t10k", data.test)):
+        for kind, values in (("images-idx3", images.images[:, 0]), ("labels-idx1", images.labels)):
+            array = values.numpy().astype(np.uint8)
+            header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+            (folder / f"{part}-{kind}-ubyte").write_bytes(header + array.tobytes())
+    monkeypatch.chdir(tmp_path)
+    names = run_code(DOCS / "tutorial.md", {"minutes=10": "steps=3", "validation=5000": "validation=50"})
+    samples, again = names["samples"], names["again"]
+    assert isinstance(samples, Tensor)
+    assert isinstance(again, Tensor)
+    assert samples.shape == (16, 1, 28, 28)
+    torch.testing.assert_close(again, data.test.images[:2] / 255, rtol=0, atol=1e-3)
+
+
+def test_the_tutorial_and_the_help_agree() -> None:
+    """Every option that a page shows is one of the command's."""
+    known = subprocess.run(
+        [sys.executable, "-m", "inverse_flow", "train", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    for page in PAGES:
+        for block in blocks(page, "sh"):
+            for line in block.replace("\\\n", " ").splitlines():
+                if "inverse-flow train" in line or "inverse_flow train" in line:
+                    for option in re.findall(r"(?<=\s)--[a-z][a-z-]*", line.split("train", 1)[1]):
+                        assert option in known or option.replace("--no-", "--") in known, f"{page.name}: {option}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -3,52 +3,21 @@ them."""
 
 from __future__ import annotations
 
-import importlib
 import math
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from inverse_flow import InverseConv2d
-from inverse_flow.flows import Flow, prepare_sampling
+from inverse_flow.flows import Flow, Reverse, prepare_sampling
 from inverse_flow.models import Glow, InverseConvClassifier, InverseFlow
 from inverse_flow.training import Stop, TrainConfig, Trainer, dequantizer
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-SCRIPTS = ("common", "runs", "plain_solve", "density", "sampling", "ablation", "classifier", "gradient_norms")
 SHAPE = (1, 8, 8)
-
-
-@pytest.fixture(scope="module")
-def scripts() -> Iterator[SimpleNamespace]:
-    """The scripts as modules; they find one another as they do when they are run."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the tensors are so small that threads would only wait for one another
-    before = {name: sys.modules.pop(name) for name in SCRIPTS if name in sys.modules}
-    sys.path.insert(0, str(FOLDER))
-    try:
-        yield SimpleNamespace(**{name: importlib.import_module(name) for name in SCRIPTS})
-    finally:
-        sys.path.remove(str(FOLDER))
-        for name in SCRIPTS:
-            sys.modules.pop(name, None)
-        sys.modules.update(before)
-        torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> str:
-    """A slice of 32 small images."""
-    images = np.random.default_rng(0).integers(0, 256, (32, 8, 8), dtype=np.uint8)
-    np.savez(tmp_path / "slice.npz", x=images)
-    return str(tmp_path / "slice.npz")
 
 
 def perturbed(flow: Flow) -> Flow:
@@ -63,28 +32,28 @@ def perturbed(flow: Flow) -> Flow:
 
 
 @pytest.mark.parametrize("kind", ["InverseFlow", "FInCFlow", "Glow", "RealNVP"])
-def test_widths_give_the_wanted_parameters(scripts: SimpleNamespace, kind: str) -> None:
+def test_widths_give_the_wanted_parameters(scripts: Any, kind: str) -> None:
     candidate = scripts.runs.Candidate(kind, {"levels": 2, "steps": 1})
     matched = scripts.runs.match_parameters(candidate, SHAPE, 20_000)
     count = matched.build(SHAPE).num_parameters
     assert abs(count - 20_000) <= scripts.runs.PARAMETER_MARGIN * 20_000
     # No other width is closer.
     for hidden in (matched.options["hidden"] - 1, matched.options["hidden"] + 1):
-        assert abs(matched.with_width(hidden).build(SHAPE).num_parameters - 20_000) >= abs(count - 20_000)
+        assert abs(matched.but(hidden=hidden).build(SHAPE).num_parameters - 20_000) >= abs(count - 20_000)
 
 
-def test_a_number_of_parameters_that_no_width_gives_is_refused(scripts: SimpleNamespace) -> None:
+def test_a_number_of_parameters_that_no_width_gives_is_refused(scripts: Any) -> None:
     candidate = scripts.runs.Candidate("Glow", {"levels": 2, "steps": 4})
     with pytest.raises(ValueError, match="no width gives Glow 50 parameters"):
         scripts.runs.match_parameters(candidate, SHAPE, 50)
 
 
-def test_a_run_is_gone_on_with(scripts: SimpleNamespace, source: str, tmp_path: Path) -> None:
+def test_a_run_is_gone_on_with(scripts: Any, source: str, tmp_path: Path) -> None:
     candidate = scripts.runs.Candidate("InverseFlow", {"levels": 1, "steps": 1, "hidden": 4})
     config = TrainConfig(steps=6, batch_size=8, evaluate_every=2)
 
     def run(folder: str) -> Any:
-        return scripts.runs.train(candidate, source, SHAPE, config, tmp_path / folder, "cpu")
+        return scripts.runs.train(candidate, source, config, tmp_path / folder)
 
     uncut = run("uncut")
     step = Trainer._advance
@@ -109,50 +78,40 @@ def test_a_run_is_gone_on_with(scripts: SimpleNamespace, source: str, tmp_path: 
         assert run("cut").trainer.step == 6
 
 
-def test_an_interrupted_run_says_so(scripts: SimpleNamespace, source: str, tmp_path: Path) -> None:
+def test_an_interrupted_run_says_so(scripts: Any, source: str, tmp_path: Path) -> None:
     candidate = scripts.runs.Candidate("Glow", {"levels": 1, "steps": 1, "hidden": 4})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "fit", lambda *_: Stop.INTERRUPTED)
         with pytest.raises(scripts.runs.Interrupted, match="goes on"):
-            scripts.runs.train(candidate, source, SHAPE, TrainConfig(steps=1, batch_size=8), tmp_path / "run", "cpu")
+            scripts.runs.train(candidate, source, TrainConfig(steps=1, batch_size=8), tmp_path / "run")
 
 
-def test_other_settings_are_refused(scripts: SimpleNamespace, source: str, tmp_path: Path) -> None:
+def test_other_settings_are_refused(scripts: Any, source: str, tmp_path: Path) -> None:
     candidate = scripts.runs.Candidate("Glow", {"levels": 1, "steps": 1, "hidden": 4})
     config = TrainConfig(steps=1, batch_size=8)
     folder = tmp_path / "run"
-    scripts.runs.train(candidate, source, SHAPE, config, folder, "cpu")
+    scripts.runs.train(candidate, source, config, folder)
     with pytest.raises(ValueError, match="seed 0 instead of 1"):
-        scripts.runs.train(candidate, source, SHAPE, TrainConfig(steps=1, batch_size=8, seed=1), folder, "cpu")
+        scripts.runs.train(candidate, source, TrainConfig(steps=1, batch_size=8, seed=1), folder)
     with pytest.raises(ValueError, match="hidden 4 instead of 5"):
-        scripts.runs.train(candidate.with_width(5), source, SHAPE, config, folder, "cpu")
+        scripts.runs.train(candidate.but(hidden=5), source, config, folder)
     other = scripts.runs.Candidate("InverseFlow", candidate.options)
     with pytest.raises(ValueError, match="kind 'Glow' instead of 'InverseFlow'"):
-        scripts.runs.train(other, source, SHAPE, config, folder, "cpu")
+        scripts.runs.train(other, source, config, folder)
 
 
-def test_figures_of_a_model(scripts: SimpleNamespace, source: str) -> None:
-    from inverse_flow.data import load
-
-    data = load(source)
-    found = scripts.runs.bits_of(perturbed(Glow(SHAPE, 1, 1, 4)), data, TrainConfig())
-    assert found["test_images"] == len(data.test) == 4
+def test_figures_of_a_model(scripts: Any, source: str, tmp_path: Path) -> None:
+    candidate = scripts.runs.Candidate("Glow", {"levels": 1, "steps": 1, "hidden": 4})
+    run = scripts.runs.train(candidate, source, TrainConfig(steps=2, batch_size=8), tmp_path / "run")
+    found = scripts.runs.summary_of(run, run.trainer.result())
+    assert found["test_images"] == len(run.data.test) == 4
     assert found["nats"] == pytest.approx(found["bits_per_dim"] * 64 * math.log(2))
     assert 0 < found["standard_error"] < found["bits_per_dim"]
-    assert scripts.runs.images_of(data, 10, torch.device("cpu")).shape == (10, *SHAPE)
+    assert (found["steps"], found["images_seen"], found["parameters"]) == (2, 16, run.trainer.model.num_parameters)
+    assert scripts.runs.images_of(run.data, 10, torch.device("cpu")).shape == (10, *SHAPE)
 
 
-def test_differences_of_images(scripts: SimpleNamespace) -> None:
-    x = torch.tensor([1.0, -4.0])
-    assert scripts.runs.relative_difference(x, x) == 0
-    assert scripts.runs.relative_difference(x + 0.04, x, tolerance=0.02) == pytest.approx(0.01)
-    with pytest.raises(ArithmeticError, match="differ by"):
-        scripts.runs.relative_difference(x + 0.04, x)
-    with pytest.raises(ArithmeticError, match="differ by nan"):
-        scripts.runs.relative_difference(x * torch.nan, x)
-
-
-def test_a_wrong_sampler_is_not_timed(scripts: SimpleNamespace) -> None:
+def test_a_wrong_sampler_is_not_timed(scripts: Any) -> None:
     model = perturbed(InverseFlow(SHAPE, 2, 1, 4))
     sampler = prepare_sampling(model)
     assert scripts.runs.check_sampler(model, sampler) < 1e-5
@@ -162,7 +121,7 @@ def test_a_wrong_sampler_is_not_timed(scripts: SimpleNamespace) -> None:
         scripts.runs.check_sampler(model, sampler)
 
 
-def test_variational_dequantization_is_no_part_of_sampling(scripts: SimpleNamespace) -> None:
+def test_variational_dequantization_is_no_part_of_sampling(scripts: Any) -> None:
     model = Glow(SHAPE, 1, 1, 4, logit_margin=1e-3)
     dequantizer.attach(model, TrainConfig(dequantization="variational"))
     perturbed(model)
@@ -181,9 +140,7 @@ def test_variational_dequantization_is_no_part_of_sampling(scripts: SimpleNamesp
 @pytest.mark.parametrize("corner", ["identity", "unit_triangular", "plu"])
 @pytest.mark.parametrize("kernel_size", [2, (3, 2), (1, 4)])
 @pytest.mark.parametrize("order", ["top_left", "top_right", "bottom_left", "bottom_right", "four"])
-def test_plain_solve_is_the_solve(
-    scripts: SimpleNamespace, corner: str, kernel_size: int | tuple[int, int], order: str
-) -> None:
+def test_plain_solve_is_the_solve(scripts: Any, corner: str, kernel_size: int | tuple[int, int], order: str) -> None:
     orders: Any = ("top_left", "bottom_right", "top_right", "bottom_left") if order == "four" else order
     groups = 4 if order == "four" else 2
     layer = InverseConv2d(8, kernel_size, groups=groups, order=orders, corner=corner).double()
@@ -191,19 +148,19 @@ def test_plain_solve_is_the_solve(
         for parameter in layer.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
         x = torch.randn(3, 8, 5, 4, dtype=torch.float64)
-        found, _ = scripts.plain_solve.PlainSolve(layer)(x)
+        found, _ = scripts.rivals.PlainSolve(layer)(x)
         torch.testing.assert_close(found, layer(x)[0])
 
 
 # ------------------------------------------------------------------------------------------------------ sampling
 
 
-def test_finc_order_exchanges_the_directions(scripts: SimpleNamespace) -> None:
+def test_finc_order_exchanges_the_directions(scripts: Any) -> None:
     layer = InverseConv2d(4)
     with torch.no_grad():
         layer.weight.add_(0.1)
     flow = Flow([layer], (4, 5, 5))
-    finc = scripts.sampling.in_finc_order(flow)
+    finc = scripts.sampling.replaced(flow, Reverse)
     x = torch.randn(2, 4, 5, 5)
     assert torch.equal(finc.inverse([x])[0], layer(x)[0])
     assert torch.equal(finc(x)[0][0], layer.inverse(x)[0])
@@ -211,27 +168,27 @@ def test_finc_order_exchanges_the_directions(scripts: SimpleNamespace) -> None:
     assert sum(p.numel() for p in finc.parameters()) == sum(p.numel() for p in flow.parameters())
 
 
-def make_ways(scripts: SimpleNamespace) -> Any:
+def make_ways(scripts: Any) -> Any:
     device = torch.device("cpu")
     flow, glow = (scripts.sampling.make(kind, SHAPE, device, steps=2, hidden=4) for kind in ("InverseFlow", "Glow"))
     return scripts.sampling.ways(flow, glow, 3, device, compiled=False)
 
 
-def test_every_way_to_sample_is_timed_against_its_rival(scripts: SimpleNamespace) -> None:
+def test_every_way_to_sample_is_timed_against_its_rival(scripts: Any) -> None:
     works, differences = make_ways(scripts)
     assert all(error < 1e-3 for error in differences.values())
     assert all(work().shape == (3, *SHAPE) for work in works.values())
     times, ratios = scripts.sampling.measure(works, torch.device("cpu"), 0.0)
     assert set(times) == set(works)
-    pairs = {(row["ours"], row["rival"]) for row in ratios}
+    pairs = {(row["ours"], row["against"]) for row in ratios}
     assert ("InverseFlow, prepared", "Glow") in pairs
     assert ("InverseFlow, prepared", "FInC order, prepared, plain-torch solve") in pairs
     for row in ratios:
-        assert row["ratio"] == pytest.approx(times[row["ours"]]["ms"] / times[row["rival"]]["ms"])
+        assert row["ratio"] == pytest.approx(times[row["ours"]]["ms"] / times[row["against"]]["ms"])
 
 
-def test_wrong_samples_are_not_timed(scripts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    solve = scripts.plain_solve.PlainSolve
+def test_wrong_samples_are_not_timed(scripts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    solve = scripts.rivals.PlainSolve
     right = solve.forward
 
     def wrong(self: Any, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -243,22 +200,14 @@ def test_wrong_samples_are_not_timed(scripts: SimpleNamespace, monkeypatch: pyte
         make_ways(scripts)
 
 
-def test_forward_table(scripts: SimpleNamespace) -> None:
-    options = {"levels": 1, "steps": 1, "hidden": 2}
-    changes = [{"side": 4}, {"kernel_size": 2}]
-    rows = scripts.sampling.forward_table(("InverseFlow", "Glow"), changes, torch.device("cpu"), options)
-    assert [set(row["ms"]) for row in rows] == [{"InverseFlow", "Glow"}] * 2
-    assert all(value > 0 for row in rows for value in row["ms"].values())
-
-
 # ----------------------------------------------------------------------------------------- density and ablation
 
 
-def test_presets(scripts: SimpleNamespace) -> None:
+def test_presets(scripts: Any) -> None:
     density = scripts.density
     for name, preset in density.PRESETS.items():
         assert preset.image_shape is not None
-        candidates = preset.candidates(list(density.MODELS))
+        candidates = preset.candidates()
         assert list(candidates) == list(density.MODELS)
         for candidate in candidates.values():
             candidate.config(preset.image_shape)
@@ -268,18 +217,20 @@ def test_presets(scripts: SimpleNamespace) -> None:
     assert density.PRESETS["mnist"].parameters <= 1_600_000
 
 
-def test_table_of_densities(scripts: SimpleNamespace) -> None:
+def test_table_of_densities(scripts: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    density = scripts.density
     row = {
         "bits_per_dim": 1.5, "standard_error": 0.01, "nats": 815.0, "ST_ms": 12.0, "FT_ms": 34.5,
         "parameters": 1234, "training_seconds": 60.0, "images_seen": 5000,
     }  # fmt: skip
-    table = scripts.density.table({"Glow": row}, scripts.density.PRESETS["mnist"].paper)
-    assert table[0] == ["Glow", "1.500 ± 0.010", "815", "12.0", "34.5", "1,234", "1.0", "5,000"]
-    assert table[1] == ["paper: Inverse-Flow", "1.31", "–", "52.0", "–", "1.60 M", "–", "–"]
-    assert all(len(cells) == len(scripts.density.HEADER) for cells in table)
+    lines = density.table({"Glow": [row]}, {}, density.PRESETS["mnist"].paper)
+    scripts.harness.Table(density.COLUMNS).add(*lines)
+    printed = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert printed[2] == ["Glow", "1.500 ± 0.010", "815", "12.0", "34.5", "1,234", "1.0", "5,000"]
+    assert printed[3] == ["paper: Inverse-Flow", "1.31", "–", "52.0", "–", "1,600,000", "–", "–"]
 
 
-def test_times_of_two_models(scripts: SimpleNamespace) -> None:
+def test_times_of_two_models(scripts: Any) -> None:
     models = {"Glow": perturbed(Glow(SHAPE, 1, 1, 2)), "InverseFlow": perturbed(InverseFlow(SHAPE, 1, 1, 2))}
     times = scripts.density.measure_times(models, torch.rand(4, *SHAPE), torch.device("cpu"), 0.0)
     assert set(times) == set(models)
@@ -288,9 +239,9 @@ def test_times_of_two_models(scripts: SimpleNamespace) -> None:
         assert 0 < row["FT_ms_p20"] <= row["FT_ms"] <= row["FT_ms_p80"]
 
 
-def test_a_model_is_not_trained_twice(scripts: SimpleNamespace) -> None:
-    candidates = scripts.ablation.variants(2, 1, 4, None)
-    first = scripts.ablation.same_model(candidates, SHAPE)
+def test_a_model_is_not_trained_twice(scripts: Any) -> None:
+    candidates = scripts.density.variants(2, 1, 4, None)
+    first = scripts.density.same_model(candidates, SHAPE)
     assert first["Glow"] == first["FInCFlow, no inverse conv"] == "InverseFlow, no inverse conv"
     assert first["Glow, inverse conv"] == "InverseFlow"
     assert first["FInCFlow"] == "FInCFlow"
@@ -300,12 +251,12 @@ def test_a_model_is_not_trained_twice(scripts: SimpleNamespace) -> None:
         assert counts[0] == counts[1]
 
 
-def test_ablation_differences_are_to_the_named_model(scripts: SimpleNamespace) -> None:
+def test_ablation_differences_are_to_the_named_model(scripts: Any) -> None:
     rows = {
         "Glow": [{"bits_per_dim": 2.0}, {"bits_per_dim": 3.0}],
         "Glow, inverse conv": [{"bits_per_dim": 1.5}, {"bits_per_dim": 2.7}],
     }
-    found = scripts.ablation.compare_rows(rows)
+    found = scripts.density.compare_rows(rows)
     assert found["Glow, inverse conv"]["difference"] == pytest.approx(-0.4)
     assert found["Glow, inverse conv"]["spread_over_seeds"] == pytest.approx(0.2)
     assert found["Glow"]["difference"] == 0
@@ -314,7 +265,7 @@ def test_ablation_differences_are_to_the_named_model(scripts: SimpleNamespace) -
 # ---------------------------------------------------------------------------------------------------- classifier
 
 
-def test_shifted_images(scripts: SimpleNamespace) -> None:
+def test_shifted_images(scripts: Any) -> None:
     x = torch.arange(1.0, 17).view(1, 1, 4, 4)
     seen = set()
     for seed in range(40):
@@ -327,7 +278,7 @@ def test_shifted_images(scripts: SimpleNamespace) -> None:
     assert seen == {tuple(padded[1 - d : 5 - d, 1 - r : 5 - r].flatten().tolist()) for d, r in places}
 
 
-def test_accuracy(scripts: SimpleNamespace) -> None:
+def test_accuracy(scripts: Any) -> None:
     model = InverseConvClassifier((1, 4, 4), classes=3, hidden=4)
     images = torch.randn(10, 1, 4, 4)
     labels = model.predict(images)
@@ -339,7 +290,7 @@ def test_accuracy(scripts: SimpleNamespace) -> None:
 # ------------------------------------------------------------------------------------------------ gradient norms
 
 
-def test_norms_are_those_before_clipping(scripts: SimpleNamespace) -> None:
+def test_norms_are_those_before_clipping(scripts: Any) -> None:
     model = InverseFlow(SHAPE, 1, 2, 4)
     model.log_prob(torch.rand(4, *SHAPE)).mean().backward()
     layers = scripts.gradient_norms.watched_layers(model)
@@ -355,7 +306,7 @@ def test_norms_are_those_before_clipping(scripts: SimpleNamespace) -> None:
         assert scripts.gradient_norms.gradient_norms(layers, norm, most) == pytest.approx(wanted, rel=1e-4)
 
 
-def test_gains_of_the_solves(scripts: SimpleNamespace) -> None:
+def test_gains_of_the_solves(scripts: Any) -> None:
     model = perturbed(InverseFlow(SHAPE, 1, 1, 4))
     x = torch.rand(3, *SHAPE)
     gains = scripts.gradient_norms.solve_gains(model, x)
@@ -366,7 +317,7 @@ def test_gains_of_the_solves(scripts: SimpleNamespace) -> None:
     assert scripts.gradient_norms.solve_gains(perturbed(Glow(SHAPE, 1, 1, 4)), x) == {}
 
 
-def test_gradient_runs_and_their_picture(scripts: SimpleNamespace, tmp_path: Path) -> None:
+def test_summary_of_gradient_runs(scripts: Any) -> None:
     settings = SimpleNamespace(
         steps=4, batch_size=4, max_grad_norm=1.0, seed=0, levels=1, depth=1, hidden=4, device="cpu", every=2
     )
@@ -374,12 +325,43 @@ def test_gradient_runs_and_their_picture(scripts: SimpleNamespace, tmp_path: Pat
     kinds = scripts.gradient_norms.KIND_OF_LAYER
     runs = [scripts.gradient_norms.run(kind, 1e-3, images, settings) for kind in kinds]
     assert all(entry["steps"] == [1, 3] and entry["failure"] is None for entry in runs)
-    rows = scripts.gradient_norms.summarize(runs)
+    # One that failed at its first step has nothing to sum up.
+    rows = scripts.gradient_norms.summarize([*runs, runs[0] | {"steps": [], "failure": "not finite"}])
     assert [(row["model"], row["layer"]) for row in rows] == [
         ("InverseFlow", "inverse conv"), ("InverseFlow", "1×1 conv"), ("FInCFlow", "conv"), ("FInCFlow", "1×1 conv"),
         ("Glow", "1×1 conv"),
     ]  # fmt: skip
     assert all(0 < row["last"] <= row["largest"] for row in rows)
-    scripts.gradient_norms.plot(runs, tmp_path / "norms")
-    assert (tmp_path / "norms.png").stat().st_size > 1000
-    assert (tmp_path / "norms.svg").read_text().startswith("<?xml")
+
+
+# --------------------------------------------------------------------------------------------------------- parts
+
+
+def test_costs_are_those_of_the_parts_that_run(scripts: Any) -> None:
+    images = torch.randint(0, 256, (16, 1, 16, 16), dtype=torch.uint8)
+    given = ["--steps", "8", "--depth", "1", "--hidden", "4", "--batch-size", "4", "--threads", "1"]
+    settings = scripts.parts.parse_arguments(given)
+    compared = scripts.parts.candidates(["blocks:2"], ["alternate", "sequential"], 1 / 3, 1)
+    costs = {name: scripts.parts.costs_of_a_step(settings, parts, images) for name, parts in compared.items()}
+    whole = costs["end to end"][0]
+    assert whole["backward_flops"] == pytest.approx(2 * whole["forward_flops"], rel=0.01)
+    for schedule in ("alternate", "sequential"):
+        of_part = costs[f"blocks:2 {schedule}"]
+        assert of_part[0] == whole
+        assert of_part[1]["backward_flops"] + of_part[2]["backward_flops"] == whole["backward_flops"]
+        assert max(of_part[part]["saved_bytes"] for part in (1, 2)) < whole["saved_bytes"]
+    # The first part runs before the second one, unless its outputs are kept.
+    first, second = (costs["blocks:2 sequential"][part]["forward_flops"] for part in (1, 2))
+    assert first + second == costs["blocks:2 alternate"][2]["forward_flops"] == whole["forward_flops"]
+
+
+def test_the_page_of_parts_holds_the_figures_of_its_results(scripts: Any, monkeypatch: Any, tmp_path: Path) -> None:
+    parts = scripts.parts
+    page = tmp_path / "parts.md"
+    page.write_text(parts.PAGE.read_text())
+    monkeypatch.setattr(parts, "PICTURE", tmp_path / "parts")
+    before = parts.PAGE.read_text()
+    monkeypatch.setattr(parts, "PAGE", page)
+    assert parts.main(["--report"]) == 0
+    assert page.read_text() == before
+    assert (tmp_path / "parts.svg").stat().st_size > 1000

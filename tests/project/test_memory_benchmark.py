@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -13,70 +10,55 @@ from torch import Tensor
 
 from inverse_flow.flows import AffineCoupling
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    """The script as a module; it finds its neighbour ``common`` as it does when it is run."""
-    spec = importlib.util.spec_from_file_location("memory_benchmark", FOLDER / "memory.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(FOLDER))
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-        module.normflows = None  # optional, and slow to build
-        yield module
-    finally:
-        sys.path.remove(str(FOLDER))
-        del sys.modules[spec.name]
-        sys.modules.pop("common", None)
+def memory(scripts: Any) -> Any:
+    scripts.memory.normflows = None  # optional, and slow to build
+    return scripts.memory
 
 
 @pytest.fixture
-def tiny(benchmark: ModuleType) -> object:
-    return benchmark.Setting(2, 8, 4)
+def tiny(memory: Any) -> Any:
+    return memory.Setting(2, 8, 4)
 
 
-def test_bytes_saved_counts_a_storage_once(benchmark: ModuleType) -> None:
+def test_bytes_saved_counts_a_storage_once(memory: Any) -> None:
     x, y = torch.ones(10, requires_grad=True), torch.ones(10, requires_grad=True)
-    assert benchmark.bytes_saved(lambda: x * y) == 2 * 40
-    assert benchmark.bytes_saved(lambda: x * x) == 40
-    assert benchmark.bytes_saved(lambda: x[:5] * x[5:]) == 40
-    assert benchmark.bytes_saved(lambda: x * y, [y]) == 40
-    assert benchmark.bytes_saved(lambda: x + y) == 0
+
+    def saved(run: Any, known: tuple[Tensor, ...] = ()) -> int:
+        with memory.counting_bytes(known) as count:
+            run()
+            return int(count())
+
+    assert saved(lambda: x * y) == 2 * 40
+    assert saved(lambda: x * x) == 40
+    assert saved(lambda: x[:5] * x[5:]) == 40
+    assert saved(lambda: x * y, (y,)) == 40
+    assert saved(lambda: x + y) == 0
 
 
-def test_bytes_of_fake_tensors_are_those_of_real_ones(benchmark: ModuleType, tiny: object) -> None:
-    counted = {row["method"]: row["bytes"] for row in benchmark.count_bytes(tiny, [2])}
-    x = benchmark.images(tiny, torch.device("cpu"))
-    for name, (model, loss) in benchmark.losses(tiny, 2, torch.device("cpu")).items():
-        known = [*model.parameters(), *model.buffers()]
-        assert benchmark.bytes_saved(lambda loss=loss: loss(x), known) == counted[name] > 0
+def test_bytes_of_fake_tensors_are_those_of_real_ones(memory: Any, tiny: Any) -> None:
+    counted = {row["method"]: row["bytes"] for row in memory.count_bytes(tiny, 2)}
+    x = memory.images(tiny, torch.device("cpu"))
+    for name, (model, loss) in memory.losses(tiny, 2, torch.device("cpu")).items():
+        with memory.counting_bytes([*model.parameters(), *model.buffers()]) as count:
+            loss(x)
+            assert count() == counted[name] > 0
 
 
-def test_only_rebuilding_keeps_the_same_at_every_depth(benchmark: ModuleType, tiny: object) -> None:
-    rows = benchmark.count_bytes(tiny, [1, 3])
+def test_only_rebuilding_keeps_the_same_at_every_depth(memory: Any, tiny: Any) -> None:
+    rows = [*memory.count_bytes(tiny, 1), *memory.count_bytes(tiny, 3)]
     kept = {(row["method"], row["steps"]): row["bytes"] for row in rows}
-    assert kept[benchmark.OURS, 1] == kept[benchmark.OURS, 3]
-    for name in (benchmark.STORED, benchmark.COUPLING, benchmark.BLOCK):
+    assert kept[memory.OURS, 1] == kept[memory.OURS, 3]
+    for name in (memory.STORED, memory.COUPLING, memory.BLOCK):
         assert kept[name, 3] > kept[name, 1]
-    assert kept[benchmark.STORED, 3] > kept[benchmark.COUPLING, 3] > kept[benchmark.BLOCK, 3] > kept[benchmark.OURS, 3]
+    assert kept[memory.STORED, 3] > kept[memory.COUPLING, 3] > kept[memory.BLOCK, 3] > kept[memory.OURS, 3]
+    assert memory.print_bytes(rows, "bytes")[memory.OURS] == 0
 
 
-def test_slope(benchmark: ModuleType) -> None:
-    assert benchmark.slope([(0.0, 5.0), (1.0, 7.0), (2.0, 9.0)]) == pytest.approx(2.0)
-    assert benchmark.slope([(1.0, 4.0), (3.0, 4.0)]) == 0
-
-
-def test_gradients_are_checked_before_timing(
-    benchmark: ModuleType, tiny: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = benchmark.check_gradients(tiny, 1, torch.device("cpu"))
-    assert set(found) == {benchmark.COUPLING, benchmark.BLOCK, benchmark.OURS}
-
+def test_gradients_are_checked_before_timing(memory: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = memory.check_gradients(tiny, 1, torch.device("cpu"))
+    assert set(found) == {memory.COUPLING, memory.BLOCK, memory.OURS}
     right = AffineCoupling.backward_from_output
 
     def wrong(self: AffineCoupling, z: Tensor, grad_z: Tensor, grad_logdet: Tensor, context: Tensor | None) -> object:
@@ -84,10 +66,4 @@ def test_gradients_are_checked_before_timing(
 
     monkeypatch.setattr(AffineCoupling, "backward_from_output", wrong)
     with pytest.raises(ArithmeticError, match="rebuilt"):
-        benchmark.check_gradients(tiny, 1, torch.device("cpu"))
-
-
-def test_the_plot_is_written_in_both_formats(benchmark: ModuleType, tiny: object, tmp_path: Path) -> None:
-    benchmark.plot(benchmark.count_bytes(tiny, [1, 2]), tiny, tmp_path / "memory")
-    assert (tmp_path / "memory.png").stat().st_size > 1000
-    assert (tmp_path / "memory.svg").read_text().count("checkpoint of each step") >= 1
+        memory.check_gradients(tiny, 1, torch.device("cpu"))
