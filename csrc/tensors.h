@@ -10,6 +10,8 @@
 #include <array>
 #include <cstdint>
 #include <initializer_list>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "checks.h"
@@ -27,9 +29,9 @@ Tensor new_strided(const Tensor& like, const Sizes& sizes, const NewStrides& str
       aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), code, device_type,
                                like.get_device_index(), &handle);
   if (failed) {
-    int64_t elements = 1;
-    for (const int64_t size : sizes) elements *= size;
-    STD_TORCH_CHECK(false, "inverse_flow: out of memory: no room for a tensor of ", elements, " elements");
+    int64_t bytes = type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
+    for (const int64_t size : sizes) bytes *= size;
+    throw std::runtime_error("out of memory: no room for a tensor of " + std::to_string(bytes) + " bytes");
   }
   return Tensor(handle);
 }

@@ -11,6 +11,8 @@
 #include <cstring>
 #include <memory>
 #include <optional>
+#include <stdexcept>
+#include <string>
 #include <thread>
 #include <tuple>
 #include <vector>
@@ -32,7 +34,9 @@ class Scratch {
   Scratch(int64_t pieces, size_t bytes) : piece_((bytes + 63) / 64 * 64) {
     const size_t all = std::max<size_t>(pieces * piece_, 64);
     memory_ = static_cast<char*>(std::aligned_alloc(64, all));
-    STD_TORCH_CHECK(memory_, "inverse_flow: out of memory: the solve needs ", all, " bytes of working memory");
+    if (!memory_) {
+      throw std::runtime_error("out of memory: the solve needs " + std::to_string(all) + " bytes of working memory");
+    }
   }
   ~Scratch() { std::free(memory_); }
   Scratch(const Scratch&) = delete;
