@@ -194,6 +194,43 @@ def summarise(rows: Sequence[Mapping[str, Any]], arguments: argparse.Namespace) 
     return found
 
 
+def corners_that_solve(case: Case, operands: Operands, report: Report, corners: Sequence[str]) -> list[str]:
+    """Those whose solve and gradients pass their check."""
+    found = []
+    for corner in corners:
+        with report.checked(f"{case}, {corner}, {torch.get_num_threads()} threads"):
+            report.add("checks", {"shape": str(case), "corner": corner, **check(operands, corner)})
+            found.append(corner)
+    return found
+
+
+def measure(
+    case: Case,
+    mode: str,
+    operands: Operands,
+    limits: Mapping[str, float],
+    report: Report,
+    arguments: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """The rows of one shape and mode."""
+    works = candidates(mode, operands, arguments)
+    samples = time_alternately(works, arguments.device, arguments.budget)
+    pattern = None
+    if arguments.pattern:
+        with report.checked(f"published pattern, {case}, {mode}"):
+            pattern = pattern_ms(mode, operands)
+    least_ms = 1e3 * least_seconds(case, mode, DTYPES[arguments.dtype], limits)
+    of_set = "large images" if case in LARGE_IMAGES else "layers"
+    rows = []
+    for row in rows_of(samples, len(operands.inputs)):
+        row |= {"shape": str(case), "mode": mode, "set": of_set, "threads": torch.get_num_threads()}
+        row |= {"of_the_limit": least_ms / row["ours_ms"], "pattern_ms": pattern}
+        if pattern and row["corner"] == "unit_triangular":
+            row["pattern_ratio"] = pattern / row["ours_ms"]
+        rows.append(row)
+    return rows
+
+
 def compare_shapes(report: Report, arguments: argparse.Namespace) -> None:
     """Every shape, with every number of threads: a row as soon as it is measured."""
     columns = {
@@ -214,28 +251,10 @@ def compare_shapes(report: Report, arguments: argparse.Namespace) -> None:
         report.add("limits", {"threads": threads, **limits})
         for case in arguments.shapes:
             operands = Operands.make(case, dtype, arguments.device)
-            for mode in arguments.mode:
-                where = {"shape": str(case), "mode": mode, "threads": threads}
-                where["set"] = "large images" if case in LARGE_IMAGES else "layers"
-                correct = []
-                for corner in arguments.corner:
-                    with report.checked(f"{case}, {corner}, {threads} threads"):
-                        if mode == arguments.mode[0]:
-                            report.add("checks", where | {"corner": corner, **check(operands, corner)})
-                        correct.append(corner)
-                if not correct:
-                    continue
-                measured = argparse.Namespace(**{**vars(arguments), "corner": correct})
-                samples = time_alternately(candidates(mode, operands, measured), arguments.device, arguments.budget)
-                pattern = None
-                if arguments.pattern:
-                    with report.checked(f"published pattern, {case}, {mode}"):
-                        pattern = pattern_ms(mode, operands)
-                for figures in rows_of(samples, len(operands.inputs)):
-                    row = where | figures | {"pattern_ms": pattern}
-                    if pattern and row["corner"] == "unit_triangular":
-                        row["pattern_ratio"] = pattern / row["ours_ms"]
-                    row["of_the_limit"] = least_seconds(case, mode, dtype, limits) / (row["ours_ms"] / 1e3)
+            correct = corners_that_solve(case, operands, report, arguments.corner)
+            right = argparse.Namespace(**{**vars(arguments), "corner": correct})
+            for mode in arguments.mode if correct else ():
+                for row in measure(case, mode, operands, limits, report, right):
                     rows.append(row)
                     report.add("rows", row)
                     table.add(row)

@@ -29,8 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from inverse_flow.data import load
 from inverse_flow.models import InverseFlow
-from inverse_flow.parts.config import PartsConfig, parse_parts
-from inverse_flow.parts.split import part_shares, split_flow
+from inverse_flow.parts import PartsConfig, parse_parts, part_shares, split_flow
 from inverse_flow.training import Stop, TrainConfig, Trainer, evaluate
 from inverse_flow.training.log import StepReport
 

@@ -18,7 +18,7 @@ from inverse_flow.flows import Flow, prepare_sampling
 from inverse_flow.flows.sampling import reconstruction_error
 from inverse_flow.models import KINDS, FlowConfig, ImageFlow
 from inverse_flow.training import Stop, TrainConfig, bits_per_dim, checkpoint, dequantize
-from inverse_flow.training.dequantizer import VariationalDequantization
+from inverse_flow.training.dequantization import VariationalDequantization
 from inverse_flow.training.log import StepReport
 from inverse_flow.training.metrics import log_probs, standard_error
 from inverse_flow.training.run import Run, resume, start

@@ -13,17 +13,17 @@ namespace py = pybind11;
 
 namespace {
 
-// setup.py records why it left the CUDA module out; the numbers are its CudaStatus.
-std::string cuda_absent() {
+// Why the build left the CUDA module out, as setup.py recorded it; the numbers are its CudaStatus.
+std::string cuda_left_out() {
   switch (INVERSE_FLOW_CUDA_STATUS) {
     case 0:
       return "";
     case 1:
-      return "built without CUDA: this PyTorch has no CUDA (FORCE_CUDA=1 builds it all the same)";
+      return "the PyTorch of the build had no CUDA";
     case 2:
-      return "built without CUDA: no CUDA toolkit was found (set CUDA_HOME or put nvcc on the PATH)";
+      return "the build found no CUDA toolkit";
     default:
-      return "built without CUDA: switched off with FORCE_CUDA=0";
+      return "the build was told FORCE_CUDA=0";
   }
 }
 
@@ -33,7 +33,7 @@ py::dict build_info() {
   info["compiler"] = __VERSION__;
   info["cpu_isa"] = inverse_flow::cpu::isa_in_use().name;
   info["cpu_isas"] = inverse_flow::cpu::compiled_isas();
-  info["cuda_absent"] = cuda_absent();
+  info["cuda_absent"] = cuda_left_out();
   return info;
 }
 

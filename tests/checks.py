@@ -17,6 +17,7 @@ from .cases import Case
 from .tolerance import assert_accurate, assert_solves, plain_solve, state_dtype
 
 Device = torch.device | str
+Solver = Callable[..., Tensor]
 
 
 def clean(case: Case, weight: Tensor) -> Tensor:
@@ -63,6 +64,8 @@ def check_value(
     for tensor, old in zip(arguments, before, strict=True):
         torch.testing.assert_close(tensor, old, rtol=0, atol=0, equal_nan=True)
 
+    # The operator alone runs on a GPU: what judges it is many small steps.
+    input, weight, actual, bias = input.cpu(), weight.cpu(), actual.cpu(), None if bias is None else bias.cpu()
     matrix = reference.dense_matrix(weight.double(), *input.shape[2:], **case.arguments)
     matrix = matrix.mT if transposed else matrix
     right = input.double() if bias is None else input.double() - bias.double().view(-1, 1, 1)
@@ -73,29 +76,39 @@ def check_value(
     assert_solves(actual, plain, matrix, right)
 
 
-def check_gradients(case: Case, input: Tensor, weight: Tensor, bias: Tensor | None, grad: Tensor | None = None) -> None:
+def check_gradients(
+    case: Case,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    grad: Tensor | None = None,
+    dense: Solver = reference.inverse_conv2d_dense,
+    recurrence: Solver = reference.inverse_conv2d,
+) -> None:
     """The gradients agree with autograd through the dense float64 solve, and are zero for entries that are not read."""
     if grad is None:
         grad = torch.randn_like(input, memory_format=torch.contiguous_format)
     names = ["input", "weight"] + ["bias"] * (bias is not None)
 
     def gradients(function: Callable[..., Tensor], dtype: torch.dtype | None) -> tuple[Tensor, list[Tensor]]:
-        leaves = [t if dtype is None else t.to(dtype) for t in (input, weight, bias) if t is not None]
+        leaves = [t if dtype is None else t.to(dtype) for t in given]
         leaves = [leaf.detach().requires_grad_() for leaf in leaves]
         output = function(*leaves, **case.arguments)
         return output.detach(), list(torch.autograd.grad(output, leaves, grad.to(output.dtype)))
 
-    _, actual = gradients(inverse_conv2d, None)
-    x, exact = gradients(reference.inverse_conv2d_dense, torch.float64)
-    _, plain = gradients(reference.inverse_conv2d, state_dtype(input.dtype))
+    given = [tensor for tensor in (input, weight, bias) if tensor is not None]
+    actual = [gradient.cpu() for gradient in gradients(inverse_conv2d, None)[1]]
+    given, weight, grad = [tensor.cpu() for tensor in given], weight.cpu(), grad.cpu()
+    x, exact = gradients(dense, torch.float64)
+    _, plain = gradients(recurrence, state_dtype(input.dtype))
     u = exact[0]
     # The gradient of the weight is a sum of products of x and u over all images and pixels, that of the bias of u.
     ones = torch.ones_like(weight, dtype=torch.float64).requires_grad_()
     products = causal_conv2d(x.abs(), ones, order=case.order, groups=case.groups)
     magnitudes = [u, torch.autograd.grad(products, ones, u.abs())[0], u.abs().sum((0, 2, 3))]
-    for name, a, p, e, size, given in zip(names, actual, plain, exact, magnitudes, (input, weight, bias), strict=False):
+    for name, a, p, e, size, tensor in zip(names, actual, plain, exact, magnitudes, given, strict=False):
         assert a.isfinite().all(), f"the gradient of {name} is not finite"
-        assert_accurate(a, p.to(given.dtype), e, input.dtype, f"the gradient of {name}", size)
+        assert_accurate(a, p.to(tensor.dtype), e, input.dtype, f"the gradient of {name}", size)
     assert not actual[1][case.unread(weight)].any(), "a weight that is not read has a gradient"
 
 

@@ -17,6 +17,13 @@ from inverse_flow.ops import native
 HAS_CUDA = not native.cuda_absent_reason and torch.cuda.is_available()
 DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.cuda)] if HAS_CUDA else [])]
 
+# The first PyTorch that these tests have not been run with.
+NEXT_TORCH = (2, 14)
+
+# The convolutions that a solve is compared with compute in TF32 on a GPU unless told not to.
+if HAS_CUDA:
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+
 # Workers of pytest-xdist share the processor; tests of threading set their own number.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
@@ -24,6 +31,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests that take very long or very much memory")
+    parser.addoption("--all-emulation", action="store_true", help="also run emulated cases that are much alike")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -37,8 +45,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes very long or very much memory; run with --slow")
-    # Warnings are errors, but PyTorch warns of its own code when forward-mode derivatives are first used.
-    config.addinivalue_line("filterwarnings", "ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+    # What a PyTorch newer than the tests know has deprecated is shown, and no error.
+    if torch.__version__ >= NEXT_TORCH:
+        for category in ("DeprecationWarning", "FutureWarning"):
+            config.addinivalue_line("filterwarnings", f"default::{category}")
 
 
 @pytest.fixture(params=DEVICES)

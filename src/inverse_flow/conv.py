@@ -129,12 +129,12 @@ class InverseConv2d(nn.Module):
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data to latent: (z, log|det ∂z/∂x|), the solve. ``context`` is not used."""
         z = inverse_conv2d(x, self._weight(), self.bias, **self._arguments)
-        return z, self._log_det(x, inverse=True)
+        return z, self.log_det(x, inverse=True)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Latent to data: (x, log|det ∂x/∂z|), a plain convolution. ``context`` is not used."""
         x = causal_conv2d(z, self._weight(), self.bias, **self._arguments)
-        return x, self._log_det(z)
+        return x, self.log_det(z)
 
     def backward_from_output(
         self, z: Tensor, grad_z: Tensor, grad_logdet: Tensor, context: Tensor | None = None
@@ -142,7 +142,7 @@ class InverseConv2d(nn.Module):
         """x = A(w) z + b, a plain convolution, and the backward pass of the solve, which asks for nothing but z:
         ∂x = A(w)⁻ᵀ ∂z. For :mod:`inverse_flow.reversible`."""
         with torch.enable_grad():
-            weight, log_det = self._weight(), self._log_det(z, inverse=True)
+            weight, log_det = self._weight(), self.log_det(z, inverse=True)
         x = causal_conv2d(z, weight, self.bias, **self._arguments)
         spec = self.spec._replace(allow_tf32=allows_tf32(z))
         grad_x, grad_weight, grad_bias = solve_backward(grad_z, z, weight, spec)
@@ -167,7 +167,7 @@ class InverseConv2d(nn.Module):
         product = lower @ (packed.triu(1) + torch.diag_embed(scale))
         return product.gather(1, self.permutation[..., None].expand_as(product))
 
-    def _log_det(self, images: Tensor, inverse: bool = False) -> Tensor:
+    def log_det(self, images: Tensor, inverse: bool = False) -> Tensor:
         """log|det A(w)|, or that of the inverse, for images of this size, one entry per image."""
         batch, _, height, width = images.shape
         dtype = torch.float64 if images.dtype == torch.float64 else torch.float32

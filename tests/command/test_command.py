@@ -64,18 +64,18 @@ def test_resume_goes_on_and_keeps_the_settings(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "resumed at step 2" in result.output
     content = checkpoint.load(tmp_path)
-    assert content["step"] == 3
-    assert content["train_config"]["batch_size"] == 20
-    assert content["train_config"]["minutes"] == 3.5
+    assert content.progress.step == 3
+    assert content.training.batch_size == 20
+    assert content.training.minutes == 3.5
 
-    refused = call("train", "--out", tmp_path, "--resume", "--hidden", 8, "--data", "MNIST/raw", "--no-logit")
+    refused = call("train", "--out", tmp_path, "--resume", "--hidden", 8, "--no-logit")
     assert refused.exit_code == 2
     words = " ".join(refused.output.split())
-    assert "keeps the settings of its checkpoint: --hidden is 2, --data is embedded, --logit is True" in words
+    assert "keeps the settings of its checkpoint: --hidden is 2, --logit is True" in words
 
     fresh = call("train", "--out", tmp_path, "--fresh", "--steps", 1, *TINY)
     assert fresh.exit_code == 0, fresh.output
-    assert checkpoint.load(tmp_path)["step"] == 1
+    assert checkpoint.load(tmp_path).progress.step == 1
 
 
 def test_nothing_to_resume_is_told_in_a_line(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_ctrl_c_keeps_the_checkpoint_and_says_how_to_go_on(tmp_path: Path) -> No
     assert process.returncode == 130
     assert "Interrupted at step" in output
     assert f"inverse-flow train --out {tmp_path} --resume" in output
-    assert checkpoint.load(tmp_path)["step"] >= 2
+    assert checkpoint.load(tmp_path).progress.step >= 2
 
 
 def test_sample(trained: Path, tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_everything_at_once(small: Path, tmp_path: Path) -> None:
     assert "at n = 5 bits, variational dequantization" in summary["protocol"]
     assert "log p(x̃ | label)" in summary["protocol"]
     content = checkpoint.load(run)
-    assert content["step"] == 6
+    assert content.progress.step == 6
     refused = call("train", "--out", run, "--resume", "--parts", "across:3", "--no-conditional", "--decay-at", 0.4)
     words = " ".join(refused.output.split())
     for setting in ("--parts is across:2", "--conditional is True", "--decay-at is (0.5, 8.0)"):

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from inverse_flow.command.commands import cli
 from inverse_flow.parts.config import PartsConfig
-from inverse_flow.training import TrainConfig, checkpoint
+from inverse_flow.training import checkpoint
 from inverse_flow.training.log import read_log
 
 TINY = ["--levels", "2", "--depth", "1", "--hidden", "2", "--batch-size", "20", "--evaluate-every", "2"]
@@ -26,8 +26,7 @@ def test_a_run_by_parts_and_its_resume(tmp_path: Path) -> None:
     result = call("train", "--out", tmp_path, "--steps", 6, *TINY, *by_parts)
     assert result.exit_code == 0, result.output
     assert [report.columns["part"] for report in read_log(tmp_path / "log.csv")] == [1, 2, 1, 2, 0, 0]
-    config = TrainConfig.from_dict(checkpoint.load(tmp_path)["train_config"])
-    assert config.parts == PartsConfig("blocks", 2, learning_rates=(1e-2, 2e-2))
+    assert checkpoint.load(tmp_path).training.parts == PartsConfig("blocks", 2, learning_rates=(1e-2, 2e-2))
 
     again = call("train", "--out", tmp_path, "--resume", "--steps", 7, *TINY, *by_parts)
     assert again.exit_code == 0, again.output
@@ -66,6 +65,6 @@ def test_a_part_in_each_process(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("after 6 steps") == 1
     content = checkpoint.load(tmp_path)
-    assert content["step"] == 6
-    assert content["method"]["steps"] == [4, 4]
+    assert content.progress.step == 6
+    assert content.progress.method["steps"] == [4, 4]
     assert [report.step for report in read_log(tmp_path / "log.csv")] == [5, 6]  # the finish

@@ -9,8 +9,6 @@
 // of barrier, while others wait for it is an error.
 #pragma once
 
-#include <ucontext.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -23,11 +21,15 @@
 #include <utility>
 #include <vector>
 
+#include "stack_switch.h"
+
 #ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #else  // the binding's test runs inside Python, without sanitizers
 inline void __sanitizer_start_switch_fiber(void**, const void*, size_t) {}
 inline void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) {}
+inline void __asan_unpoison_memory_region(const volatile void*, size_t) {}
 #endif
 
 #define __global__
@@ -153,7 +155,7 @@ class Block {
  private:
   enum class Wait { kNothing, kBlock, kWarp, kDone };
   struct Thread {
-    ucontext_t context;
+    Context context;
     std::unique_ptr<unsigned char[]> stack;
     void* fake_stack = nullptr;
     Wait waits = Wait::kNothing;
@@ -180,12 +182,9 @@ class Block {
     } else {
       thread.stack = std::move(spare.back());
       spare.pop_back();
+      __asan_unpoison_memory_region(thread.stack.get(), kStackBytes);  // the last thread left it in mid-call
     }
-    getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack.get();
-    thread.context.uc_stack.ss_size = kStackBytes;
-    thread.context.uc_link = nullptr;
-    makecontext(&thread.context, &Block::fiber_main, 0);
+    start_context(thread.context, thread.stack.get(), kStackBytes, &Block::fiber_main);
   }
 
   static void fiber_main() {
@@ -201,7 +200,7 @@ class Block {
     Thread& thread = threads_[active_];
     threadIdx = {static_cast<unsigned>(active_), 0, 0};
     __sanitizer_start_switch_fiber(&scheduler_fake_stack_, thread.stack.get(), kStackBytes);
-    swapcontext(&scheduler_, &thread.context);
+    switch_context(scheduler_, thread.context);
     __sanitizer_finish_switch_fiber(scheduler_fake_stack_, nullptr, nullptr);
     if (thread.waits == Wait::kDone) spare_stacks().push_back(std::move(thread.stack));
   }
@@ -210,7 +209,7 @@ class Block {
   void leave(bool for_good) {
     Thread& thread = threads_[active_];
     __sanitizer_start_switch_fiber(for_good ? nullptr : &thread.fake_stack, scheduler_stack_, scheduler_stack_bytes_);
-    swapcontext(&thread.context, &scheduler_);
+    switch_context(thread.context, scheduler_);
     arrive(threads_[active_].fake_stack);
   }
 
@@ -239,7 +238,7 @@ class Block {
   size_t running_;
   size_t active_ = 0;
   unsigned char* shared_ = nullptr;
-  ucontext_t scheduler_;
+  Context scheduler_;
   void* scheduler_fake_stack_ = nullptr;
   const void* scheduler_stack_ = nullptr;
   size_t scheduler_stack_bytes_ = 0;
@@ -256,7 +255,7 @@ inline Device device;
 
 }  // namespace inverse_flow::emulation
 
-// Whether to make this mistake: only in the spoilt copy of the kernels that tests the emulator itself.
+// Whether to make this mistake of planted.py.
 #define PLANTED(number) (inverse_flow::emulation::device.planted == (number))
 
 inline void __syncthreads() { inverse_flow::emulation::Block::current().block_barrier(); }

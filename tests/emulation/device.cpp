@@ -1,17 +1,15 @@
-// The other side of csrc/cuda/launch.h for the binding's test: what launch.cu holds, with the emulator for a GPU.
-#include "fold_launch.cu"
-#include "gradient_launch.cu"
-#include "lanes_bfloat16_launch.cu"
-#include "lanes_float_launch.cu"
-#include "lanes_half_launch.cu"
-#include "solve_bfloat16_launch.cu"
-#include "solve_double_launch.cu"
-#include "solve_float_launch.cu"
-#include "solve_half_launch.cu"
+// The other side of csrc/cuda/launch.h: what launch.cu holds, with the emulator for a GPU.
+#include "launch.h"
 
 namespace inverse_flow {
 
-// A small GPU: images of a few hundred pixels need several tiles.
+// As launch.cu declares them.
+const char* launch_solve_float(const SolveProblem&, const SolvePlan&, void* stream);
+const char* launch_solve_double(const SolveProblem&, const SolvePlan&, void* stream);
+const char* launch_solve_bfloat16(const SolveProblem&, const SolvePlan&, void* stream);
+const char* launch_solve_half(const SolveProblem&, const SolvePlan&, void* stream);
+
+// For the binding's test a small GPU: images of a few hundred pixels need several tiles.
 const char* device_limits(DeviceLimits& limits) {
   limits = {128, 6 * 1024, 4, -1};
   return nullptr;

@@ -1,6 +1,6 @@
 // Runs one case of csrc/cuda on the emulator: driver CASE RESULT. CASE is a text header ("key value ..." lines up to
 // "end") followed by raw arrays; RESULT gets the raw outputs, one set a seed. The plan and what was launched go to
-// standard output as "key value" lines. See test_emulation.py for the other side.
+// standard output as "key value" lines. See emulator.py for the other side.
 #include <fstream>
 #include <iostream>
 #include <map>
@@ -8,31 +8,6 @@
 #include <string>
 
 #include "sequence.cuh"
-
-namespace inverse_flow {
-
-// As launch.cu declares them.
-const char* launch_solve_float(const SolveProblem&, const SolvePlan&, void* stream);
-const char* launch_solve_double(const SolveProblem&, const SolvePlan&, void* stream);
-const char* launch_solve_bfloat16(const SolveProblem&, const SolvePlan&, void* stream);
-const char* launch_solve_half(const SolveProblem&, const SolvePlan&, void* stream);
-
-// What a build without some of the kernels has in their place.
-constexpr const char* kAbsent = "this build has no such kernel";
-#ifdef EMULATE_WITHOUT_LANES_FLOAT
-template <>
-const char* run_lanes<float>(const SolveProblem&, const SolvePlan&, void*) {
-  return kAbsent;
-}
-#endif
-#ifdef EMULATE_WITHOUT_SOLVE_BFLOAT16
-const char* launch_solve_bfloat16(const SolveProblem&, const SolvePlan&, void*) { return kAbsent; }
-#endif
-#ifdef EMULATE_WITHOUT_SOLVE_HALF
-const char* launch_solve_half(const SolveProblem&, const SolvePlan&, void*) { return kAbsent; }
-#endif
-
-}  // namespace inverse_flow
 
 namespace {
 
@@ -82,19 +57,6 @@ void check(const char* error) {
   if (error == nullptr) return;
   std::cerr << "driver: " << error << "\n";
   std::exit(4);
-}
-
-const char* solve(const SolveProblem& problem, const SolvePlan& plan) {
-  switch (problem.image_type) {
-    case ElementType::kFloat:
-      return launch_solve_float(problem, plan, nullptr);
-    case ElementType::kDouble:
-      return launch_solve_double(problem, plan, nullptr);
-    case ElementType::kBFloat16:
-      return launch_solve_bfloat16(problem, plan, nullptr);
-    default:
-      return launch_solve_half(problem, plan, nullptr);
-  }
 }
 
 void print(const SolvePlan& plan) {
@@ -244,7 +206,7 @@ int main(int argc, char** argv) {
     problem.state = state.get();
     problem.workspace = workspace.get();
     problem.allow_tf32 = input.get("allow_tf32") != 0;
-    check(solve(problem, plan));
+    check(launch_solve(problem, plan, nullptr));
     const int64_t solve_launches = emulation::device.launches;
     write(result, output, output_bytes);
     if (is_backward) {

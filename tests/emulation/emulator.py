@@ -1,135 +1,25 @@
-"""Builds and runs the emulation driver, and the dense oracle that its results are held against.
-
-The oracle knows nothing of the kernels: it writes the convolution of each image down as a matrix, from the definition,
-and solves with it in float64.
-"""
+"""One problem for the emulated kernels: its case, its data, and a run of the driver."""
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import os
-import shutil
 import subprocess
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-HERE = Path(__file__).parent
-KERNELS = HERE.parents[1] / "csrc"
-FLAGS = [
-    "-std=c++17",
-    "-O1",
-    "-g1",
-    "-fsanitize=address,undefined",
-    "-fno-sanitize-recover=all",
-    "-Wall",
-    "-Wextra",
-    "-Werror",
-]
-# The files of csrc/cuda that hold kernels, NAME_launch.cu each; those that take long to compile come first.
-UNITS = (
-    "lanes_float",
-    "lanes_half",
-    "lanes_bfloat16",
-    "solve_float",
-    "solve_half",
-    "solve_bfloat16",
-    "solve_double",
-    "gradient",
-    "fold",
-)
+from .build import driver
+from .planted import PLANTED
 
 FLOAT, DOUBLE, BFLOAT16, HALF = range(4)
 TYPES = {"float": FLOAT, "double": DOUBLE, "bfloat16": BFLOAT16, "half": HALF}
 IDENTITY, UNIT_TRIANGULAR, GENERAL = range(3)
 TOP_LEFT, TOP_RIGHT, BOTTOM_LEFT, BOTTOM_RIGHT = range(4)
+ALL_ORDERS = (TOP_LEFT, TOP_RIGHT, BOTTOM_LEFT, BOTTOM_RIGHT)
 # SolveRegime of csrc/cuda/device_limits.h.
 ANY_REGIME, BLOCK, LANES, TENSOR = -1, 0, 1, 2
-
-
-def compiler() -> str | None:
-    return shutil.which(os.environ.get("CXX", "g++"))
-
-
-@contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Whether this process alone has the file; without waiting, another may."""
-    with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-
-
-def compile_to(target: Path, command: list[str]) -> None:
-    """Runs the compiler; the target is there when it is whole."""
-    unfinished = target.with_suffix(".part")
-    done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    unfinished.rename(target)
-
-
-def compile_objects(folder: Path, sources: list[Path], flags: list[str]) -> list[Path]:
-    """One object a source. Test processes that need the same ones share the work: each takes what no other is at."""
-    cxx = compiler()
-    assert cxx is not None
-    commands = {}
-    for source in sources:
-        command = [cxx, *flags, "-c", "-x", "c++", str(source)]
-        key = hashlib.sha256("\0".join(command).encode()).hexdigest()[:16]
-        commands[folder / f"{source.stem}-{key}.o"] = command
-    missing = list(commands)
-    while missing:
-        for target in tuple(missing):
-            with locked(target.with_suffix(".lock"), wait=False) as is_mine:
-                if is_mine and not target.exists():
-                    compile_to(target, commands[target])
-            if target.exists():
-                missing.remove(target)
-        if missing:
-            time.sleep(0.1)
-    return list(commands)
-
-
-def build(folder: Path, kernels: Path = KERNELS, units: tuple[str, ...] = UNITS) -> Path:
-    """The driver with these files of the kernels, built once for all test processes that share `folder`."""
-    cxx = compiler()
-    assert cxx is not None
-    flags = [*FLAGS, f"-I{HERE}", f"-I{kernels / 'cuda'}"]
-    absent = [f"-DEMULATE_WITHOUT_{unit.upper()}" for unit in UNITS if unit not in units]
-    objects = compile_objects(folder, [kernels / "cuda" / f"{unit}_launch.cu" for unit in units], flags)
-    objects += compile_objects(folder, [HERE / "driver.cpp"], [*flags, *absent])
-    command = [cxx, *FLAGS, *map(str, objects)]
-    program = folder / f"driver-{hashlib.sha256(' '.join(command).encode()).hexdigest()[:16]}"
-    with locked(program.with_suffix(".lock")):
-        if not program.exists():
-            compile_to(program, command)
-    return program
-
-
-def build_spoilt(folder: Path, planted: dict[str, tuple[str, str, str]], units: tuple[str, ...]) -> Path:
-    """The driver over a copy of the kernels that holds mistakes, each behind a switch of the case file: by name, the
-    file, the line as it is, and the line as it is wrong."""
-    copy = folder / "csrc"
-    sources = {path: path.read_text() for path in [KERNELS / "params.h", *(KERNELS / "cuda").glob("*.*")]}
-    for name, (file, right, wrong) in planted.items():
-        path = KERNELS / "cuda" / file
-        assert sources[path].count(right) == 1, f"{file} no longer holds the line to spoil for {name}: {right}"
-        sources[path] = sources[path].replace(right, wrong)
-    with locked(folder.with_suffix(".lock")):
-        (copy / "cuda").mkdir(parents=True, exist_ok=True)
-        for path, text in sources.items():
-            target = copy / path.relative_to(KERNELS)
-            if not target.exists():
-                target.write_text(text)
-    return build(folder, copy, units)
 
 
 # ---- Element types ----
@@ -190,7 +80,7 @@ class Case:
     forced_regime: int = BLOCK
     allow_tf32: bool = False
     seeds: tuple[int, ...] = (1, 2)
-    planted: int = 0  # the mistake to make, in a driver built with mistakes
+    planted: str = ""  # the mistake of planted.py to make
 
     @property
     def all_channels(self) -> int:
@@ -238,6 +128,17 @@ class Data:
     x: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
 
+def tap(case: Case, order: int, p: int, q: int) -> tuple[int, int]:
+    """Where the weight of the pixel p rows and q columns away stands (0, 0: the corner)."""
+    from_bottom, from_right = order in (BOTTOM_LEFT, BOTTOM_RIGHT), order in (TOP_RIGHT, BOTTOM_RIGHT)
+    return p if from_bottom else case.kernel_h - 1 - p, q if from_right else case.kernel_w - 1 - q
+
+
+def corner_mask(case: Case) -> np.ndarray:
+    ones = np.ones((case.channels, case.channels), bool)
+    return {IDENTITY: ~ones, UNIT_TRIANGULAR: np.tril(ones, -1), GENERAL: ones}[case.corner]
+
+
 def make_data(case: Case, seed: int = 0) -> Data:
     """Random images, and weights that keep the inverse well conditioned."""
     random = np.random.default_rng(seed)
@@ -266,92 +167,6 @@ def make_data(case: Case, seed: int = 0) -> Data:
     weight_kind = case.weight_type
     with np.errstate(invalid="ignore"):
         return Data(round_to(y, case.image_type), round_to(weight, weight_kind), round_to(bias, weight_kind))
-
-
-# ---- The oracle ----
-
-
-def tap(case: Case, order: int, p: int, q: int) -> tuple[int, int]:
-    """Where the weight of the pixel p rows and q columns away stands (0, 0: the corner)."""
-    from_bottom, from_right = order in (BOTTOM_LEFT, BOTTOM_RIGHT), order in (TOP_RIGHT, BOTTOM_RIGHT)
-    return p if from_bottom else case.kernel_h - 1 - p, q if from_right else case.kernel_w - 1 - q
-
-
-def corner_mask(case: Case) -> np.ndarray:
-    ones = np.ones((case.channels, case.channels), bool)
-    return {IDENTITY: ~ones, UNIT_TRIANGULAR: np.tril(ones, -1), GENERAL: ones}[case.corner]
-
-
-def positions(case: Case, order: int):  # type: ignore[no-untyped-def]
-    """Every (tap row, tap column, output pixel, input pixel, is the corner) of the convolution of one image."""
-    down = -1 if order in (BOTTOM_LEFT, BOTTOM_RIGHT) else 1
-    right = -1 if order in (TOP_RIGHT, BOTTOM_RIGHT) else 1
-    for p in range(case.kernel_h):
-        for q in range(case.kernel_w):
-            i, j = tap(case, order, p, q)
-            for row in range(case.height):
-                for column in range(case.width):
-                    from_row, from_column = row - down * p, column - right * q
-                    if 0 <= from_row < case.height and 0 <= from_column < case.width:
-                        yield (
-                            i,
-                            j,
-                            row * case.width + column,
-                            from_row * case.width + from_column,
-                            p == 0 and q == 0,
-                        )
-
-
-def matrix(case: Case, weight: np.ndarray, order: int) -> np.ndarray:
-    """The convolution of one group as a matrix over (pixel, channel)."""
-    pixels, channels = case.height * case.width, case.channels
-    dense = np.zeros((pixels, channels, pixels, channels))
-    mask = corner_mask(case)
-    for i, j, at, source, is_corner in positions(case, order):
-        block = weight[:, :, i, j]
-        if is_corner:
-            block = np.where(mask, block, 0.0)
-            if case.corner != GENERAL:
-                block = block + np.eye(channels)
-        dense[at, :, source, :] += block
-    return dense.reshape(pixels * channels, pixels * channels)
-
-
-def to_columns(case: Case, images: np.ndarray, group: int) -> np.ndarray:
-    channels = images[:, group * case.channels : (group + 1) * case.channels]
-    return channels.reshape(case.batch, case.channels, -1).transpose(2, 1, 0).reshape(-1, case.batch)
-
-
-def from_columns(case: Case, columns: np.ndarray) -> np.ndarray:
-    shaped = columns.reshape(case.height * case.width, case.channels, case.batch).transpose(2, 1, 0)
-    return shaped.reshape(case.batch, case.channels, case.height, case.width)
-
-
-def oracle_solve(case: Case, y: np.ndarray, weight: np.ndarray, transposed: bool) -> np.ndarray:
-    result = []
-    for g, order in enumerate(case.orders):
-        a = matrix(case, weight[g * case.channels : (g + 1) * case.channels], order)
-        result.append(from_columns(case, np.linalg.solve(a.T if transposed else a, to_columns(case, y, g))))
-    return np.concatenate(result, axis=1)
-
-
-def oracle_gradients(
-    case: Case, gradient: np.ndarray, x: np.ndarray, weight: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Gradients of <gradient, x> by y, weight and bias, from dA^-1 = -A^-1 dA A^-1."""
-    u = oracle_solve(case, gradient, weight, not case.transposed)
-    d_weight = np.zeros_like(weight)
-    mask = corner_mask(case)
-    n = case.channels
-    for g, order in enumerate(case.orders):
-        left, right = to_columns(case, u, g), to_columns(case, x, g)
-        if case.transposed:
-            left, right = right, left
-        d_matrix = -(left @ right.T).reshape(case.height * case.width, n, case.height * case.width, n)
-        for i, j, at, source, is_corner in positions(case, order):
-            block = d_matrix[at, :, source, :]
-            d_weight[g * n : (g + 1) * n, :, i, j] += np.where(mask, block, 0.0) if is_corner else block
-    return u, d_weight, -u.sum(axis=(0, 2, 3))
 
 
 # ---- Runs ----
@@ -388,7 +203,7 @@ def header(case: Case, operation: str) -> str:
         "seeds": case.seeds,
         "transposed": int(case.transposed),
         "allow_tf32": int(case.allow_tf32),
-        "planted": case.planted,
+        "planted": list(PLANTED).index(case.planted) + 1 if case.planted else 0,
     }
     for name in ["batch", "channels", "height", "width", "kernel_h", "kernel_w", "corner"]:
         lines[name] = getattr(case, name)
@@ -416,38 +231,36 @@ def place(case: Case, images: np.ndarray) -> np.ndarray:
     return storage
 
 
-def execute(program: Path, folder: Path, text: str, arrays: list[np.ndarray]) -> tuple[bytes, dict[str, list[int]]]:
-    case_file, result_file = folder / "case", folder / "result"
-    with case_file.open("wb") as file:
-        file.write(text.encode())
-        for array in arrays:
-            file.write(np.ascontiguousarray(array).tobytes())
+def execute(text: str, arrays: list[np.ndarray]) -> tuple[bytes, dict[str, list[int]]]:
     # Threads as fibers live on the heap: their frames are no use-after-return, and the last ones no leak.
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
-    done = subprocess.run(
-        [str(program), str(case_file), str(result_file)], capture_output=True, text=True, env=environment
-    )
-    if done.returncode != 0:
-        raise DriverError(f"exit status {done.returncode}\n{done.stderr}")
-    facts: dict[str, list[int]] = {}
-    for line in done.stdout.splitlines():
-        key, *values = line.split()
-        facts[key] = [int(v) for v in values]
-    return result_file.read_bytes(), facts
+    with tempfile.TemporaryDirectory() as folder:
+        case_file, result_file = Path(folder) / "case", Path(folder) / "result"
+        case_file.write_bytes(text.encode() + b"".join(np.ascontiguousarray(array).tobytes() for array in arrays))
+        command = [str(driver()), str(case_file), str(result_file)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if done.returncode != 0:
+            raise DriverError(f"exit status {done.returncode}\n{done.stderr}")
+        facts: dict[str, list[int]] = {}
+        for line in done.stdout.splitlines():
+            key, *values = line.split()
+            facts[key] = [int(v) for v in values]
+        return result_file.read_bytes(), facts
 
 
-def run(program: Path, folder: Path, case: Case, data: Data, operation: str = "solve") -> Run:
-    arrays: list[np.ndarray] = []
-    if operation != "plan":
-        with np.errstate(invalid="ignore"):
-            arrays = [place(case, data.y), encode(data.weight, case.weight_type)]
-            if case.bias and operation == "solve":
-                arrays.append(encode(data.bias, case.weight_type))
-            if operation == "backward":
-                arrays.append(place(case, data.x))
-    raw, facts = execute(program, folder, header(case, operation), arrays)
-    if operation == "plan":
-        return Run(facts, [], [])
+def plans(case: Case) -> dict[str, list[int]]:
+    """What the driver says of the plans for a case."""
+    return execute(header(case, "plan"), [])[1]
+
+
+def run(case: Case, data: Data, operation: str = "solve") -> Run:
+    with np.errstate(invalid="ignore"):
+        arrays = [place(case, data.y), encode(data.weight, case.weight_type)]
+        if case.bias and operation == "solve":
+            arrays.append(encode(data.bias, case.weight_type))
+        if operation == "backward":
+            arrays.append(place(case, data.x))
+    raw, facts = execute(header(case, operation), arrays)
     elements, offset, strides = layout(case, case.output_layout)
     image, weight = np.dtype(STORED[case.image_type]), np.dtype(STORED[case.weight_type])
     sizes = [elements * image.itemsize]

@@ -6,8 +6,6 @@ dtypes and the order of the launches are tested, the device guard and the stream
 
 from __future__ import annotations
 
-import hashlib
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,7 @@ from torch.utils import cpp_extension
 
 from inverse_flow.ops import library as cpu
 
-from .emulator import HERE, KERNELS, compiler, locked
-
-pytestmark = pytest.mark.skipif(compiler() is None, reason="the emulator needs a C++ compiler (g++, or CXX)")
+from .build import CSRC, HERE, Compiler, folder_of, kernel_sources
 
 # What makes the binding one for CUDA tensors, and what stands there instead.
 SUBSTITUTIONS = {
@@ -39,37 +35,24 @@ PROBLEMS = [
 ]
 
 
-def build_binding(folder: Path) -> Path:
-    sources = {name: (KERNELS / name).read_text() for name in ("cuda/binding.cpp", "ops.cpp")}
-    for old, new in SUBSTITUTIONS.items():
-        assert sources["cuda/binding.cpp"].count(old) == 1, old
-        sources["cuda/binding.cpp"] = sources["cuda/binding.cpp"].replace(old, new)
-    sources["ops.cpp"] = sources["ops.cpp"].replace("(inverse_flow,", "(inverse_flow_emulated,")
-    key = hashlib.sha256("".join(sources.values()).encode()).hexdigest()[:16]
-    library = folder / f"libbinding-{key}.so"
-    with locked(folder / "binding.lock"):
-        if not library.exists():
-            paths = [str(HERE / "device.cpp")]
-            for name, text in sources.items():
-                paths.append(str(folder / name.replace("/", "-")))
-                Path(paths[-1]).write_text(text)
-            # The includes of the copies, and of the originals they stand for.
-            includes = [f"-I{path}" for path in (HERE, KERNELS / "cuda", KERNELS, *cpp_extension.include_paths())]
-            command = [str(compiler()), "-std=c++20", "-O1", "-shared", "-fPIC", *includes, *paths]
-            command += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-DUSE_CUDA", "-o", str(library)]
-            command += [f"-L{path}" for path in cpp_extension.library_paths()]
-            command += ["-ltorch_cpu", "-ltorch"]
-            done = subprocess.run(command, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-    return library
-
-
 @pytest.fixture(scope="session")
-def emulated(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Any:
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if hasattr(request.config, "workerinput") else base) / "binding"
-    folder.mkdir(exist_ok=True)
-    torch.ops.load_library(build_binding(folder))
+def emulated() -> Any:
+    sources = {Path(name): (CSRC / name).read_text() for name in ("cuda/binding.cpp", "ops.cpp")}
+    for old, new in SUBSTITUTIONS.items():
+        assert sources[Path("cuda/binding.cpp")].count(old) == 1, old
+        sources[Path("cuda/binding.cpp")] = sources[Path("cuda/binding.cpp")].replace(old, new)
+    sources[Path("ops.cpp")] = sources[Path("ops.cpp")].replace("(inverse_flow,", "(inverse_flow_emulated,")
+    copies = folder_of(sources)
+    includes = (HERE, CSRC / "cuda", CSRC)
+    kernels = Compiler(["-std=c++17", "-O1", "-fPIC"], includes)
+    # The headers' version is there for the key of what is kept.
+    macros = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-DUSE_CUDA", f'-DHEADERS_OF="{torch.__version__}"']
+    headers = [f"-isystem{path}" for path in cpp_extension.include_paths()]
+    binding = Compiler(["-std=c++20", "-O1", "-fPIC", *macros, *headers], includes)
+    objects = kernels.objects([*kernel_sources(CSRC), HERE / "device.cpp"])
+    objects += binding.objects([copies / name for name in sources])
+    paths = [f"-L{path}" for path in cpp_extension.library_paths()]
+    torch.ops.load_library(binding.link("libbinding", objects, "-shared", *paths, "-ltorch_cpu", "-ltorch"))
     return torch.ops.inverse_flow_emulated
 
 

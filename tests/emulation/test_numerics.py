@@ -3,7 +3,7 @@ recurrence in float32, plus one rounding to the images' dtype."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import functools
 
 import numpy as np
 import pytest
@@ -11,35 +11,34 @@ import torch
 
 from inverse_flow.reference import inverse_conv2d as plain_recurrence
 
+from .checks import oracle_solve
 from .emulator import (
     BLOCK,
     GENERAL,
     LANES,
+    TENSOR,
     TOP_LEFT,
+    UNIT_ROUNDOFF,
     UNIT_TRIANGULAR,
     Case,
     Data,
-    compiler,
+    Run,
     encode,
-    oracle_solve,
+    make_data,
     round_to,
     run,
 )
-from .test_emulation import driver, worker  # noqa: F401  (fixtures)
-
-pytestmark = pytest.mark.skipif(compiler() is None, reason="the emulator needs a C++ compiler (g++, or CXX)")
 
 CORNERS = {UNIT_TRIANGULAR: "unit_triangular", GENERAL: "general"}
-# Whole images in a block; tiles; tiles with the weights in global memory; a warp on the rows of an image. Each with its
-# shared memory.
+# Whole images in a block; tiles; tiles with the weights in global memory; a warp on the rows of an image; tensor cores.
+# Each with its shared memory.
 REGIMES = {
     "images in a block": (BLOCK, 99 * 1024),
     "tiles": (BLOCK, 1500),
     "weights in global memory": (BLOCK, 120),
     "rows as lanes": (LANES, 99 * 1024),
+    "tensor cores": (TENSOR, 99 * 1024),
 }
-BASE = Case(4, (TOP_LEFT,), 3, 11, 9, 3, 3, bias=False, seeds=(1,))
-EPS = {"float": 2.0**-23, "half": 2.0**-10, "bfloat16": 2.0**-7}
 
 
 def growth(case: Case, weight: np.ndarray) -> float:
@@ -50,6 +49,7 @@ def growth(case: Case, weight: np.ndarray) -> float:
     return float(np.abs(columns).sum(0).max())
 
 
+@functools.cache
 def weight_of_growth(case: Case, target: float) -> np.ndarray:
     """Taps along a random direction, or a corner tap with ever smaller singular values, until A⁻¹ has grown so."""
     random = np.random.default_rng(3)
@@ -73,30 +73,39 @@ def weight_of_growth(case: Case, target: float) -> np.ndarray:
     return round_to(at(high), "float")
 
 
+def assert_exact(case: Case, data: Data) -> Run:
+    """The rule of tests/tolerance.py."""
+    exact = oracle_solve(case, data.y, data.weight, False)
+    assert np.isfinite(encode(exact, case.image_type).astype(np.float64)).all()
+    single = (torch.tensor(array, dtype=torch.float32) for array in (data.y, data.weight))
+    plain = plain_recurrence(*single, corner=CORNERS[case.corner]).double().numpy()
+    rounding = 0.0 if case.image_type == "float" else 2 * UNIT_ROUNDOFF[case.image_type] * np.abs(exact).max()
+    allowed = 2 * np.abs(round_to(plain, case.image_type) - exact).max() + rounding
+    done = run(case, data)
+    assert done.facts["regime"] == [case.forced_regime]
+    error = np.abs(done.outputs[0][0] - exact).max()
+    assert error <= allowed, f"off by {error:.3g}, allowed {allowed:.3g}"
+    return done
+
+
 @pytest.mark.parametrize("image_type", ["float", "half", "bfloat16"])
 @pytest.mark.parametrize("corner", CORNERS)
 @pytest.mark.parametrize("target", [1e2, 1e6])
-def test_ill_conditioned_weights(
-    driver: Path,  # noqa: F811
-    tmp_path: Path,
-    target: float,
-    corner: int,
-    image_type: str,
-) -> None:
-    case = BASE.but(corner=corner, image_type=image_type)
+@pytest.mark.parametrize("regime", REGIMES)
+def test_ill_conditioned_weights(regime: str, target: float, corner: int, image_type: str) -> None:
+    case = Case(4, (TOP_LEFT,), 3, 11, 9, 3, 3, corner, bias=False, seeds=(1,))
     weight = weight_of_growth(case, target)
+    number, shared_bytes = REGIMES[regime]
+    case = case.but(image_type=image_type, forced_regime=number, shared_bytes=shared_bytes)
     y = np.random.default_rng(4).standard_normal(case.image_shape)
     y = round_to(y / np.sqrt(np.abs(oracle_solve(case, y, weight, False)).max()), image_type)
-    exact = oracle_solve(case, y, weight, False)
-    single = (torch.tensor(array, dtype=torch.float32) for array in (y, weight))
-    plain = plain_recurrence(*single, corner=CORNERS[corner]).double().numpy()
-    allowed = 2 * np.abs(round_to(plain, image_type) - exact).max() + EPS[image_type] * np.abs(exact).max()
-    assert np.isfinite(encode(exact, image_type).astype(np.float64)).all()
-    for regime, (number, shared_bytes) in REGIMES.items():
-        problem = case.but(forced_regime=number, shared_bytes=shared_bytes)
-        done = run(driver, tmp_path, problem, Data(y, weight, np.zeros(3)))
-        assert done.facts["regime"] == [number]
-        assert (done.facts["tiles"] == [1, 1]) == (regime in ("images in a block", "rows as lanes"))
-        assert done.facts["weights_in_shared"] == [regime != "weights in global memory"]
-        error = np.abs(done.outputs[0][0] - exact).max()
-        assert error <= allowed, f"{regime}: off by {error:.3g}, allowed {allowed:.3g}"
+    done = assert_exact(case, Data(y, weight, np.zeros(3)))
+    assert (done.facts["tiles"] == [1, 1]) == (shared_bytes == 99 * 1024)
+    assert done.facts["weights_in_shared"] == [shared_bytes > 120]
+
+
+@pytest.mark.parametrize("channels", [24, 64])
+def test_wide_layers_on_tensor_cores(channels: int) -> None:
+    """Sums of hundreds of products, which the tensor cores truncate at every step."""
+    case = Case(2, (TOP_LEFT,), channels, 5, 6, 3, 3, GENERAL, bias=False, seeds=(1,), forced_regime=TENSOR)
+    assert_exact(case.but(shared_bytes=227 * 1024), make_data(case))

@@ -138,7 +138,7 @@ def test_errors_say_what_was_given() -> None:
         flow([[0.0]])
     with pytest.raises(TypeError, match="got ReLU"):
         Flow([nn.ReLU()], (1, 4, 4))
-    with pytest.raises(ValueError, match="put it into a Flow"):
+    with pytest.raises(TypeError, match="put it into a Flow"):
         Compose(Split(4))
     with pytest.raises(ValueError, match="divisible by 2, got 3 × 3"):
         Flow([Squeeze()], (1, 3, 3))

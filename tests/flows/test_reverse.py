@@ -5,8 +5,18 @@ import torch
 from torch import Tensor, nn
 
 from inverse_flow import InverseConv2d
-from inverse_flow.flows import ActNorm, AffineCoupling, Compose, Flow, Reverse, Split, Squeeze, reverse
-from inverse_flow.flows.finite import NonFiniteError, detect_nonfinite
+from inverse_flow.flows import (
+    ActNorm,
+    AffineCoupling,
+    Compose,
+    Flow,
+    NonFiniteError,
+    Reverse,
+    Split,
+    Squeeze,
+    detect_nonfinite,
+    reverse,
+)
 
 
 def two_scale_flow() -> Flow:

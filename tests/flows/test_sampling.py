@@ -1,6 +1,10 @@
+import math
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 
 from inverse_flow import InverseConv2d
 from inverse_flow.flows import (
@@ -159,6 +163,82 @@ def test_interpolation_begins_and_ends_with_the_images() -> None:
         interpolate(flow, a, b, 1, context)
     with pytest.raises(ValueError, match="one shape"):
         interpolate(flow, a, b[:2], 3, context)
+
+
+class Doubled(InverseConv2d):
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        z, logdet = super().forward(x, context)
+        return 2 * z, logdet + math.log(2) * x[0].numel()
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, logdet = super().inverse(z / 2, context)
+        return x, logdet - math.log(2) * z[0].numel()
+
+
+class Bent(ActNorm):
+    """Of every value by itself, but not linear."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        z, logdet = super().forward(x)
+        return torch.sinh(z), logdet + torch.cosh(z).log().flatten(1).sum(1)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y = torch.asinh(z)
+        x, logdet = super().inverse(y)
+        return x, logdet - torch.cosh(y).log().flatten(1).sum(1)
+
+
+class Slanted(ActNorm):
+    """Overrides a helper alone: its bias is another one in every column."""
+
+    def _per_channel(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        bias, log_scale = super()._per_channel(x, dtype)
+        return bias + torch.arange(x.shape[-1], dtype=dtype), log_scale
+
+
+class Mirrored(Compose):
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return super().forward(x.flip(-1), context)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, logdet = super().inverse(z, context)
+        return x.flip(-1), logdet
+
+
+class Tempered(Flow):
+    def inverse(self, latents: tuple[Tensor, ...], context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, logdet = super().inverse(latents, context)
+        return x + 1, logdet
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[tuple[Tensor, ...], Tensor]:
+        return super().forward(x - 1, context)
+
+
+def hooked() -> nn.Module:
+    layer = ActNorm(4)
+    layer.register_forward_hook(lambda module, arguments, result: (-result[0], result[1]))
+    return layer
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Doubled(4, 2),
+        lambda: Bent(4),
+        lambda: Slanted(4),
+        lambda: Mirrored(ActNorm(4), Conv1x1(4)),
+        lambda: prune.l1_unstructured(InverseConv2d(4, 2), "weight", 0.3),
+        lambda: parametrizations.weight_norm(InverseConv2d(4, 2)),
+        hooked,
+    ],
+)
+@pytest.mark.parametrize("kind", [Flow, Tempered])
+def test_nothing_is_assumed_of_what_overrides_a_method(make: Callable[[], nn.Module], kind: type[Flow]) -> None:
+    flow = trained(kind([make(), Conv1x1(4), AffineCoupling(4, 6)], (4, 3, 3))).double()
+    prepared = prepare_sampling(flow)
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64)
+    torch.testing.assert_close(prepared.log_prob(x), flow.log_prob(x))
+    torch.testing.assert_close(prepared.inverse((x,))[0], flow.inverse((x,))[0])
 
 
 class Off(FlowLayer):

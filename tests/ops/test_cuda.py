@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +12,10 @@ from inverse_flow import InverseConv2d
 from inverse_flow.functional import inverse_conv2d
 from inverse_flow.reference import inverse_conv2d_dense
 
+from ..cases import Case
+from ..checks import check_gradients, solve
 from ..conftest import HAS_CUDA
+from ..tolerance import assert_accurate, state_dtype
 
 pytestmark = [
     pytest.mark.cuda,
@@ -93,10 +98,41 @@ def test_runs_on_the_tensors_device_not_on_the_current_one() -> None:
     torch.testing.assert_close(output.double(), want, rtol=1e-5, atol=1e-5)
 
 
+# What a GPU with 227 KiB of shared memory takes other paths for: several tiles an image, weights streamed from L2,
+# rings of diagonals, a corner inverted by many blocks, gradients on tensor cores in parts, tiles with margins, and
+# pixels that move by four channels.
+LARGE = [
+    (Case(2, 3, 200, 120), torch.float64, False),
+    (Case(1, 4, 300, 90, (3, 2), order="bottom_right"), torch.float32, False),
+    (Case(2, 24, 64, 64, order="top_right"), torch.float32, False),
+    (Case(100, 48, 32, 32), torch.float32, False),
+    (Case(2, 200, 5, 4, order="bottom_left"), torch.float32, False),
+    (Case(2, 3, 300, 200, corner="unit_triangular"), torch.bfloat16, False),
+    *((Case(3, channels, 9, 12, corner="unit_triangular"), torch.float32, True) for channels in (4, 8, 12)),
+    (Case(2, 48, 8, 8, corner="identity"), torch.float32, False),
+]
+
+
+@pytest.mark.parametrize(("case", "dtype", "channels_last"), LARGE, ids=str)
+def test_paths_of_large_problems(case: Case, dtype: torch.dtype, channels_last: bool) -> None:
+    """Against the CPU's operators: a dense matrix would not fit."""
+    images, weight, bias = case.tensors(dtype)
+    assert bias is not None
+    if channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    on_gpu = (images.cuda(), weight.cuda(), bias.cuda())
+    exact = solve(case, images.double(), weight.double(), bias.double())
+    plain = solve(case, *(tensor.to(state_dtype(dtype)) for tensor in (images, weight, bias)))
+    assert_accurate(solve(case, *on_gpu).cpu(), plain.to(dtype), exact, dtype)
+    check_gradients(case, *on_gpu, dense=inverse_conv2d, recurrence=inverse_conv2d)
+
+
 def test_a_singular_corner_gives_nan_without_a_synchronisation() -> None:
     images, weight = torch.randn(2, 3, 4, 4, device="cuda"), torch.zeros(3, 3, 2, 2, device="cuda")
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the mode is a prototype
+            torch.cuda.set_sync_debug_mode("error")
         output = inverse_conv2d(images, weight)
     finally:
         torch.cuda.set_sync_debug_mode("default")

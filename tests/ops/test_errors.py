@@ -167,7 +167,7 @@ def test_module_calls(direction: str) -> None:
 
 
 def test_memory_that_is_short_is_named_in_bytes() -> None:
-    """In a process of its own, whose address space is limited: working memory, and a result as large as the sizes say."""
+    """In a process of its own with a limited address space: working memory, and the result itself."""
     script = """
 import resource, torch
 from inverse_flow.functional import inverse_conv2d

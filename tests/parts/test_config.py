@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from inverse_flow.parts.config import PartsConfig, parse_parts
+from inverse_flow.parts import PartsConfig, parse_parts
 from inverse_flow.training import TrainConfig
 
 

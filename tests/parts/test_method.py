@@ -11,14 +11,10 @@ from torch import Tensor, nn
 from inverse_flow.flows import FlowLayer, NonFiniteError
 from inverse_flow.flows.base import zero_logdet
 from inverse_flow.models import InverseFlow
-from inverse_flow.parts import cache
+from inverse_flow.parts import ByParts, PartsConfig, cache, run_frozen
 from inverse_flow.parts.cache import FrozenOutputs
-from inverse_flow.parts.config import PartsConfig
-from inverse_flow.parts.method import ByParts
-from inverse_flow.parts.split import run_frozen
-from inverse_flow.training import TrainConfig, Trainer, Workers, checkpoint
-from inverse_flow.training.batches import Batches
-from inverse_flow.training.log import StepReport, read_log
+from inverse_flow.training import Batches, StepReport, TrainConfig, Trainer, Workers, checkpoint
+from inverse_flow.training.log import read_log
 
 # 16 images to train on: 4 steps an epoch, 12 steps before the finish and 6 in it.
 CONFIG = TrainConfig(
@@ -116,7 +112,7 @@ def test_the_resume_test_can_fail(tmp_path: Path, forgotten: str) -> None:
     expected = losses(run(Trainer(model(), images(), settings)))
     run(Trainer(model(), images(), settings, tmp_path), interrupt_at=7)
     content = checkpoint.load(tmp_path)
-    kept = content["method"]
+    kept = content.progress.method
     assert kept["steps"] == [6, 1]
     assert kept["round"] == [1, 1]
     kept[forgotten] = {"optimizer": {**kept["optimizer"], "state": {}}, "steps": [0, 0], "round": [1, 0]}[forgotten]

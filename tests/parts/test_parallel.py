@@ -13,13 +13,8 @@ import pytest
 import torch
 from torch import distributed
 
-from inverse_flow.parts.config import PartsConfig
-from inverse_flow.parts.method import ByParts
-from inverse_flow.parts.parallel import fit_parts
-from inverse_flow.parts.split import run_frozen
-from inverse_flow.training import TrainConfig, Trainer, checkpoint
-from inverse_flow.training.log import StepReport
-from inverse_flow.training.schedule import rate_factor
+from inverse_flow.parts import ByParts, PartsConfig, fit_parts, run_frozen
+from inverse_flow.training import Checkpoint, StepReport, TrainConfig, Trainer, checkpoint
 
 from . import two_parts
 from .two_parts import BY_PARTS, CONFIG, images, trainer
@@ -47,7 +42,7 @@ def two(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, dict[str, Any], list[StepReport]]:
+def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Trainer, Checkpoint, list[StepReport]]:
     """One process with the same schedule: its trainer, its checkpoint before the finish, its reports."""
     path = tmp_path_factory.mktemp("one")
     uncut, reports = trainer(path), []
@@ -73,20 +68,19 @@ def assert_close(found: Any, expected: Any, where: str = "") -> None:
         assert found == expected, where
 
 
-def test_the_updates_are_those_of_one_process(
-    folder: Path, one: tuple[Trainer, dict[str, Any], list[StepReport]]
-) -> None:
+def test_the_updates_are_those_of_one_process(folder: Path, one: tuple[Trainer, Checkpoint, list[StepReport]]) -> None:
     """Weights, averages, the optimizer's state and steps of both parts, before the finish."""
-    found, expected = torch.load(folder / "parts.pt", weights_only=True), one[1]
-    assert found["step"] == expected["step"] == BY_PARTS
-    for name in ("model", "averaged"):
-        assert_close(found[name], expected[name], name)
-    assert_close(found["method"]["optimizer"]["state"], expected["method"]["optimizer"]["state"], "optimizer")
-    assert found["method"]["steps"] == expected["method"]["steps"] == [BY_PARTS, BY_PARTS]
+    found, expected = checkpoint.load(folder / "parts.pt"), one[1]
+    assert found.progress.step == expected.progress.step == BY_PARTS
+    assert_close(found.model.weights, expected.model.weights, "weights")
+    assert_close(found.model.averaged, expected.model.averaged, "averaged")
+    method, alone = found.progress.method, expected.progress.method
+    assert_close(method["optimizer"]["state"], alone["optimizer"]["state"], "optimizer")
+    assert method["steps"] == alone["steps"] == [BY_PARTS, BY_PARTS]
 
 
 def test_the_last_part_reports_the_density_of_the_whole_flow(
-    two: list[dict[str, Any]], one: tuple[Trainer, dict[str, Any], list[StepReport]]
+    two: list[dict[str, Any]], one: tuple[Trainer, Checkpoint, list[StepReport]]
 ) -> None:
     expected = [(report.step, report.bits_per_dim) for report in one[2][:BY_PARTS]]
     assert [step for step, _ in two[1]["bits"]] == [step for step, _ in expected]
@@ -94,7 +88,7 @@ def test_the_last_part_reports_the_density_of_the_whole_flow(
 
 
 def test_the_first_process_finishes_as_one_would(
-    two: list[dict[str, Any]], one: tuple[Trainer, dict[str, Any], list[StepReport]]
+    two: list[dict[str, Any]], one: tuple[Trainer, Checkpoint, list[StepReport]]
 ) -> None:
     assert_close(two[0]["model"], one[0].model.state_dict(), "model")
 
@@ -108,7 +102,7 @@ def test_nothing_is_sent_but_activations_to_the_next_process(two: list[dict[str,
     assert {name for process in two for name, _, _ in process["messages"]} <= {"isend", "all_gather"}
 
 
-def test_the_comparison_can_fail(one: tuple[Trainer, dict[str, Any], list[StepReport]]) -> None:
+def test_the_comparison_can_fail(one: tuple[Trainer, Checkpoint, list[StepReport]]) -> None:
     """Another schedule, in which the second part sees the first one's weights after their step, is told apart."""
     other = trainer(None)
     method = other.method
@@ -118,9 +112,9 @@ def test_the_comparison_can_fail(one: tuple[Trainer, dict[str, Any], list[StepRe
         other.model.train()
         for k in range(2):
             carried = run_frozen(method.parts[:k], batch)
-            method.train_part(k, carried, step=step, rate_factor=rate_factor(CONFIG, step, step / CONFIG.steps))
+            method.train_part(k, carried, step=step, rate_factor=CONFIG.rate_factor(step, step / CONFIG.steps))
     with pytest.raises(AssertionError):
-        assert_close(other.model.state_dict(), one[1]["model"], "model")
+        assert_close(other.model.state_dict(), one[1].model.weights, "model")
 
 
 def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,15 +6,8 @@ from torch import Tensor, nn
 
 from inverse_flow.flows import ActNorm, Conv1x1, Flow, Logit, Split, Squeeze, StandardNormal
 from inverse_flow.models import InverseFlow
+from inverse_flow.parts import Carried, Part, part_shares, run_frozen, split_flow, truncated_log_prob
 from inverse_flow.parts.config import Cut
-from inverse_flow.parts.split import (
-    Carried,
-    Part,
-    part_shares,
-    run_frozen,
-    split_flow,
-    truncated_log_prob,
-)
 
 SHAPE = (1, 8, 8)
 CUTTINGS = [("blocks", 1), ("blocks", 2), ("blocks", 3), ("across", 1), ("across", 2), ("across", 3), ("across", 5)]

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, distributed
 
 from inverse_flow.models import InverseFlow
-from inverse_flow.parts.config import PartsConfig
-from inverse_flow.parts.parallel import fit_parts
+from inverse_flow.parts import PartsConfig, fit_parts
 from inverse_flow.training import TrainConfig, Trainer, checkpoint
 from inverse_flow.training.workers import connect
 
@@ -61,7 +60,7 @@ def main(folder: Path) -> None:
         run = trainer(folder)
         fit_parts(run, lambda step, value: bits.append((step, value)))
         if workers.first:
-            torch.save(checkpoint.load(folder), folder / "parts.pt")
+            checkpoint.save(folder / "parts.pt", checkpoint.load(folder))
             run.fit()
         seen = {"messages": messages, "bits": bits, "model": run.model.state_dict()}
         torch.save(seen, folder / f"rank{workers.rank}.pt")

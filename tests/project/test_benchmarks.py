@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,14 @@ def test_every_script_runs(scripts: Any, name: str, source: str, tmp_path: Path)
 def test_no_script_is_left_out(scripts: Any) -> None:
     mains = {path.stem for path in scripts.folder.glob("*.py") if "def main(" in path.read_text()}
     assert mains == {name.split(",")[0] for name in RUNS} | {"gpu_check"}
+
+
+def test_the_documents_name_scripts_that_are_there(scripts: Any) -> None:
+    root = scripts.folder.parent
+    for page in [*root.glob("*.md"), *root.glob("docs/**/*.md"), *root.glob("examples/*.py"), root / "Makefile"]:
+        for name in re.findall(r"benchmarks/(\w+\.py|results/[\w-]+\.json)", page.read_text()):
+            made = name in ("results/layer-gpu.json", "results/sampling-gpu.json")  # by a command, on a GPU
+            assert made or (scripts.folder / name).exists(), f"{page.name} names benchmarks/{name}"
 
 
 def report_of(scripts: Any, path: Path) -> Any:
@@ -112,3 +121,19 @@ def test_rivals_take_turns(scripts: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     samples = scripts.harness.time_alternately(works, torch.device("cpu"), 0.0)
     assert {name: len(seconds) for name, seconds in samples.items()} == dict.fromkeys(works, scripts.harness.MIN_ROUNDS)
     assert "".join(calls[-9:]) == "abccbaabc"
+
+
+def test_a_wrong_corner_is_not_timed(scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = scripts.layer.check
+
+    def check(operands: Any, corner: str) -> dict[str, float]:
+        if corner == "general":
+            raise ArithmeticError("wrong")
+        return dict(right(operands, corner))
+
+    monkeypatch.setattr(scripts.layer, "check", check)
+    given = ["--shapes", "1x2x3", "--threads", "1", "--budget", "0", "--mode", "forward"]
+    assert scripts.layer.main([*given, "--json", str(tmp_path / "layer.json")]) == 1
+    content = json.loads((tmp_path / "layer.json").read_text())
+    assert [row["corner"] for row in content["rows"]] == ["unit_triangular"]
+    assert [failure["error"] for failure in content["failures"]] == ["wrong"]

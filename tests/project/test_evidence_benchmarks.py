@@ -15,7 +15,7 @@ from torch import Tensor
 from inverse_flow import InverseConv2d
 from inverse_flow.flows import Flow, Reverse, prepare_sampling
 from inverse_flow.models import Glow, InverseConvClassifier, InverseFlow
-from inverse_flow.training import Stop, TrainConfig, Trainer, dequantizer
+from inverse_flow.training import Stop, TrainConfig, Trainer, dequantization
 
 SHAPE = (1, 8, 8)
 
@@ -123,7 +123,7 @@ def test_a_wrong_sampler_is_not_timed(scripts: Any) -> None:
 
 def test_variational_dequantization_is_no_part_of_sampling(scripts: Any) -> None:
     model = Glow(SHAPE, 1, 1, 4, logit_margin=1e-3)
-    dequantizer.attach(model, TrainConfig(dequantization="variational"))
+    dequantization.attach(model, TrainConfig(dequantization="variational"))
     perturbed(model)
     sampled = scripts.runs.without_dequantizer(model)
     assert len(sampled.layers) == len(model.layers) - 1

@@ -22,6 +22,7 @@ import pytest
 import torch
 
 import inverse_flow
+from inverse_flow.ops import native
 
 ROOT = Path(__file__).parents[2]
 
@@ -434,7 +435,7 @@ def check_wheel_works(wheel: Path, folder: Path) -> None:
         sys.executable, "-W", "error", "-c", textwrap.dedent(program), folder=folder, PYTHONPATH=str(target)
     ).splitlines()
     assert Path(output[0]).is_relative_to(target)
-    assert output[1] == "built without CUDA: switched off with FORCE_CUDA=0"
+    assert "_C_cuda is missing (the build was told FORCE_CUDA=0)" in output[1]
 
 
 def test_wheel_from_the_source_distribution(tmp_path: Path) -> None:
@@ -491,8 +492,24 @@ def test_cuda_module_does_not_disturb_a_cpu_torch() -> None:
     if torch.version.cuda is not None:
         pytest.skip("this PyTorch has CUDA")
     info = inverse_flow.build_info()
-    assert info["cuda_absent"] == "inverse_flow._C_cuda is built, but this PyTorch has no CUDA"
+    assert "inverse_flow._C_cuda is built, but this PyTorch has no CUDA: install one" in info["cuda_absent"]
     assert info["cuda_archs"] == []
+
+
+@pytest.mark.parametrize(("cuda", "step"), [(None, "install a PyTorch with CUDA, then build"), ("13.0", "build")])
+def test_what_is_said_of_a_missing_cuda_module(monkeypatch: pytest.MonkeyPatch, cuda: str | None, step: str) -> None:
+    """What the build found is told as such: PyTorch may have been replaced since."""
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(native, "_cuda_left_out", "the PyTorch of the build had no CUDA")
+    text = native.cuda_absent(is_built=False)
+    assert (
+        f"_C_cuda is missing (the PyTorch of the build had no CUDA): {step} inverse_flow again with CUDA_HOME" in text
+    )
+    assert ("a CUDA 13 toolkit" in text) == (cuda is not None)
+    assert "pip install --no-build-isolation" in text
+    monkeypatch.setattr(native, "_cuda_left_out", "")
+    assert "_C_cuda is missing (the build made it)" in native.cuda_absent(is_built=False)
+    assert (native.cuda_absent(is_built=True) == "") == (cuda is not None)
 
 
 def test_cuda_module_is_linked_whole() -> None:

@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from inverse_flow.training import TrainConfig
-from inverse_flow.training.batches import Batches
+from inverse_flow.training import Batches, TrainConfig
 
 IMAGES = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(10, 1, 2, 2).clone()
 

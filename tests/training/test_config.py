@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from inverse_flow.parts.config import PartsConfig
+from inverse_flow.parts import PartsConfig
 from inverse_flow.training import TrainConfig
 
 
@@ -40,3 +40,18 @@ def test_the_nearer_limit_is_the_progress() -> None:
     assert config.progress(700, 30.0) == 0.7
     assert config.progress(0, 90.0) == 1.0
     assert TrainConfig(steps=1000).progress(250, 1e9) == 0.25
+
+
+def test_linear_warm_up() -> None:
+    config = TrainConfig(warmup_steps=4)
+    assert [config.rate_factor(step, 0.0) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert TrainConfig(warmup_steps=0).rate_factor(0, 0.0) == 1
+
+
+def test_decay_at_shares_of_the_run_and_at_steps() -> None:
+    config = TrainConfig(warmup_steps=0, decay_at=(0.5, 700), decay_factor=0.1)
+    assert config.rate_factor(10, 0.49) == 1
+    assert config.rate_factor(10, 0.5) == pytest.approx(0.1)
+    assert config.rate_factor(699, 0.2) == 1
+    assert config.rate_factor(700, 0.2) == pytest.approx(0.1)
+    assert config.rate_factor(700, 1.0) == pytest.approx(0.01)

@@ -6,15 +6,16 @@ import pytest
 from inverse_flow.training.interrupt import deferred_interrupt
 
 
-def test_the_first_ctrl_c_waits_and_the_second_does_not() -> None:
-    before = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_waits_and_the_second_does_not(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
     with deferred_interrupt() as interrupted:
         assert not interrupted()
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(number)
         assert interrupted()
         with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+            signal.raise_signal(number)
+    assert signal.getsignal(number) is before
 
 
 def test_in_another_thread_nothing_happens() -> None:

@@ -1,3 +1,5 @@
+import pickle
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -59,3 +61,8 @@ def test_the_mode_is_left_alone_and_nothing_is_initialized() -> None:
 
 def test_an_input_of_zeros_has_no_error() -> None:
     assert [error for _, _, error in inverse_errors(flow(Forgetful(0.0)), torch.zeros(1, 1, 4, 4))] == [0.0] * 5
+
+
+def test_the_error_survives_pickling() -> None:
+    error = pickle.loads(pickle.dumps(InverseError("layers.1", "misses its input")))
+    assert (error.path, error.what, str(error)) == ("layers.1", "misses its input", "layers.1: misses its input")

@@ -1,5 +1,9 @@
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
+from inverse_flow.training import log
 from inverse_flow.training.log import CsvLog, StepReport, read_log
 
 
@@ -8,9 +12,10 @@ def report(step: int, validation: float | None = None) -> StepReport:
 
 
 def write(path: Path, steps_done: int, reports: list[StepReport]) -> None:
-    log = CsvLog(path, steps_done)
-    log.extend(reports)
-    log.close()
+    written = CsvLog(path, steps_done)
+    for entry in reports:
+        written.append(entry)
+    written.close()
 
 
 def test_reports_survive_the_file(tmp_path: Path) -> None:
@@ -38,3 +43,28 @@ def test_a_line_cut_short_ends_the_log(tmp_path: Path) -> None:
     write(path, 0, [report(1), report(2)])
     path.write_text(path.read_text()[:-12])
     assert read_log(path) == [report(1)]
+
+
+def test_a_resumed_run_that_is_killed_at_once_loses_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever happens while the lines that stay are written, the file is as it was."""
+    path = tmp_path / "log.csv"
+    write(path, 0, [report(1), report(2), report(3)])
+
+    def killed(file: object, reports: object, columns: object = None) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(log, "_write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            CsvLog(path, 2)
+    assert read_log(path) == [report(1), report(2), report(3)]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_columns_of_a_method_stay_in_their_places(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    reports = [replace(report(step), columns={"part": float(step), "other": 0.5}) for step in (1, 2, 3)]
+    write(path, 0, reports[:2])
+    write(path, 2, reports[2:])
+    assert read_log(path) == reports
+    assert path.read_text(encoding="utf-8").count("part,other") == 1

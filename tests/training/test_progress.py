@@ -3,8 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from inverse_flow.training import TrainConfig
-from inverse_flow.training.log import StepReport
+from inverse_flow.training import StepReport, TrainConfig
 from inverse_flow.training.progress import TrainingProgress
 
 

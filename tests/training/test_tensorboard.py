@@ -4,8 +4,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from inverse_flow.training.log import StepReport
-from inverse_flow.training.tensorboard import FOLDER, TensorBoardLog
+from inverse_flow.training.log import BOARD_FOLDER, StepReport, TensorBoardLog
 
 
 def report(step: int, loss: float, validation: float | None = None) -> StepReport:
@@ -21,7 +20,7 @@ def write(folder: Path, steps_done: int, *reports: StepReport) -> None:
 
 
 def read(folder: Path, name: str) -> list[tuple[int, float]]:
-    events = EventAccumulator(str(folder / FOLDER)).Reload()
+    events = EventAccumulator(str(folder / BOARD_FOLDER)).Reload()
     return [(event.step, event.value) for event in events.Scalars(name)]
 
 
@@ -31,7 +30,7 @@ def test_every_report_is_a_point_of_each_curve(tmp_path: Path) -> None:
     assert read(tmp_path, "train/learning_rate") == [(1, pytest.approx(1e-3)), (2, pytest.approx(1e-3))]
     assert read(tmp_path, "method/part") == [(1, 1.0), (2, 0.0)]
     assert read(tmp_path, "validation/bits_per_dim") == [(2, 4.5)]
-    (image,) = EventAccumulator(str(tmp_path / FOLDER)).Reload().Images("samples")
+    (image,) = EventAccumulator(str(tmp_path / BOARD_FOLDER)).Reload().Images("samples")
     assert (image.step, image.height, image.width) == (2, 4, 6)
 
 

@@ -20,21 +20,20 @@ from inverse_flow.command.main import TRAIN_EXTRA, format_info, missing_extra
 from inverse_flow.command.options import model_options, options_of, run_options, train_config
 from inverse_flow.data.load import SOURCES
 from inverse_flow.models import InverseFlow
-from inverse_flow.parts.parallel import fit_parts
-from inverse_flow.training import Stop, TrainConfig, checkpoint, figures
+from inverse_flow.parts import fit_parts
+from inverse_flow.training import Checkpoint, Stop, checkpoint, figures
 from inverse_flow.training import run as runs
-from inverse_flow.training.log import StepReport
+from inverse_flow.training.log import StepReport, TensorBoardLog
 from inverse_flow.training.progress import TrainingProgress
-from inverse_flow.training.report import Summary, summarize
-from inverse_flow.training.sampling import NPZ, SampleGrids, draw, save_npz
-from inverse_flow.training.tensorboard import TensorBoardLog
+from inverse_flow.training.samples import NPZ, SampleGrids, draw, save_npz
+from inverse_flow.training.summary import Summary, summarize
 from inverse_flow.training.workers import Workers, connect
 
 # Conventional exit status of a program ended by Ctrl-C.
 INTERRUPTED_STATUS = 130
 
 # The options that a resumed run may change; all the others come from its checkpoint.
-CHANGEABLE = ("minutes", "steps")
+CHANGEABLE = ("minutes", "steps", "source")
 
 # \b keeps click from reflowing the lines that follow it.
 EXAMPLES = {
@@ -197,7 +196,7 @@ def sample(
     use_threads(threads)
     with plain_errors():
         content = checkpoint.load(source)
-        model, classes = checkpoint.model_of(content).to(device), content["extra"]["classes"]
+        model, classes = checkpoint.model_of(content).to(device), runs.source_of(content).classes
         drawn = draw(model, count, seed, classes=classes, label=label, temperature=temperature)
         if out.suffix == NPZ:
             save_npz(out, drawn)
@@ -228,9 +227,8 @@ def evaluate(
         content = checkpoint.load(source)
         model = checkpoint.model_of(content).to(device)
         data = runs.data_of(content, data_source)
-        config = TrainConfig.from_dict(content["train_config"])
-        classes = content["extra"]["classes"]
-        summary = summarize(model, data, config, classes=classes, importance_samples=importance_samples)
+        classes = runs.source_of(content).classes
+        summary = summarize(model, data, content.training, classes=classes, importance_samples=importance_samples)
     if as_json:
         click.echo(json.dumps({**summary.to_dict(), "data": data.name}, indent=2))
     else:
@@ -244,7 +242,7 @@ def info(as_json: bool) -> None:
     click.echo(json.dumps(inverse_flow.build_info(), indent=2) if as_json else format_info())
 
 
-def resume_changes(content: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+def resume_changes(content: Checkpoint, options: Mapping[str, Any]) -> dict[str, Any]:
     """What the command line changes in a resumed run; a change that would make it another run is refused."""
     context = click.get_current_context()
     before = options_of(content)
@@ -333,5 +331,5 @@ def plain_errors() -> Iterator[None]:
         if (error.name or "").split(".")[0] not in TRAIN_EXTRA:
             raise
         raise click.ClickException(missing_extra(error)) from error
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         raise click.ClickException(str(error)) from error

@@ -6,12 +6,16 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from inverse_flow.command.spinning import spin_moderately
+
 # What the extra [train] brings. Some other missing module is a fault of its own and is not explained away.
 TRAIN_EXTRA = ("click", "rich", "matplotlib", "PIL", "tensorboard")
 
 
 def main() -> None:
     """Entry point of the console script."""
+    if sys.argv[1:2] == ["train"]:
+        spin_moderately()
     try:
         from inverse_flow.command.commands import cli
     except ModuleNotFoundError as error:

@@ -12,7 +12,8 @@ from inverse_flow.data.load import SOURCES
 from inverse_flow.flows.logit import DEFAULT_MARGIN
 from inverse_flow.models import KINDS
 from inverse_flow.parts.config import SCHEDULES, TURNS, PartsConfig, parse_parts
-from inverse_flow.training import TrainConfig
+from inverse_flow.training import Checkpoint, TrainConfig
+from inverse_flow.training.run import source_of
 
 # The options of the model that are fields of its configuration, under the same name.
 MODEL_FIELDS = ("levels", "hidden", "kernel_size", "orders", "coupling", "inverse_conv", "activation")
@@ -145,9 +146,9 @@ def train_config(options: Mapping[str, Any]) -> TrainConfig:
     return TrainConfig(**chosen, parts=_parts_config(options))
 
 
-def options_of(content: Mapping[str, Any]) -> dict[str, Any]:
+def options_of(content: Checkpoint) -> dict[str, Any]:
     """The command line's options as a checkpoint holds them."""
-    description, extra, training = content["model_description"], content["extra"], dict(content["train_config"])
+    description, data, training = content.model.description, source_of(content), content.training.to_dict()
     config = description["config"]
     parts = training.pop("parts")
     model = {name: config[name] for name in (*MODEL_FIELDS, "memory_efficient")}
@@ -161,8 +162,10 @@ def options_of(content: Mapping[str, Any]) -> dict[str, Any]:
         "logit": config["logit_margin"] is not None,
         **by_parts,
         "parts": f"{parts['cut']}:{parts['count']}" if parts else None,
-        **{name: extra[name] for name in ("source", "size", "crop")},
-        "conditional": extra["classes"] > 0,
+        "source": data.source,
+        "size": data.options.get("size"),
+        "crop": data.options.get("crop", False),
+        "conditional": data.classes > 0,
     }
 
 

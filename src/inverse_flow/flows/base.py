@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Shape: TypeAlias = tuple[int, ...]
-"""The shape of one example, (C, H, W) or (C, D, H, W), without the batch."""
+from inverse_flow.reversible.layer import Shape, input_shape, output_shape
+
+__all__ = [
+    "FlowLayer",
+    "Shape",
+    "check_floating",
+    "check_images",
+    "count_pixels",
+    "expand_logdet",
+    "first_half",
+    "input_shape",
+    "logdet_dtype",
+    "output_shape",
+    "per_channel",
+    "per_example",
+    "sum_channels",
+    "sum_example",
+    "zero_logdet",
+]
 
 
 class FlowLayer(nn.Module, ABC):
@@ -20,16 +37,34 @@ class FlowLayer(nn.Module, ABC):
     autocast too), the input's device, and the sign of the direction that was called. Results have the dtype of the
     input. ``context`` is whatever the model is conditioned on; a layer that has no use for it ignores it.
 
-    A layer may also have ``backward_from_output(z, grad_z, grad_logdet, context=None) -> (x, grad_x)``, the closed form
-    of its backward pass: from z = f(x) and the gradients of both results of ``forward`` to x and its gradient. With it
-    :mod:`inverse_flow.reversible` does not run ``forward`` again. It is called without a graph. The layer's parameters,
-    and a context whose gradient is wanted, are leaves meanwhile, and their gradients are added to their ``.grad``:
-    :func:`~inverse_flow.reversible.backpropagate` does so. A subclass that replaces ``forward`` or ``inverse`` does
-    not inherit the closed form.
+    What else a layer is, it says by these members, of which this class has the defaults (a module that does not derive
+    from it may have them or leave them out):
+
+    - ``output_shape(shape)`` and ``input_shape(shape)``: the shape of z for one x of ``shape``, and of x for one z. The
+      same shape unless overridden.
+    - ``splits_off_latent``, False: whether ``forward`` gives a pair (x, latent) in place of z, and ``inverse`` takes
+      one. With it ``output_shape`` and ``input_shape`` speak of x, and ``latent_shape(shape)`` of the latent.
+    - ``uses_context``, True: whether the layer may use the context. A flow of layers none of which does refuses one.
+    - ``links(inverse)``: only of a container: its layers as (path, layer, inverse), in the order in which they run.
+    - ``backward_from_output(z, grad_z, grad_logdet, context=None) -> (x, grad_x)``: only where there is one: the closed
+      form of the backward pass, from z = f(x) and the gradients of both results of ``forward`` to x and its gradient.
+      With it :mod:`inverse_flow.reversible` does not run ``forward`` again. It is called without a graph. The layer's
+      parameters, and a context whose gradient is wanted, are leaves meanwhile, and their gradients are added to their
+      ``.grad``: :func:`~inverse_flow.reversible.backpropagate` does so. Inner modules, which ``forward`` runs, it has
+      to run as often, on the same input.
+
+    The last two are shortcuts: a subclass that replaces ``forward`` or ``inverse`` does not inherit them.
 
     Deriving from this class is a convenience: any module with these two methods can stand in a flow, as
     ``inverse_flow.InverseConv2d`` does.
     """
+
+    splits_off_latent = False
+
+    @property
+    def uses_context(self) -> bool:
+        """Whether the layer may use the context."""
+        return True
 
     @abstractmethod
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Any, Tensor]:
@@ -46,16 +81,6 @@ class FlowLayer(nn.Module, ABC):
     def input_shape(self, shape: Shape) -> Shape:
         """Shape of x for one z of ``shape``."""
         return shape
-
-
-def output_shape(layer: nn.Module, shape: Shape) -> Shape:
-    """Shape of ``layer(x)`` for one example; a layer that does not say keeps the shape."""
-    return layer.output_shape(shape) if hasattr(layer, "output_shape") else shape  # type: ignore[operator]
-
-
-def input_shape(layer: nn.Module, shape: Shape) -> Shape:
-    """Shape of ``layer.inverse(z)`` for one example; a layer that does not say keeps the shape."""
-    return layer.input_shape(shape) if hasattr(layer, "input_shape") else shape  # type: ignore[operator]
 
 
 def logdet_dtype(dtype: torch.dtype) -> torch.dtype:

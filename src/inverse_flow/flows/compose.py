@@ -9,50 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inverse_flow.flows.base import FlowLayer, Shape, check_floating, input_shape, output_shape, zero_logdet
-from inverse_flow.flows.finite import call_layer
+from inverse_flow.flows.base import FlowLayer, Shape, check_floating, input_shape, output_shape
 from inverse_flow.flows.prior import StandardNormal
-from inverse_flow.flows.split import Split
-from inverse_flow.reversible import check_options
-from inverse_flow.reversible.chain import elementary_steps, run
+from inverse_flow.reversible.chain import Link, links_of
+from inverse_flow.reversible.layer import call_layer, check_layers, splits_off_latent, uses_context
+from inverse_flow.reversible.rebuild import Rebuilding, run
+from inverse_flow.reversible.sequential import Row
 
 
-class Compose(FlowLayer):
-    """f = f_n ∘ … ∘ f_1 as one layer; the log-determinants add up. For layers that map a tensor to a tensor."""
+class Compose(Row, FlowLayer):
+    """f = f_n ∘ … ∘ f_1 as one layer; the log-determinants add up. For layers that map a tensor to a tensor.
 
-    def __init__(self, *layers: nn.Module) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(_checked(layers))
-        if any(isinstance(layer, Split) for layer in layers):
-            raise ValueError("a Split gives a latent of its own: put it into a Flow, which collects the latents")
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        logdet = zero_logdet(x)
-        for i, layer in enumerate(self.layers):
-            x, change = call_layer(f"layers.{i}", layer, x, context, inverse=False)
-            logdet = logdet + change
-        return x, logdet
-
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        logdet = zero_logdet(z)
-        for i, layer in reversed(list(enumerate(self.layers))):
-            z, change = call_layer(f"layers.{i}", layer, z, context, inverse=True)
-            logdet = logdet + change
-        return z, logdet
-
-    def elementary_layers(self, inverse: bool) -> list[tuple[str, nn.Module, bool]]:
-        """(path, layer, direction) of each layer, in the order in which they run."""
-        return _in_order(self.layers, inverse)
-
-    def output_shape(self, shape: Shape) -> Shape:
-        for layer in self.layers:
-            shape = output_shape(layer, shape)
-        return shape
-
-    def input_shape(self, shape: Shape) -> Shape:
-        for layer in reversed(self.layers):
-            shape = input_shape(layer, shape)
-        return shape
+    Raises:
+        TypeError: a layer without an inverse, or one that splits off a latent.
+    """
 
 
 class Reverse(FlowLayer):
@@ -60,7 +30,12 @@ class Reverse(FlowLayer):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        (self.layer,) = _checked([layer])
+        (self.layer,) = check_layers([layer])
+
+    @property
+    def uses_context(self) -> bool:
+        """Whether the layer within may use the context."""
+        return uses_context(self.layer)
 
     def forward(self, x: Any, context: Tensor | None = None) -> tuple[Any, Tensor]:
         return call_layer("layer", self.layer, x, context, inverse=True)
@@ -68,9 +43,9 @@ class Reverse(FlowLayer):
     def inverse(self, z: Any, context: Tensor | None = None) -> tuple[Any, Tensor]:
         return call_layer("layer", self.layer, z, context, inverse=False)
 
-    def elementary_layers(self, inverse: bool) -> list[tuple[str, nn.Module, bool]]:
+    def links(self, inverse: bool) -> list[Link]:
         """(path, layer, direction) of the layer within."""
-        return [("layer", self.layer, not inverse)]
+        return [Link("layer", self.layer, not inverse)]
 
     def output_shape(self, shape: Shape) -> Shape:
         return input_shape(self.layer, shape)
@@ -107,7 +82,8 @@ class Flow(nn.Module):
 
     Raises:
         TypeError: a layer has no ``inverse``; images that are no floating-point tensor.
-        ValueError: the layers do not fit the event shape; a batch of another shape; a context with another batch.
+        ValueError: the layers do not fit the event shape; a batch of another shape; a context with another batch, or
+            one that no layer uses.
     """
 
     def __init__(
@@ -121,10 +97,10 @@ class Flow(nn.Module):
         tolerance: float | None = None,
     ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(_checked(layers))
+        self.layers = nn.ModuleList(check_layers(layers))
         self.event_shape: Shape = tuple(event_shape)
         self.base = StandardNormal() if base is None else base
-        check_options(anchors, tolerance)
+        Rebuilding(anchors, tolerance).checked()
         self.memory_efficient = memory_efficient
         self.anchors = anchors
         self.tolerance = tolerance
@@ -135,39 +111,36 @@ class Flow(nn.Module):
         check_floating(self, x)
         if tuple(x.shape[1:]) != self.event_shape:
             raise ValueError(f"this flow takes (B, {_join(self.event_shape)}), got {tuple(x.shape)}")
-        _check_context(x.shape[0], context)
-        if self.memory_efficient:
-            return self._rebuilding((x,), context, inverse=False)
-        latents: list[Tensor] = []
-        logdet = zero_logdet(x)
-        for i, layer in enumerate(self.layers):
-            result, change = call_layer(f"layers.{i}", layer, x, context, inverse=False)
-            logdet = logdet + change
-            if isinstance(layer, Split):
-                x, latent = result
-                latents.append(latent)
-            else:
-                x = result
-        return (*latents, x), logdet
+        self._check_context(x.shape[0], context)
+        latents, logdet = run(self.links(inverse=False), (x,), context, self.rebuilding)
+        given = tuple(tuple(z.shape[1:]) for z in latents)
+        if given != self.latent_shapes:
+            raise ValueError(
+                f"the layers gave latents of the shapes {given}, and said {self.latent_shapes}: a layer that changes "
+                "the shape needs the methods output_shape(shape) and input_shape(shape)"
+            )
+        return latents, logdet
 
     def inverse(self, latents: Sequence[Tensor], context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Latents to data: (x, log|det ∂x/∂latents|)."""
         self._check_latents(latents)
-        *split_off, x = latents
-        _check_context(x.shape[0], context)
-        if self.memory_efficient:
-            (x,), logdet = self._rebuilding(tuple(latents), context, inverse=True)
-            return x, logdet
-        logdet = zero_logdet(x)
-        for i, layer in reversed(list(enumerate(self.layers))):
-            z: Any = (x, split_off.pop()) if isinstance(layer, Split) else x
-            x, change = call_layer(f"layers.{i}", layer, z, context, inverse=True)
-            logdet = logdet + change
+        self._check_context(latents[-1].shape[0], context)
+        (x,), logdet = run(self.links(inverse=True), tuple(latents), context, self.rebuilding)
         return x, logdet
 
-    def elementary_layers(self, inverse: bool) -> list[tuple[str, nn.Module, bool]]:
+    def links(self, inverse: bool) -> list[Link]:
         """(path, layer, direction) of each layer, in the order in which they run."""
-        return _in_order(self.layers, inverse)
+        return links_of(self.layers, inverse)
+
+    @property
+    def rebuilding(self) -> Rebuilding | None:
+        """How activations are rebuilt; None where they are stored."""
+        return Rebuilding(self.anchors, self.tolerance) if self.memory_efficient else None
+
+    @property
+    def uses_context(self) -> bool:
+        """Whether a layer, or the base, may use the context."""
+        return any(map(uses_context, (*self.layers, self.base)))
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """(B,) log-densities in nats, at least float32."""
@@ -212,23 +185,27 @@ class Flow(nn.Module):
             raise ValueError(f"the number of samples must be at least 0, got {n}")
         if not (math.isfinite(temperature) and temperature >= 0):
             raise ValueError(f"the temperature must be a finite number of at least 0, got {temperature}")
-        _check_context(n, context)
+        self._check_context(n, context)
         return self.base.sample(n, self.latent_shapes, context, temperature, generator)  # type: ignore[operator]
-
-    def _rebuilding(
-        self, inputs: tuple[Tensor, ...], context: Tensor | None, *, inverse: bool
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
-        steps = elementary_steps(self, inverse=inverse)
-        return run(steps, inputs, context, anchors=self.anchors, tolerance=self.tolerance, call=call_layer)
 
     def _latent_shapes(self) -> tuple[Shape, ...]:
         shape = self.event_shape
         shapes: list[Shape] = []
         for layer in self.layers:
-            if isinstance(layer, Split):
-                shapes.append(layer.latent_shape(shape))
+            if splits_off_latent(layer):
+                shapes.append(layer.latent_shape(shape))  # type: ignore[operator]
             shape = output_shape(layer, shape)
         return (*shapes, shape)
+
+    def _check_context(self, batch: int, context: Tensor | None) -> None:
+        if context is None:
+            return
+        if context.shape[0] != batch:
+            raise ValueError(f"the context must have one row an example: {batch}, got {context.shape[0]}")
+        if not self.uses_context:
+            raise ValueError(
+                "no layer of this flow uses a context, and one was given: leave it out, or build the flow for it"
+            )
 
     def _check_latents(self, latents: Sequence[Tensor]) -> None:
         given = [tuple(z.shape[1:]) for z in latents]
@@ -236,24 +213,6 @@ class Flow(nn.Module):
         if given != list(self.latent_shapes) or len(batches) != 1:
             expected = ", ".join(f"(B, {_join(shape)})" for shape in self.latent_shapes)
             raise ValueError(f"the latents must be {expected}, got {[tuple(z.shape) for z in latents]}")
-
-
-def _checked(layers: Iterable[nn.Module]) -> list[nn.Module]:
-    result = list(layers)
-    for layer in result:
-        if not isinstance(layer, nn.Module) or not callable(getattr(layer, "inverse", None)):
-            raise TypeError(f"a flow is made of modules with an inverse method, got {type(layer).__name__}")
-    return result
-
-
-def _check_context(batch: int, context: Tensor | None) -> None:
-    if context is not None and context.shape[0] != batch:
-        raise ValueError(f"the context must have one row an example: {batch}, got {context.shape[0]}")
-
-
-def _in_order(layers: nn.ModuleList, inverse: bool) -> list[tuple[str, nn.Module, bool]]:
-    found = [(f"layers.{i}", layer, inverse) for i, layer in enumerate(layers)]
-    return found[::-1] if inverse else found
 
 
 def _join(shape: Shape) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from inverse_flow.flows.base import FlowLayer, check_images, first_half
 from inverse_flow.flows.compose import Compose
 from inverse_flow.flows.coupling import AffineCoupling
-from inverse_flow.reversible.chain import has_closed_form
+from inverse_flow.reversible.layer import call_layer, shortcut
 
 
 class OnChannels(FlowLayer):
@@ -30,11 +30,11 @@ class OnChannels(FlowLayer):
         self.channels = channels
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        part, logdet = self.layer(self._part(x), context)
+        part, logdet = call_layer("layer", self.layer, self._part(x), context, inverse=False)
         return self._replace(x, part), logdet
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        part, logdet = self.layer.inverse(self._part(z), context)  # type: ignore[operator]
+        part, logdet = call_layer("layer", self.layer, self._part(z), context, inverse=True)
         return self._replace(z, part), logdet
 
     def extra_repr(self) -> str:
@@ -108,7 +108,7 @@ class HINT(Compose):
 
         def on_range(start: int, stop: int) -> OnChannels:
             layer = (coupling or affine)(stop - start)
-            kind = _OnChannelsClosedForm if has_closed_form(layer) else OnChannels
+            kind = _OnChannelsClosedForm if shortcut(layer, "backward_from_output") else OnChannels
             return kind(layer, start, stop, channels)
 
         super().__init__(*(on_range(start, stop) for start, stop in _ranges(0, channels, least_channels)))

@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections.abc import Iterable
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from inverse_flow.flows.householder import Householder
 from inverse_flow.flows.permute import Permute
 from inverse_flow.functional import causal_conv2d
 from inverse_flow.ops.causal import convolve_mixed
+from inverse_flow.reversible.layer import is_changed
 
 # Layers that are z_p = W x_p + b at every pixel p: a run of them is one such layer. Joining them pays where one of them
 # mixes the channels.
@@ -42,13 +44,16 @@ def prepare_sampling(flow: Flow) -> Flow:
     in evaluation mode, and no gradient reaches its weights.
 
     Args:
-        flow: any flow. Layers that are not known here are copied.
+        flow: any flow. Layers that are not known here are copied, and so are those with hooks, and those of a subclass
+            that overrides a method of a known one. A subclass of :class:`Flow` that does is copied as a whole.
 
     Returns:
         A :class:`Flow` with the same latents, base and event shape.
     """
-    layers = _prepare_layers(copy.deepcopy(flow).eval().layers)
-    prepared = Flow(layers, flow.event_shape, base=copy.deepcopy(flow.base)).eval().requires_grad_(False)
+    prepared: Flow = copy.deepcopy(flow, _computed_tensors(flow)).eval()
+    if not is_changed(flow, Flow):
+        prepared = Flow(_prepare_layers(prepared.layers), flow.event_shape, base=prepared.base).eval()
+    prepared.requires_grad_(False)
     arrange_for(next(itertools.chain(prepared.parameters(), prepared.buffers())).device, prepared)
     return prepared
 
@@ -164,7 +169,7 @@ class _FixedInverseConv(FlowLayer):
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         layer = self.layer
         x = causal_conv2d(z, self.weight, layer.bias, order=layer.order, groups=layer.groups)
-        return x, layer._log_det(z)
+        return x, layer.log_det(z)
 
 
 class _FixedStep(FlowLayer):
@@ -198,12 +203,12 @@ class _FixedStep(FlowLayer):
         centred = z.to(compute) - self.linear.bias.to(compute).view(-1, 1, 1)
         bias = None if layer.bias is None else layer.bias.to(compute)
         x = convolve_mixed(centred, self.weight.to(compute), bias, layer.spec.orders).to(z.dtype)
-        return x, layer._log_det(z) + expand_logdet(-self.linear.logdet * count_pixels(z), z)
+        return x, layer.log_det(z) + expand_logdet(-self.linear.logdet * count_pixels(z), z)
 
 
 def _prepare_layers(layers: Iterable[nn.Module]) -> list[nn.Module]:
     prepared: list[nn.Module] = []
-    for _, group in groupby(layers, lambda layer: isinstance(layer, PIXEL_LINEAR)):
+    for _, group in groupby(layers, lambda layer: _is_known(layer, PIXEL_LINEAR)):
         run = list(group)
         if not any(isinstance(layer, MIXING) for layer in run):
             prepared += [_prepare(layer) for layer in run]
@@ -214,10 +219,23 @@ def _prepare_layers(layers: Iterable[nn.Module]) -> list[nn.Module]:
     return prepared
 
 
-def _prepare(layer: nn.Module) -> nn.Module:
-    if isinstance(layer, Compose):
+def _prepare(layer: Any) -> nn.Module:
+    if _is_known(layer, (Compose,)):
         return Compose(*_prepare_layers(layer.layers))
-    if isinstance(layer, Reverse):
+    if _is_known(layer, (Reverse,)):
         (inner,) = _prepare_layers([layer.layer])
         return Reverse(inner)
-    return _FixedInverseConv(layer) if isinstance(layer, InverseConv2d) else layer
+    return _FixedInverseConv(layer) if _is_known(layer, (InverseConv2d,)) else layer
+
+
+def _computed_tensors(flow: nn.Module) -> dict[int, Any]:
+    """The memo of a deep copy that has the weights which pruning and weight normalisation left in the modules: they are
+    no leaves, which PyTorch refuses to copy.
+    """
+    tensors = [t for module in flow.modules() for t in vars(module).values() if isinstance(t, Tensor) and not t.is_leaf]
+    return {id(tensor): tensor.detach().clone() for tensor in tensors}
+
+
+def _is_known(layer: Any, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Whether the layer does what a layer of one of these classes does."""
+    return any(isinstance(layer, kind) and not is_changed(layer, kind) for kind in kinds)

@@ -43,6 +43,8 @@ class Split(FlowLayer):
         dimensions: of the prior's network: 2 for images (B, C, H, W), 3 for volumes (B, C, D, H, W).
     """
 
+    splits_off_latent = True
+
     def __init__(
         self,
         channels: int,

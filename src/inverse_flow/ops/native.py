@@ -19,14 +19,25 @@ except ImportError as error:
     ) from error
 
 _C_cuda: Any = None
-cuda_absent_reason: str = _C.build_info()["cuda_absent"]
-if importlib.util.find_spec("inverse_flow._C_cuda") is not None:
-    if torch.version.cuda is None:
-        cuda_absent_reason = "inverse_flow._C_cuda is built, but this PyTorch has no CUDA"
-    else:
-        from inverse_flow import _C_cuda
+_cuda_left_out: str = _C.build_info()["cuda_absent"]
 
-        cuda_absent_reason = ""
+
+def cuda_absent(is_built: bool) -> str:
+    """Why there are no CUDA kernels: what was so when the package was built, and what to do now; empty if there are."""
+    cuda = torch.version.cuda
+    if is_built:
+        return "" if cuda else "inverse_flow._C_cuda is built, but this PyTorch has no CUDA: install one that has"
+    install = "" if cuda else "install a PyTorch with CUDA, then "
+    toolkit = f"CUDA {cuda.partition('.')[0]} toolkit" if cuda else "CUDA toolkit"
+    return (
+        f"inverse_flow._C_cuda is missing ({_cuda_left_out or 'the build made it'}): {install}build inverse_flow again "
+        f"with CUDA_HOME or the PATH leading to a {toolkit}: pip install --no-build-isolation --force-reinstall ."
+    )
+
+
+cuda_absent_reason = cuda_absent(importlib.util.find_spec("inverse_flow._C_cuda") is not None)
+if not cuda_absent_reason:
+    from inverse_flow import _C_cuda
 
 
 def check_device(device: torch.device) -> None:
@@ -36,10 +47,7 @@ def check_device(device: torch.device) -> None:
     if device.type != "cuda":
         raise RuntimeError(f"inverse_conv2d runs on CPU and CUDA tensors, got a tensor on {device}")
     if cuda_absent_reason:
-        raise RuntimeError(
-            f"input is on {device}, but the CUDA kernels are not available: {cuda_absent_reason}. Rebuild with a CUDA "
-            "toolkit and a CUDA build of PyTorch: pip install --no-build-isolation --force-reinstall ."
-        )
+        raise RuntimeError(f"input is on {device}, but the CUDA kernels are not available: {cuda_absent_reason}")
 
 
 def build_info() -> dict[str, Any]:
@@ -49,8 +57,8 @@ def build_info() -> dict[str, Any]:
         A dict with ``inverse_flow``, ``torch`` and ``torch_built_with`` (versions), ``compiler``, ``cpu_isa`` (the
         instruction set in use: ``avx512``, ``avx2`` or ``portable``; the environment variable
         ``INVERSE_FLOW_CPU_ISA`` forces one), ``cpu_isas`` (those compiled in), ``threads``, ``cuda_archs`` (list of
-        compiled CUDA architectures, empty without CUDA), ``cuda_toolkit`` and ``cuda_absent`` (why CUDA is absent,
-        or an empty string).
+        compiled CUDA architectures, empty without CUDA), ``cuda_toolkit`` and ``cuda_absent`` (why CUDA is absent
+        and what to do about it, or an empty string).
     """
     info: dict[str, Any] = {"inverse_flow": __version__, "torch": torch.__version__, **_C.build_info()}
     info["threads"] = torch.get_num_threads()

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from inverse_flow.parts.split import Carried, Part, run_frozen
-from inverse_flow.training import seeding
-from inverse_flow.training.batches import Batches
-from inverse_flow.training.config import TrainConfig
+from inverse_flow.training import Batches, TrainConfig, dequantize
+from inverse_flow.training.batches import generator
 from inverse_flow.training.method import autocast
-from inverse_flow.training.metrics import EVALUATION_BATCH, dequantize
+from inverse_flow.training.metrics import EVALUATION_BATCH
 
-# Random streams of their own, beyond those in seeding.py.
+# Random streams of their own, beyond those of a run.
 FROZEN_NOISE, FROZEN_FLIP = 100, 101
 
 
@@ -37,8 +36,8 @@ class FrozenOutputs:
     def __init__(self, parts: Sequence[Part], batches: Batches, config: TrainConfig, draw: int) -> None:
         self.draw = draw
         device = next(parts[0].flow.parameters()).device
-        noise = seeding.generator(config.seed, FROZEN_NOISE, draw)
-        coins = seeding.generator(config.seed, FROZEN_FLIP, draw)
+        noise = generator(config.seed, FROZEN_NOISE, draw)
+        coins = generator(config.seed, FROZEN_FLIP, draw)
         chunks = []
         for rows in torch.arange(len(batches.images)).split(EVALUATION_BATCH):
             images = batches.images[rows]

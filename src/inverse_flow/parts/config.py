@@ -6,6 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from inverse_flow.flows import Flow
+from inverse_flow.parts.method import ByParts
+from inverse_flow.training import Batches, TrainConfig, Workers
+from inverse_flow.training.config import parts_settings
+
 Cut: TypeAlias = Literal["blocks", "across"]
 CUTS: tuple[Cut, ...] = ("blocks", "across")
 
@@ -19,6 +24,7 @@ TURNS: tuple[Turn, ...] = ("batch", "epoch")
 ROUNDING = 1e-9
 
 
+@parts_settings
 @dataclass(frozen=True)
 class PartsConfig:
     """How a flow is cut into parts and how these are trained. See docs/parts.md.
@@ -65,6 +71,10 @@ class PartsConfig:
             raise ValueError(f"cache_epochs must be at least 0, got {self.cache_epochs}")
         if self.cache_epochs and self.schedule != "sequential":
             raise ValueError(f"cache_epochs keeps the outputs of parts that are done: sequential, not {self.schedule}")
+
+    def make(self, model: Flow, config: TrainConfig, workers: Workers, batches: Batches) -> ByParts:
+        """The training method with these settings."""
+        return ByParts(model, config, workers, batches)
 
     def turn_of(self, step: int, epoch: int, progress: float) -> range | None:
         """The parts, counted from 0, that a step trains; None when it trains all layers end to end.

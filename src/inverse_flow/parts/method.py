@@ -8,20 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from inverse_flow.flows import Flow, NonFiniteError, detect_nonfinite
+from inverse_flow.flows import Flow
 from inverse_flow.parts.cache import FrozenOutputs
-from inverse_flow.parts.config import PartsConfig
 from inverse_flow.parts.split import Carried, Part, run_frozen, split_flow, truncated_log_prob
-from inverse_flow.training.batches import Batches
-from inverse_flow.training.config import TrainConfig
-from inverse_flow.training.method import StepResult, autocast, explain_loss, make_optimizer, update
-from inverse_flow.training.metrics import bits_per_dim
-from inverse_flow.training.workers import Workers
+from inverse_flow.training import Batches, StepResult, TrainConfig, Workers, bits_per_dim
+from inverse_flow.training.method import Density, autocast, explain_loss, make_optimizer, update
+
+if TYPE_CHECKING:
+    from inverse_flow.parts.config import PartsConfig
 
 # The log's column "part" in the steps that train several parts, or all the layers end to end.
 ALL_PARTS = 0
@@ -40,6 +39,20 @@ class PartResult:
     carried: Carried
     log_prob: Tensor
     grad_norm: float
+
+
+class PartDensity(nn.Module):
+    """``forward`` gives what goes on from a part, and the log-densities of the flow truncated behind it."""
+
+    def __init__(self, part: Part) -> None:
+        super().__init__()
+        self.part = part
+        self.layers = nn.ModuleList(part.layers.values())
+
+    def forward(self, carried: Carried, context: Tensor | None) -> tuple[Carried, Tensor]:
+        """(what goes on, (B,) log-densities in nats)"""
+        result = self.part(carried, context)
+        return result, truncated_log_prob(self.part.flow, result, context)
 
 
 class ByParts:
@@ -66,15 +79,18 @@ class ByParts:
     def __init__(self, model: Flow, config: TrainConfig, workers: Workers, batches: Batches | None = None) -> None:
         if config.parts is None:
             raise ValueError("training by parts needs TrainConfig.parts")
+        settings: Any = config.parts
         self.model = model
         self.config = config
-        self.settings: PartsConfig = config.parts
+        self.settings: PartsConfig = settings
         self.workers = workers
         self.batches = batches
         self.parts = split_flow(model, self.settings.cut, self.settings.count)
         if batches is None and (self.settings.turn == "epoch" or self.settings.cache_epochs):
             raise ValueError("turns of an epoch and kept outputs need the batches: make ByParts with batches=…")
         rates = self.settings.learning_rates or [config.learning_rate] * len(self.parts)
+        self.densities = [workers.parallel(PartDensity(part)) for part in self.parts]
+        self._whole: nn.Module | None = None  # for the finish, made when that begins
         named = [part.named_parameters() for part in self.parts]
         self.optimizer = make_optimizer([parameter for _, parameter in named[0]], config, rates[0])
         for group, rate in zip(named[1:], rates[1:], strict=True):
@@ -113,11 +129,11 @@ class ByParts:
         """
         part, carried = self.parts[k], carried.detach()
         with autocast(self.config, carried.x.device):
-            result = part(carried, context)
-            log_prob = truncated_log_prob(self.model, result, context).mean()
+            result, log_probs = self.densities[k](carried, context)
+        log_prob = log_probs.mean()
         bits = self._bits(log_prob)
         if not torch.isfinite(bits):
-            _explain_part(part, carried, context, step, bits.item())
+            explain_loss(lambda: part(carried, context), step, bits.item())
         warmth = min(1.0, (self.steps[k] + 1) / max(1, self.config.warmup_steps))
         norm = self._update(bits, part.named_parameters(), step, min(rate_factor, warmth))
         self.steps[k] += 1
@@ -148,18 +164,18 @@ class ByParts:
         return self._outputs(rows).map(lambda values: values.to(images.device))
 
     def _train_end_to_end(self, images: Tensor, context: Tensor | None, step: int, rate_factor: float) -> StepResult:
+        if self._whole is None:
+            self._whole = self.workers.parallel(Density(self.model))
         with autocast(self.config, images.device):
-            log_prob = self.model.log_prob(images, context).mean()
+            log_prob = self._whole(images, context).mean()
         bits = self._bits(log_prob)
         if not torch.isfinite(bits):
-            explain_loss(self.model, images, context, step, bits.item())
+            explain_loss(lambda: self.model.log_prob(images, context), step, bits.item())
         norm = self._update(bits, list(self.model.named_parameters()), step, rate_factor)
         return self.report(log_prob.detach(), norm, ALL_PARTS)
 
     def _update(self, bits: Tensor, named: list[tuple[str, nn.Parameter]], step: int, rate_factor: float) -> float:
-        self.optimizer.zero_grad()  # to None: the optimizer passes over the weights of all other parts
-        bits.backward()
-        return update(self.optimizer, named, self.config, self.workers, step=step, rate_factor=rate_factor)
+        return update(self.optimizer, bits, named, self.config, step=step, rate_factor=rate_factor)
 
     def _bits(self, log_prob: Tensor) -> Tensor:
         return bits_per_dim(log_prob, self.model.event_shape, self.config.bit_depth)
@@ -168,15 +184,3 @@ class ByParts:
         """What the log is told of a step; ``part`` is counted from 1, or ``ALL_PARTS``."""
         mean = self.workers.average(log_prob)
         return StepResult(mean.item(), self._bits(mean).item(), norm, {"part": part})
-
-
-@torch.no_grad()
-def _explain_part(part: Part, carried: Carried, context: Tensor | None, step: int, loss: float) -> None:
-    """Runs the part again to name the layer that gave the first NaN or infinity, or was given it."""
-    where = f"the loss of step {step + 1} is {loss}"
-    try:
-        with detect_nonfinite():
-            part(carried, context)
-    except NonFiniteError as error:
-        raise NonFiniteError(error.path, f"{error.what}; {where}") from None
-    raise FloatingPointError(f"{where}, though every layer gave finite values")

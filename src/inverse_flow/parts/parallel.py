@@ -6,6 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,9 +15,8 @@ from torch import Tensor, distributed
 from inverse_flow.flows.base import Shape
 from inverse_flow.parts.method import ByParts
 from inverse_flow.parts.split import Carried, Part
-from inverse_flow.training.config import TrainConfig
-from inverse_flow.training.engine import Trainer
-from inverse_flow.training.schedule import rate_factor
+from inverse_flow.training import TrainConfig, Trainer
+from inverse_flow.training.files import locked
 
 # Batches that a process may be ahead of the next one: enough to even out their pace, and a bound on the memory.
 AHEAD = 4
@@ -59,7 +59,16 @@ def fit_parts(trainer: Trainer, on_step: Callable[[int, float], None] | None = N
         raise ValueError(f"{len(method.parts)} parts need as many processes, got {count}")
     if config.minutes is not None:
         raise ValueError("parts in parallel are limited by steps, not by time: give no minutes")
-    end = _steps_before_finish(config)
+    distributed.barrier()  # all have made their trainers: none still looks whether the folder is free
+    with locked(trainer.folder) if trainer.folder and rank == 0 else nullcontext():
+        _fit(trainer, method, rank, count, on_step)
+
+
+def _fit(
+    trainer: Trainer, method: ByParts, rank: int, count: int, on_step: Callable[[int, float], None] | None
+) -> None:
+    config = trainer.config
+    end = _steps_before_finish(method, config)
     line = _Line(method.parts, rank, count, trainer.model.event_shape)
     trainer.model.train()
     while trainer.step < end:
@@ -78,11 +87,10 @@ def fit_parts(trainer: Trainer, on_step: Callable[[int, float], None] | None = N
         distributed.barrier()
 
 
-def _steps_before_finish(config: TrainConfig) -> int:
+def _steps_before_finish(method: ByParts, config: TrainConfig) -> int:
     """How many steps of the run train parts."""
-    assert config.parts is not None
     steps = range(config.steps)
-    return sum(1 for step in steps if config.parts.turn_of(step, 0, config.progress(step, 0.0)) is not None)
+    return sum(1 for step in steps if method.settings.turn_of(step, 0, config.progress(step, 0.0)) is not None)
 
 
 def _step(trainer: Trainer, method: ByParts, line: _Line, step: int) -> float:
@@ -93,10 +101,10 @@ def _step(trainer: Trainer, method: ByParts, line: _Line, step: int) -> float:
     else:
         carried = line.receive(trainer.batches.batch_size, device)
     context = trainer.batches.context(step)
-    factor = rate_factor(trainer.config, step, trainer.config.progress(step, 0.0))
+    factor = trainer.config.rate_factor(step, trainer.config.progress(step, 0.0))
     context = None if context is None else context.to(device)
     result = method.train_part(line.rank, carried, context, step=step, rate_factor=factor)
-    trainer.averaged.update(trainer.model, step)
+    trainer.average.update_parameters(trainer.model)
     line.send(result.carried)
     return method.report(result.log_prob, result.grad_norm, line.rank + 1).bits_per_dim
 
@@ -146,7 +154,7 @@ def _give_everyone_all(trainer: Trainer, method: ByParts, rank: int, count: int)
     state = method.optimizer.state_dict()["state"]
     own = {
         "model": part.state(trainer.model),
-        "averaged": part.state(trainer.averaged.model),
+        "averaged": part.state(trainer.averaged_model),
         "group": group,
         "optimizer": {index: state[index] for index in group["params"] if index in state},
         "steps": method.steps[rank],
@@ -158,7 +166,7 @@ def _give_everyone_all(trainer: Trainer, method: ByParts, rank: int, count: int)
         return {key: value for content in everyone for key, value in content[name].items()}
 
     trainer.model.load_state_dict(union("model"))
-    trainer.averaged.model.load_state_dict(union("averaged"))
+    trainer.averaged_model.load_state_dict(union("averaged"))
     groups = [content["group"] for content in everyone]
     method.optimizer.load_state_dict({"state": union("optimizer"), "param_groups": groups})
     method.steps = [content["steps"] for content in everyone]

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from inverse_flow.flows import Flow, Split
 from inverse_flow.flows.base import Shape, output_shape, zero_logdet
-from inverse_flow.flows.finite import call_layer
-from inverse_flow.parts.config import Cut
+from inverse_flow.reversible.chain import Link, run_links
+
+if TYPE_CHECKING:
+    from inverse_flow.parts.config import Cut
 
 
 class Carried(NamedTuple):
@@ -53,16 +55,9 @@ class Part:
 
     def __call__(self, carried: Carried, context: Tensor | None = None) -> Carried:
         """Runs the part on what came out of the part before it."""
-        x, latents, logdet = carried
-        for name, layer in self.layers.items():
-            result, change = call_layer(name, layer, x, context, inverse=False)
-            logdet = logdet + change
-            if isinstance(layer, Split):
-                x, latent = result
-                latents = (*latents, latent)
-            else:
-                x = result
-        return Carried(x, latents, logdet)
+        links = [Link(name, layer, False) for name, layer in self.layers.items()]
+        (*latents, x), logdet = run_links(links, (*carried.latents, carried.x), context, logdet=carried.logdet)
+        return Carried(x, tuple(latents), logdet)
 
     @property
     def layers(self) -> dict[str, nn.Module]:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import TypeAlias
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-Around: TypeAlias = Callable[[int], AbstractContextManager[None]]
-"""``with around(i):`` is the place for layer i to run."""
+from torch.nn.utils import parametrize
 
 
 class Replay:
-    """The conditions under which ``layers`` run now, to run them so again later.
+    """The conditions under which ``layers`` run for the first time, to run them so again later.
 
     These are: the values of the parameters (a tensor that stands in a parameter's place, as
-    ``torch.func.functional_call`` puts it there, counts as the parameter), training or evaluation mode, autocast, and
-    the state of the random number generators before each layer that draws. A generator's state takes 5 kB on the
-    CPU, so it is kept for no other layer.
+    ``torch.func.functional_call`` puts it there, counts as the parameter), training or evaluation mode, autocast, and,
+    from before each layer, its buffers, its attributes and the state of the random number generators. A generator's
+    state takes 5 kB on the CPU, so it is kept only for a layer that draws.
+
+    A layer that changed its own parameters in the first run has initialised itself from the data. It runs again as
+    that left it.
 
     Args:
         layers: in the order in which they run; a layer may come twice.
@@ -42,24 +43,45 @@ class Replay:
         self._device = device
         self._autocast_enabled = torch.is_autocast_enabled(device.type)
         self._autocast_dtype = torch.get_autocast_dtype(device.type)
-        self._states_before: dict[int, list[Tensor]] = {}
+        self._caches_weights = parametrize._cache_enabled
+        self._generators = _generator_states(device)
+        self._drawn: dict[int, list[Tensor]] = {}
+        self._states: dict[int, _State] = {}
+        self._changed: dict[int, list[nn.Module]] = {}
 
     @contextmanager
-    def first(self) -> Iterator[Around]:
-        """For the first run. Layer i is to run within ``with around(i):`` of what this yields."""
-        last = _get_states(self._device)
-
-        @contextmanager
-        def around(i: int) -> Iterator[None]:
-            nonlocal last
+    def first(self) -> Iterator[None]:
+        """For the first run of all layers."""
+        with self._autocast(), _weight_cache(self._caches_weights):
             yield
-            states = _get_states(self._device)
-            if not all(torch.equal(now, before) for now, before in zip(states, last, strict=True)):
-                self._states_before[i] = last
-                last = states
 
-        with self._autocast():
-            yield around
+    @contextmanager
+    def first_of(self, i: int, path: str) -> Iterator[None]:
+        """For the first run of layer ``i``, within :meth:`first`.
+
+        Raises:
+            RuntimeError: the layer changed, in place, a tensor that is neither a parameter nor a buffer.
+        """
+        state = _State(self._modules[i])
+        parametrize._cache.clear()
+        yield
+        state.check(path)
+        changed, initialised = state.changes()
+        self._states[i] = _State(self._modules[i]) if initialised else state
+        if changed and not initialised:
+            self._changed[i] = changed
+        now = _generator_states(self._device)
+        if not all(map(torch.equal, now, self._generators)):
+            self._drawn[i] = self._generators
+            self._generators = now
+
+    def changed(self, i: int) -> list[nn.Module]:
+        """The modules of layer ``i`` that its first run changed, and that did not initialise themselves."""
+        return self._changed.get(i, [])
+
+    def draws(self, i: int) -> bool:
+        """Whether the first run of layer ``i`` drew random numbers."""
+        return i in self._drawn
 
     @contextmanager
     def again(self, parameters: Sequence[Tensor]) -> Iterator[None]:
@@ -73,7 +95,11 @@ class Replay:
             for module, name, i in self._positions:
                 module._parameters[name] = parameters[i]  # type: ignore[assignment]
             _set_modes(self._training)
-            with torch.random.fork_rng(devices, enabled=bool(self._states_before)), self._autocast():
+            with (
+                torch.random.fork_rng(devices, enabled=bool(self._drawn)),
+                self._autocast(),
+                _weight_cache(self._caches_weights),
+            ):
                 yield
         finally:
             _set_modes(modes)
@@ -81,30 +107,35 @@ class Replay:
                 module._parameters[name] = parameter
 
     @contextmanager
-    def layer(self, i: int) -> Iterator[None]:
-        """For a later run of layer ``i``, within :meth:`again`. Buffers that a module in training mode would update,
-        such as running means, are copies meanwhile: they have been updated once.
+    def layer(self, i: int) -> Iterator[Callable[[], bool]]:
+        """For one later run of layer ``i``, within :meth:`again`: what it held before its first run stands in copies
+        where it stood. Yields a function that tells whether this run has changed them.
         """
-        buffers = [
-            (module, name, buffer)
-            for module in self._modules[i]
-            if module.training
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
-        self.rewind(i)
+        if i in self._drawn:
+            _set_generators(self._drawn[i], self._device)
+        parametrize._cache.clear()
+        modules = self._modules[i]
+        buffers = [dict(module._buffers) for module in modules]
+        attributes = [dict(vars(module)) for module in modules]
         try:
-            for module, name, buffer in buffers:
-                module._buffers[name] = buffer.clone()
+            self._states[i].restore()
+            now = _State(modules, copies=False)
+            yield lambda: bool(now.changes()[0])
+        finally:
+            for module, held, of_module in zip(modules, buffers, attributes, strict=True):
+                module._buffers.clear()
+                module._buffers.update(held)
+                _set_attributes(module, of_module)
+
+    @contextmanager
+    def evaluating(self, i: int) -> Iterator[None]:
+        """Layer ``i`` in evaluation mode, within :meth:`again`."""
+        modules = [module for module in self._modules[i] if module.training]
+        _set_modes(dict.fromkeys(modules, False))
+        try:
             yield
         finally:
-            for module, name, buffer in buffers:
-                module._buffers[name] = buffer
-
-    def rewind(self, i: int) -> None:
-        """Sets the generators to where layer ``i`` found them."""
-        if i in self._states_before:
-            _set_states(self._states_before[i], self._device)
+            _set_modes(dict.fromkeys(modules, True))
 
     def _autocast(self) -> torch.autocast:
         # No cache: a weight cast without a graph would be found there by a later use that needs one.
@@ -113,15 +144,94 @@ class Replay:
         )
 
 
-def _get_states(device: torch.device) -> list[Tensor]:
+class _State:
+    """What modules hold besides parameters, as it is now."""
+
+    def __init__(self, modules: Sequence[nn.Module], *, copies: bool = True) -> None:
+        self._attributes = [(module, dict(vars(module))) for module in modules]
+        self._buffers = [
+            (module, name, buffer, _mark(buffer), buffer.clone() if copies else buffer)
+            for module in modules
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        self._parameters = [(p, _mark(p)) for module in modules for p in module._parameters.values() if p is not None]
+        self._plain = [
+            (module, name, value, _mark(value))
+            for module, attributes in self._attributes
+            for name, value in attributes.items()
+            if isinstance(value, Tensor)
+        ]
+
+    def check(self, path: str) -> None:
+        """Refuses a change that cannot be taken back."""
+        for module, name, value, mark in self._plain:
+            if _mark(value) != mark:
+                raise RuntimeError(
+                    f"{path}: {type(module).__name__} changed its tensor {name!r} in place, which is neither a "
+                    "parameter nor a buffer, so that the layer cannot run again as it did: register it as a buffer"
+                )
+
+    def changes(self) -> tuple[list[nn.Module], bool]:
+        """The modules that hold something else now; and whether a parameter has another value."""
+        changed = [module for module, name, buffer, mark, _ in self._buffers if _is_other(module, name, buffer, mark)]
+        changed += [module for module, before in self._attributes if _differ(vars(module), before)]
+        return changed, any(_mark(parameter) != mark for parameter, mark in self._parameters)
+
+    def restore(self) -> None:
+        """Puts it back; buffers as copies."""
+        for module, attributes in self._attributes:
+            _set_attributes(module, attributes)
+        for module, name, _, _, value in self._buffers:
+            module._buffers[name] = value.clone()
+
+
+def _mark(tensor: Tensor) -> tuple[int, int]:
+    """Another one after every change of the values, be it in place or by giving ``.data`` another storage."""
+    return tensor._version, tensor.untyped_storage()._cdata
+
+
+def _is_other(module: nn.Module, name: str, buffer: Tensor, mark: tuple[int, int]) -> bool:
+    return module._buffers.get(name) is not buffer or _mark(buffer) != mark
+
+
+def _differ(now: dict[str, Any], before: dict[str, Any]) -> bool:
+    return list(map(id, now.values())) != list(map(id, before.values()))
+
+
+def _set_attributes(module: nn.Module, attributes: dict[str, Any]) -> None:
+    if _differ(vars(module), attributes):
+        vars(module).clear()
+        vars(module).update(attributes)
+
+
+@contextmanager
+def _weight_cache(enabled: int) -> Iterator[None]:
+    """A cache of parametrized weights apart from that of the caller: what is computed here has no graph, or one of its
+    own, and would be found there by a use that needs another.
+    """
+    before = parametrize._cache_enabled, parametrize._cache
+    parametrize._cache_enabled, parametrize._cache = enabled, {}
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled, parametrize._cache = before
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether what runs on the device now is captured into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _generator_states(device: torch.device) -> list[Tensor]:
     """The CPU's generator and, outside of graph capture, which forbids it, the device's own."""
     states = [torch.get_rng_state()]
-    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+    if device.type == "cuda" and not is_capturing(device):
         states.append(torch.cuda.get_rng_state(device))
     return states
 
 
-def _set_states(states: list[Tensor], device: torch.device) -> None:
+def _set_generators(states: list[Tensor], device: torch.device) -> None:
     torch.set_rng_state(states[0])
     if len(states) > 1:
         torch.cuda.set_rng_state(states[1], device)

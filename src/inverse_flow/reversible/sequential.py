@@ -10,25 +10,74 @@ from __future__ import annotations
 
 import math
 from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from inverse_flow.ops.backpropagate import backpropagate
-from inverse_flow.reversible.chain import (
-    Chain,
-    ReconstructionError,
-    call_directly,
-    elementary_steps,
-    relative_error,
-    run,
+from inverse_flow.reversible.chain import Link, elementary, links_of
+from inverse_flow.reversible.layer import (
+    Shape,
+    check_layers,
+    input_shape,
+    output_shape,
+    shortcut,
+    splits_off_latent,
+    uses_context,
 )
+from inverse_flow.reversible.rebuild import Rebuilding, RebuiltChain, relative_error, run
 from inverse_flow.reversible.replay import leaves
 
-__all__ = ["ReconstructionError", "ReversibleSequential", "backpropagate", "reconstruction_errors"]
+
+class Row(nn.Module):
+    """Layers in a row, f = f_n ∘ … ∘ f_1; the log-determinants add up. For layers that map a tensor to a tensor.
+
+    Raises:
+        TypeError: a layer without an inverse, or one that splits off a latent.
+    """
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(check_layers(layers))
+        if any(map(splits_off_latent, layers)):
+            raise TypeError("a Split gives a latent of its own: put it into a Flow, which collects the latents")
+
+    @property
+    def rebuilding(self) -> Rebuilding | None:
+        """How activations are rebuilt, if they are."""
+        return None
+
+    @property
+    def uses_context(self) -> bool:
+        """Whether one of the layers may use the context."""
+        return any(map(uses_context, self.layers))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        (z,), logdet = run(self.links(inverse=False), (x,), context, self.rebuilding)
+        return z, logdet
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        (x,), logdet = run(self.links(inverse=True), (z,), context, self.rebuilding)
+        return x, logdet
+
+    def links(self, inverse: bool) -> list[Link]:
+        """(path, layer, direction) of each layer, in the order in which they run."""
+        return links_of(self.layers, inverse)
+
+    def output_shape(self, shape: Shape) -> Shape:
+        """Shape of z for one x of ``shape``."""
+        for layer in self.layers:
+            shape = output_shape(layer, shape)
+        return shape
+
+    def input_shape(self, shape: Shape) -> Shape:
+        """Shape of x for one z of ``shape``."""
+        for layer in reversed(self.layers):
+            shape = input_shape(layer, shape)
+        return shape
 
 
-class ReversibleSequential(nn.Module):
+class ReversibleSequential(Row):
     """Layers in a row, f = f_n ∘ … ∘ f_1, trained in memory that does not grow with their number.
 
     ``forward(x, context=None) -> (z, log|det dz/dx|)`` and ``inverse(z, context=None) -> (x, log|det dx/dz|)``; the
@@ -37,7 +86,8 @@ class ReversibleSequential(nn.Module):
 
     Each layer is a module with ``forward(x, context)`` and ``inverse(z, context)``, from one tensor to one tensor.
     Rebuilding takes its ``inverse``, and then its ``forward`` once more with a graph. A layer whose class has a method
-    ``backward_from_output``, see :class:`inverse_flow.flows.FlowLayer`, needs neither.
+    ``backward_from_output``, see :class:`inverse_flow.flows.FlowLayer`, needs neither. A layer that changes what it
+    holds as it runs, such as a moving average, is not rebuilt: what came into it is kept.
 
     Args:
         layers: the layers.
@@ -52,64 +102,25 @@ class ReversibleSequential(nn.Module):
         TypeError: a layer has no ``inverse``, or gives something other than one tensor; a context that is neither a
             tensor nor None.
         ValueError: ``anchors`` or ``tolerance`` out of range.
+        RuntimeError: in the forward pass, a layer that changes, in place, a tensor that is neither its parameter nor
+            its buffer: it could not run again as it did.
         ReconstructionError: in the backward pass, when the tolerance is exceeded. Within the capture of a CUDA graph,
             where nothing can be raised, the gradients become NaN instead.
     """
 
     def __init__(self, *layers: nn.Module, anchors: int | None = None, tolerance: float | None = None) -> None:
-        super().__init__()
-        for layer in layers:
-            if not isinstance(layer, nn.Module) or not callable(getattr(layer, "inverse", None)):
-                raise TypeError(f"a reversible chain is made of modules with an inverse, got {type(layer).__name__}")
-            if hasattr(layer, "latent_shape"):
-                raise TypeError("a Split gives a latent of its own: put it into a Flow, which collects the latents")
-        check_options(anchors, tolerance)
-        self.layers = nn.ModuleList(layers)
+        super().__init__(*layers)
+        Rebuilding(anchors, tolerance).checked()
         self.anchors = anchors
         self.tolerance = tolerance
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._run(x, context, inverse=False)
-
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._run(z, context, inverse=True)
-
-    def elementary_layers(self, inverse: bool) -> list[tuple[str, nn.Module, bool]]:
-        """(path, layer, direction) of each layer, in the order in which they run."""
-        found = [(f"layers.{i}", layer, inverse) for i, layer in enumerate(self.layers)]
-        return found[::-1] if inverse else found
-
-    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of z for one x of ``shape``."""
-        for layer in self.layers:
-            shape = layer.output_shape(shape) if hasattr(layer, "output_shape") else shape  # type: ignore[operator]
-        return shape
-
-    def input_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of x for one z of ``shape``."""
-        for layer in reversed(self.layers):
-            shape = layer.input_shape(shape) if hasattr(layer, "input_shape") else shape  # type: ignore[operator]
-        return shape
+    @property
+    def rebuilding(self) -> Rebuilding:
+        """How activations are rebuilt."""
+        return Rebuilding(self.anchors, self.tolerance)
 
     def extra_repr(self) -> str:
         return f"anchors={self.anchors}, tolerance={self.tolerance}"
-
-    def _run(self, x: Tensor, context: Tensor | None, *, inverse: bool) -> tuple[Tensor, Tensor]:
-        steps = elementary_steps(self, inverse=inverse)
-        (z,), logdet = run(steps, (x,), context, anchors=self.anchors, tolerance=self.tolerance)
-        return z, logdet
-
-
-def check_options(anchors: int | None, tolerance: float | None) -> None:
-    """Refuses what is no distance between anchors and no tolerance.
-
-    Raises:
-        ValueError: naming the one that is out of range.
-    """
-    if anchors is not None and (not isinstance(anchors, int) or anchors < 1):
-        raise ValueError(f"anchors must be the number of layers between two of them, at least 1, got {anchors!r}")
-    if tolerance is not None and not tolerance > 0:
-        raise ValueError(f"the tolerance of rebuilding must be above 0, got {tolerance!r}")
 
 
 @torch.no_grad()
@@ -127,21 +138,23 @@ def reconstruction_errors(
             each input from the true output of its layer, which shows the layer by itself, in constant memory.
 
     Returns:
-        An entry for each elementary layer, in the order in which they run.
+        An entry for each elementary layer, in the order in which they run. 0 for one whose input is kept, as it changes
+        what it holds.
     """
-    chain = Chain(elementary_steps(flow), x.device, call_directly, None, None)
-    inputs: dict[int, Tensor] = {}
+    inner = shortcut(flow, "links")
+    links = [Link("", flow, False)] if inner is None else elementary(inner(False))
+    chain = RebuiltChain(links, x.device, Rebuilding())
+    inputs: dict[int, Any] = {}
     outputs, _ = chain.first_run((x,), context, inputs.__setitem__ if accumulated else None)
-    errors = [math.nan] * len(chain.steps)
+    errors = dict.fromkeys(range(len(links)), math.nan)
 
-    def compare(i: int, rebuilt: Tensor) -> Tensor:
+    def compare(i: int, rebuilt: Any) -> None:
         errors[i] = float(relative_error(rebuilt, inputs[i]))
-        return rebuilt
 
     with chain.replay.again(leaves(chain.replay.parameters, repeat(False))):
         if accumulated:
             zeros = [torch.zeros_like(output) for output in outputs]
             chain.unwind(outputs, zeros, x.new_zeros(len(x)), context, compare)
         else:
-            errors = [float(error) for _, error in chain.errors_one_by_one((x,), context)]
-    return {step.path: error for step, error in zip(chain.steps, errors, strict=True)}
+            errors = chain.errors_one_by_one((x,), context)
+    return {link.path: errors[i] for i, link in enumerate(links)}

@@ -1,13 +1,24 @@
-"""The training batches: a function of the step."""
+"""The training batches, a function of the step; and the random streams that make them so."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from inverse_flow.training import seeding
 from inverse_flow.training.config import TrainConfig
-from inverse_flow.training.metrics import dequantize
+from inverse_flow.training.dequantization import dequantize
+
+# The streams of a run; their numbers are part of what makes a run repeatable.
+ORDER, NOISE, FLIP, EVALUATION, SAMPLES, VALIDATION = range(6)
+
+
+def generator(seed: int, stream: int, index: int = 0) -> torch.Generator:
+    """A CPU generator for element ``index`` of a stream, whatever was drawn before: a run resumed at any step draws
+    what it would have drawn.
+    """
+    words = np.random.SeedSequence([seed, stream, index]).generate_state(2, np.uint32)
+    return torch.Generator().manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
 
 
 class Batches:
@@ -39,7 +50,7 @@ class Batches:
     def rows(self, step: int) -> Tensor:
         """Which of the images are the batch of a step."""
         epoch, position = divmod(step, self.per_epoch)
-        order = torch.randperm(len(self.images), generator=seeding.generator(self.config.seed, seeding.ORDER, epoch))
+        order = torch.randperm(len(self.images), generator=generator(self.config.seed, ORDER, epoch))
         return order[position * self.batch_size : (position + 1) * self.batch_size]
 
     def context(self, step: int) -> Tensor | None:
@@ -51,6 +62,6 @@ class Batches:
         seed = self.config.seed
         batch = self.images[self.rows(step)]
         if self.config.flip:
-            mirrored = torch.rand(len(batch), generator=seeding.generator(seed, seeding.FLIP, step)) < 0.5
+            mirrored = torch.rand(len(batch), generator=generator(seed, FLIP, step)) < 0.5
             batch = torch.where(mirrored.view(-1, 1, 1, 1), batch.flip(3), batch)
-        return dequantize(batch, self.config.bit_depth, seeding.generator(seed, seeding.NOISE, step))
+        return dequantize(batch, self.config.bit_depth, generator(seed, NOISE, step))

@@ -4,12 +4,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
-from inverse_flow.parts.config import PartsConfig
+from inverse_flow.flows import Flow
+
+if TYPE_CHECKING:
+    from inverse_flow.training.batches import Batches
+    from inverse_flow.training.method import Method
+    from inverse_flow.training.workers import Workers
 
 MAX_BIT_DEPTH = 8
+# PyTorch's generators take no more.
+MAX_SEED = 2**63 - 1
+
+
+class MethodSettings(Protocol):
+    """Settings of a training method, which know how to make it: a frozen dataclass of plain values."""
+
+    def make(self, model: Flow, config: TrainConfig, workers: Workers, batches: Batches) -> Method:
+        """The method, for a model and the batches of its run."""
+        ...
+
+
+SettingsT = TypeVar("SettingsT", bound=type)
+
+# Of training by parts. Its package makes itself known, so that nothing here needs to know of it.
+_parts_settings: type | None = None
+
+
+def parts_settings(kind: SettingsT) -> SettingsT:
+    """Makes the class known that :attr:`TrainConfig.parts` has; a class decorator."""
+    global _parts_settings
+    _parts_settings = kind
+    return kind
 
 
 @dataclass(frozen=True)
@@ -43,7 +71,8 @@ class TrainConfig:
         max_inverse_error: at every evaluation each layer inverts its own output, and the run stops at a layer that
             misses its input by more than this share of the input's largest magnitude; None for no check.
         seed: of the choice and order of the images, the dequantization noise and the flips.
-        parts: train by parts, with these settings; None for end to end.
+        parts: train by parts, with these settings, an :class:`inverse_flow.parts.PartsConfig`; None for end to end.
+            Read from a checkpoint it is that too once ``inverse_flow.parts`` is imported, and until then a mapping.
     """
 
     steps: int = 100_000
@@ -65,13 +94,16 @@ class TrainConfig:
     patience: int | None = None
     max_inverse_error: float | None = 1e-2
     seed: int = 0
-    parts: PartsConfig | None = None
+    parts: MethodSettings | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         # A config read back from JSON has lists; equal runs must have equal configs.
         object.__setattr__(self, "decay_at", tuple(self.decay_at))
+        if isinstance(self.parts, Mapping) and _parts_settings is not None:
+            object.__setattr__(self, "parts", _parts_settings(**self.parts))
         for name in ("steps", "warmup_steps", "validation", "seed"):
             _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        _require(self.seed <= MAX_SEED, "seed", f"at most {MAX_SEED}", self.seed)
         for name in ("batch_size", "evaluate_every"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("learning_rate", "max_grad_norm", "decay_factor"):
@@ -97,14 +129,30 @@ class TrainConfig:
         by_time = seconds / (60 * self.minutes) if self.minutes else 0.0
         return min(1.0, max(by_steps, by_time))
 
+    def rate_factor(self, step: int, progress: float) -> float:
+        """What the learning rate is multiplied by at a step, counted from 0: linear warm-up, then a decay in steps.
+
+        min(1, (step + 1) / warmup_steps) · decay_factorᵏ, with k the number of the ``decay_at`` that lie behind: those
+        below 1 are compared with ``progress``, the others with the step.
+        """
+        warmth = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        passed = sum((progress if at < 1 else step) >= at for at in self.decay_at)
+        return warmth * self.decay_factor**passed
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, for JSON and checkpoints."""
         return {**asdict(self), "decay_at": list(self.decay_at)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        parts = values.get("parts")
-        return cls(**{**values, "parts": None if parts is None else PartsConfig(**parts)})
+        """The configuration with these values, as :meth:`to_dict` gave them.
+
+        Raises:
+            ValueError: a name that is no setting, or a value that cannot be.
+        """
+        unknown = values.keys() - {entry.name for entry in fields(cls)}
+        _require(not unknown, "a training configuration", "of known settings", ", ".join(sorted(unknown)))
+        return cls(**values)
 
 
 def _require(condition: bool, name: str, expected: str, given: object) -> None:

@@ -1,4 +1,4 @@
-"""Ctrl-C that waits for the step to end."""
+"""Ctrl-C, or a request to terminate, that waits for the step to end."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 @contextmanager
 def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Within it, the first Ctrl-C only makes the yielded function true; a second one interrupts at once.
+    """Within it, the first Ctrl-C or SIGTERM only makes the yielded function true; a second one interrupts at once.
 
-    Outside the main thread, where Python delivers no signals, nothing changes.
+    SIGTERM is what ``kill``, a batch system or a container sends before it kills. Outside the main thread, where Python
+    delivers no signals, nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
@@ -26,8 +29,9 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         requested = True
 
-    before = signal.signal(signal.SIGINT, handle)
+    before = {number: signal.signal(number, handle) for number in SIGNALS}
     try:
         yield lambda: requested
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -7,21 +7,20 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from inverse_flow.flows import Compose, Flow, Split
+from inverse_flow.flows import Flow
+from inverse_flow.reversible.chain import elementary
 
 
 class InverseError(FloatingPointError):
     """A layer does not invert its own output. ``path`` names it: ``flow.get_submodule(error.path)``."""
 
     def __init__(self, path: str, what: str) -> None:
-        super().__init__(f"{path}: {what}")
+        super().__init__(path, what)
         self.path = path
+        self.what = what
 
-
-def layers_of(flow: Flow) -> Iterator[tuple[str, nn.Module]]:
-    """The layers of a flow in the order in which they run, with those of a :class:`Compose` one by one."""
-    for name, layer in flow.layers.named_children():
-        yield from _unpacked(f"layers.{name}", layer)
+    def __str__(self) -> str:
+        return f"{self.path}: {self.what}"
 
 
 @torch.no_grad()
@@ -30,12 +29,12 @@ def inverse_errors(flow: Flow, x: Tensor, context: Tensor | None = None) -> Iter
     was_training = flow.training
     flow.eval()
     try:
-        for path, layer in layers_of(flow):
-            z, _ = layer(x, context)
-            back, _ = layer.inverse(z, context)  # type: ignore[operator]
+        for link in elementary(flow.links(inverse=False)):
+            z, _ = link.run(x, context)
+            back, _ = link.turned.run(z, context)
             size = max(float(x.abs().max()), torch.finfo(x.dtype).tiny)
-            yield path, layer, float((back - x).abs().max()) / size
-            x = z[0] if isinstance(layer, Split) else z
+            yield link.path, link.layer, float((back - x).abs().max()) / size
+            x = z[0] if link.splits else z
     finally:
         flow.train(was_training)
 
@@ -50,11 +49,3 @@ def check_inverses(flow: Flow, x: Tensor, context: Tensor | None, bound: float) 
         if not error <= bound:
             kind = type(layer).__name__
             raise InverseError(path, f"{kind} misses its own input by {error:.1e} of its size, more than {bound:g}")
-
-
-def _unpacked(path: str, layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    if isinstance(layer, Compose):
-        for name, inner in layer.layers.named_children():
-            yield from _unpacked(f"{path}.layers.{name}", inner)
-    else:
-        yield path, layer

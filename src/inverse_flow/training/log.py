@@ -1,4 +1,4 @@
-"""The log of a run, one line a step."""
+"""The log of a run, one line a step; and the same for TensorBoard."""
 
 from __future__ import annotations
 
@@ -6,8 +6,15 @@ import csv
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import TextIO
+
+from torch import Tensor
+
+from inverse_flow.training.files import replacing
 
 FILE = "log.csv"
+BOARD_FOLDER = "tensorboard"
+BOARD_SCALARS = ("loss", "bits_per_dim", "grad_norm", "learning_rate", "images_per_second")
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ COLUMNS = tuple(entry.name for entry in fields(StepReport) if entry.name != "col
 def read_log(path: Path) -> list[StepReport]:
     """The reports in a log; a line cut short by an interruption ends it."""
     reports = []
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             try:
                 reports.append(_report(row))
@@ -55,29 +62,37 @@ def read_log(path: Path) -> list[StepReport]:
 
 
 class CsvLog:
-    """Appends reports to a file, after dropping what a resumed run is about to do again."""
+    """Appends reports to a file, after dropping what a resumed run is about to do again.
+
+    What is kept is written beside the file, which it then replaces: a run that is killed meanwhile loses nothing.
+    """
 
     def __init__(self, path: Path, steps_done: int) -> None:
         kept = [r for r in read_log(path) if r.step <= steps_done] if steps_done and path.is_file() else []
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("w", newline="")
-        self._writer: csv.DictWriter[str] | None = None
-        self.extend(kept)
+        with replacing(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
+            self._columns = _write(file, kept)
+        self._file = path.open("a", newline="", encoding="utf-8")
 
     def append(self, report: StepReport) -> None:
-        self.extend([report])
-
-    def extend(self, reports: Iterable[StepReport]) -> None:
-        for report in reports:
-            if self._writer is None:  # the first report tells the columns
-                self._writer = csv.DictWriter(self._file, [*COLUMNS, *report.columns])
-                self._writer.writeheader()
-            row = asdict(report)
-            self._writer.writerow(row | row.pop("columns"))
+        self._columns = _write(self._file, [report], self._columns)
         self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+
+def _write(file: TextIO, reports: Iterable[StepReport], columns: list[str] | None = None) -> list[str] | None:
+    """Writes a line a report; before the first one of a file, which has no ``columns`` yet, their names."""
+    for report in reports:
+        row = asdict(report)
+        row |= row.pop("columns")
+        writer = csv.DictWriter(file, columns or list(row))
+        if columns is None:
+            columns = list(row)
+            writer.writeheader()
+        writer.writerow(row)
+    return columns
 
 
 def _report(row: dict[str, str | None]) -> StepReport:
@@ -96,3 +111,36 @@ def _report(row: dict[str, str | None]) -> StepReport:
         validation=float(values["validation"]) if values["validation"] else None,
         columns={name: float(value) for name, value in values.items() if name not in COLUMNS},
     )
+
+
+class TensorBoardLog:
+    """Writes every report, called with it, as scalars in the folder ``tensorboard`` of a run.
+
+    Args:
+        folder: of the run.
+        steps_done: what a former run wrote of later steps is dropped, since a resumed run does them again.
+
+    Raises:
+        ModuleNotFoundError: tensorboard is not installed.
+    """
+
+    def __init__(self, folder: Path, steps_done: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / BOARD_FOLDER), purge_step=steps_done + 1 if steps_done else None)
+
+    def __call__(self, report: StepReport) -> None:
+        for name in BOARD_SCALARS:
+            self._writer.add_scalar(f"train/{name}", getattr(report, name), report.step)
+        for name, value in report.columns.items():
+            self._writer.add_scalar(f"method/{name}", value, report.step)
+        if report.validation is not None:
+            self._writer.add_scalar("validation/bits_per_dim", report.validation, report.step)
+            self._writer.flush()
+
+    def image(self, grid: Tensor, step: int) -> None:
+        """A picture (H, W, 3) in uint8."""
+        self._writer.add_image("samples", grid, step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._writer.close()

@@ -1,14 +1,13 @@
 """How a batch becomes an update.
 
-The :class:`~inverse_flow.training.engine.Trainer` owns the batches, the learning-rate schedule, the averaged weights,
+The :class:`~inverse_flow.training.Trainer` owns the batches, the learning-rate schedule, the averaged weights,
 validation, logs and checkpoints. What happens between a batch and the changed weights is a :class:`Method`, made by
 ``method(model, config, workers)`` from the trainer's model, its :class:`TrainConfig` and its :class:`Workers`. A method
 owns its optimizers. The default is :class:`EndToEnd`.
 
-A method has three more things to hand: :func:`autocast` for the precision of the configuration, :func:`make_optimizer`
-for its optimizer, and :func:`update`, which is everything from gradients to changed weights. Its own settings are a
-field of :class:`TrainConfig`, so that a checkpoint holds them and a resumed run finds its method again:
-``TrainConfig.parts`` for the training by parts.
+A method has more things to hand: :meth:`Workers.parallel` around the module whose output it differentiates,
+:func:`autocast` for the precision of the configuration, :func:`make_optimizer` for its optimizer, :func:`update`, which
+is everything from gradients to changed weights, and :func:`explain_loss` for a loss that is not finite.
 """
 
 from __future__ import annotations
@@ -81,6 +80,18 @@ class Method(Protocol):
 MethodFactory: TypeAlias = Callable[[Flow, TrainConfig, Workers], Method]
 
 
+class Density(nn.Module):
+    """``forward`` is the flow's ``log_prob``: what PyTorch's wrappers of modules need to see."""
+
+    def __init__(self, flow: Flow) -> None:
+        super().__init__()
+        self.flow = flow
+
+    def forward(self, images: Tensor, context: Tensor | None = None) -> Tensor:
+        """(B,) log-densities in nats."""
+        return self.flow.log_prob(images, context)
+
+
 class EndToEnd:
     """The gradient of the mean bits per dimension through all the layers at once, one optimizer for all weights."""
 
@@ -88,6 +99,7 @@ class EndToEnd:
         self.model = model
         self.config = config
         self.workers = workers
+        self.density = workers.parallel(Density(model))
         self.optimizer = make_optimizer(model.parameters(), config)
 
     def step(
@@ -95,15 +107,12 @@ class EndToEnd:
     ) -> StepResult:
         self.model.train()
         with autocast(self.config, images.device):
-            log_prob = self.model.log_prob(images, context).mean()
+            log_prob = self.density(images, context).mean()
         bits = bits_per_dim(log_prob, self.model.event_shape, self.config.bit_depth)
         if not torch.isfinite(bits):
-            explain_loss(self.model, images, context, step, bits.item())
-        self.optimizer.zero_grad()
-        bits.backward()
-        grad_norm = update(
-            self.optimizer, self.model.named_parameters(), self.config, self.workers, step=step, rate_factor=rate_factor
-        )
+            explain_loss(lambda: self.model.log_prob(images, context), step, bits.item())
+        parameters = self.model.named_parameters()
+        grad_norm = update(self.optimizer, bits, parameters, self.config, step=step, rate_factor=rate_factor)
         figures = self.workers.average(torch.stack((log_prob, bits)))
         return StepResult(figures[0].item(), figures[1].item(), grad_norm)
 
@@ -127,25 +136,26 @@ def make_optimizer(
 
 def update(
     optimizer: torch.optim.Optimizer,
+    bits: Tensor,
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     config: TrainConfig,
-    workers: Workers,
     *,
     step: int,
     rate_factor: float,
 ) -> float:
-    """From the gradients of each process to changed weights: mean over the processes, clipping, optimizer step.
+    """From the bits per dimension to changed weights: backward pass, clipping, optimizer step.
 
     Returns:
-        The norm of the mean gradient of ``named_parameters`` before clipping.
+        The norm of the gradient of ``named_parameters`` before clipping, of the mean over the processes where
+        ``bits`` was computed by :meth:`Workers.parallel`.
 
     Raises:
         FloatingPointError: it is not finite; names the parameters.
     """
+    optimizer.zero_grad()  # to None: the optimizer passes over weights that have no part in ``bits``
+    bits.backward()
     named = list(named_parameters)
-    parameters = [parameter for _, parameter in named]
-    workers.average_gradients(parameters)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_([parameter for _, parameter in named], config.max_grad_norm)
     if not torch.isfinite(norm):
         explain_gradient(named, step)
     for group in optimizer.param_groups:
@@ -163,12 +173,18 @@ def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
 
 
 @torch.no_grad()
-def explain_loss(model: Flow, images: Tensor, context: Tensor | None, step: int, loss: float) -> None:
-    """Runs the batch again, layer by layer, to name the layer that gave the first NaN or infinity."""
+def explain_loss(again: Callable[[], object], step: int, loss: float) -> None:
+    """Runs ``again`` what gave the loss of a step, layer by layer, to name the layer that gave the first NaN or
+    infinity.
+
+    Raises:
+        NonFiniteError: always, or
+        FloatingPointError: if every layer gave finite values.
+    """
     where = f"the loss of step {step + 1} is {loss}"
     try:
         with detect_nonfinite():
-            model.log_prob(images, context)
+            again()
     except NonFiniteError as error:
         raise NonFiniteError(error.path, f"{error.what}; {where}") from None
     raise FloatingPointError(f"{where}, though every layer gave finite values")

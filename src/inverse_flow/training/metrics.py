@@ -1,35 +1,20 @@
-"""Dequantization and bits per dimension."""
+"""Bits per dimension: of a model, and of what can be had without looking at more than one pixel."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from inverse_flow.flows import Flow
-from inverse_flow.training import seeding
+from inverse_flow.training.batches import EVALUATION, generator
 from inverse_flow.training.config import MAX_BIT_DEPTH
+from inverse_flow.training.dequantization import dequantize, quantize
 
 EVALUATION_BATCH = 100
-
-
-def quantize(images: Tensor, bit_depth: int = MAX_BIT_DEPTH) -> Tensor:
-    """The upper ``bit_depth`` bits of uint8 images, as integers 0 … 2ⁿ − 1 in uint8."""
-    return images >> (MAX_BIT_DEPTH - bit_depth)
-
-
-def dequantize(images: Tensor, bit_depth: int = MAX_BIT_DEPTH, generator: torch.Generator | None = None) -> Tensor:
-    """x̃ = (q + u) / 2ⁿ in [0, 1), with q the n upper bits of uint8 images and u uniform on [0, 1), in float32.
-
-    Source: Uria, Murray & Larochelle, "RNADE", 2013; Theis, van den Oord & Bethge, 2016, section 3.1.
-    """
-    if images.dtype != torch.uint8:
-        raise TypeError(f"dequantize expects uint8 images, got {images.dtype}")
-    noise = torch.rand(images.shape, generator=generator).to(images.device)
-    below_one = 1 - 2**-24  # the largest float32 below 1: 255 + u may round up to 256
-    return ((quantize(images, bit_depth) + noise) / 2**bit_depth).clamp(max=below_one)
 
 
 def bits_per_dim(log_prob: Tensor, event_shape: Sequence[int], bit_depth: int = MAX_BIT_DEPTH) -> Tensor:
@@ -71,7 +56,7 @@ def log_probs(
     """
     if not len(images):
         raise ValueError("there are no images to evaluate")
-    noise = seeding.generator(0, seeding.EVALUATION, draw)
+    noise = generator(0, EVALUATION, draw)
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -134,3 +119,37 @@ def importance_weighted(
 def standard_error(values: Tensor) -> float:
     """s/√N of the mean of N values, s their standard deviation; NaN for a single one."""
     return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+@dataclass(frozen=True)
+class IndependentPixels:
+    """One histogram for each pixel and channel: P(v) = (count(v) + 1) / (N + 2ⁿ), n the bit depth.
+
+    A model that is no better than this has learned nothing of how pixels hang together.
+
+    Attributes:
+        log_probabilities: (D, 2ⁿ), base 2.
+        bit_depth: n.
+    """
+
+    log_probabilities: Tensor
+    bit_depth: int
+
+    @classmethod
+    def fit(cls, images: Tensor, bit_depth: int = MAX_BIT_DEPTH) -> IndependentPixels:
+        """Counts the values of uint8 images (N, …)."""
+        values, levels = _values(images, bit_depth), 2**bit_depth
+        dims = values.shape[1]
+        cells = values + levels * torch.arange(dims)
+        counts = torch.bincount(cells.flatten(), minlength=dims * levels).view(dims, levels)
+        probabilities = (counts + 1).double() / (len(images) + levels)
+        return cls(probabilities.log2(), bit_depth)
+
+    def bits_per_dim(self, images: Tensor) -> float:
+        """Mean −log₂ P per dimension of uint8 images (N, …)."""
+        values = _values(images, self.bit_depth)
+        return -float(self.log_probabilities.T.gather(0, values).mean())
+
+
+def _values(images: Tensor, bit_depth: int) -> Tensor:
+    return quantize(images, bit_depth).flatten(1).long().cpu()

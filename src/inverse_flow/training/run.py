@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from inverse_flow.data import ImageData, load
+from inverse_flow.data import ImageData
 from inverse_flow.models import KINDS
-from inverse_flow.training import figures
+from inverse_flow.training import checkpoint, figures
 from inverse_flow.training import log as logs
-from inverse_flow.training.conditioning import classes_of, context_of
+from inverse_flow.training.checkpoint import Checkpoint, DataSource
 from inverse_flow.training.config import TrainConfig
-from inverse_flow.training.engine import ALONE, Trainer
-from inverse_flow.training.report import Summary, summarize
-from inverse_flow.training.sampling import PICTURED, draw
+from inverse_flow.training.files import check_folder, replacing, write_text
+from inverse_flow.training.labels import classes_of, context_of
+from inverse_flow.training.samples import PICTURED, draw
+from inverse_flow.training.summary import Summary, check_test_images, summarize
+from inverse_flow.training.trainer import ALONE, Trainer
 from inverse_flow.training.workers import Workers
 
 SUMMARY_FILE = "summary.json"
@@ -37,7 +39,7 @@ class Run:
     @property
     def classes(self) -> int:
         """Of a conditional model; 0 for another."""
-        return int(self.trainer.extra["classes"])
+        return self.trainer.data.classes if self.trainer.data else 0
 
 
 def start(
@@ -49,9 +51,8 @@ def start(
     *,
     kind: str = "InverseFlow",
     conditional: bool = False,
-    size: int | None = None,
-    crop: bool = False,
     workers: Workers = ALONE,
+    **data_options: Any,
 ) -> Run:
     """A new run with an untrained model, whose weights the seed decides.
 
@@ -63,42 +64,96 @@ def start(
         device: to train on.
         kind: of model, a name in :data:`inverse_flow.models.KINDS`.
         conditional: on the class labels.
-        size: of the images of a folder, see :func:`inverse_flow.data.load`.
-        crop: see there.
         workers: the processes that train together.
+        data_options: other arguments of :func:`inverse_flow.data.load`.
 
     Raises:
         ValueError: options that do not fit together, naming them; conditional without labels.
+        OSError: the folder cannot be written to, or another run uses it.
     """
-    data = load(source, size=size, crop=crop)
-    classes = classes_of(data) if conditional else 0
+    if workers.first:
+        check_folder(folder)
+    where = DataSource(checkpoint.absolute(source), data_options)
+    data = where.load()
+    if conditional:
+        where = replace(where, classes=classes_of(data), class_names=tuple(getattr(data, "class_names", ())))
     model_type = KINDS[kind]
     model_config = model_type.config_type(
-        image_shape=data.train.image_shape, **{"context_channels": classes, **model_options}
+        image_shape=data.train.image_shape, **{"context_channels": where.classes, **model_options}
     )
     torch.manual_seed(train_config.seed)
     model = model_type.from_config(model_config).to(device)
-    extra = {"source": source, "size": size, "crop": crop, "classes": classes}
-    context = context_of(data.train, classes)
-    trainer = Trainer(model, data.train.images, train_config, folder, extra, context=context, workers=workers)
-    return Run(trainer, data, folder)
+    context = context_of(data.train, where.classes)
+    trainer = Trainer(model, data.train.images, train_config, folder, context=context, workers=workers, data=where)
+    return _checked(Run(trainer, data, folder))
 
 
 def resume(
-    content: Mapping[str, Any], folder: Path, device: str = "cpu", *, workers: Workers = ALONE, **changes: Any
+    content: Checkpoint,
+    folder: Path,
+    device: str = "cpu",
+    *,
+    source: str | None = None,
+    workers: Workers = ALONE,
+    **changes: Any,
 ) -> Run:
-    """The run of a checkpoint's content, in ``folder``; ``changes`` replaces values of its :class:`TrainConfig`."""
-    data = data_of(content)
-    context = context_of(data.train, content["extra"]["classes"])
+    """The run of a checkpoint, in ``folder``.
+
+    Args:
+        content: the checkpoint.
+        folder: of the run.
+        device: to train on.
+        source: where its data lie now; None for where they lay.
+        workers: the processes that train together.
+        changes: values of its :class:`TrainConfig` to replace.
+
+    Raises:
+        ValueError: other images than the run began with; a checkpoint without a data source.
+        OSError: the folder cannot be written to, or another run uses it.
+    """
+    if workers.first:
+        check_folder(folder)
+    where = source_of(content, source)
+    data = where.load()
+    context = context_of(data.train, where.classes)
     images = data.train.images
-    trainer = Trainer.resume(content, images, folder, context=context, device=device, workers=workers, **changes)
-    return Run(trainer, data, folder)
+    trainer = Trainer.resume(
+        content, images, folder, context=context, device=device, workers=workers, data=where, **changes
+    )
+    return _checked(Run(trainer, data, folder))
 
 
-def data_of(content: Mapping[str, Any], source: str | None = None) -> ImageData:
-    """The data that the run of a checkpoint was trained on, or those of another source in the same size."""
-    extra = content["extra"]
-    return load(source or extra["source"], size=extra["size"], crop=extra["crop"])
+def source_of(content: Checkpoint, source: str | None = None) -> DataSource:
+    """Where a checkpoint's data come from, or come from now.
+
+    Raises:
+        ValueError: its trainer was given images without a source.
+    """
+    if content.data is None:
+        raise ValueError("this checkpoint does not say where its images come from: train and resume it from Python")
+    return content.data if source is None else replace(content.data, source=checkpoint.absolute(source))
+
+
+def data_of(content: Checkpoint, source: str | None = None) -> ImageData:
+    """The data that the run of a checkpoint was trained on, or those of another source, read in the same way.
+
+    Raises:
+        ValueError: without a ``source``: what lies where the run's data lay are other images.
+    """
+    where = source_of(content, source)
+    data = where.load()
+    if source is None:
+        checkpoint.check_images(content, data.train.images, context_of(data.train, where.classes))
+    return data
+
+
+def _checked(run: Run) -> Run:
+    """Refuses now what would stop the run at its end: test images that cannot be measured, a disk that is too full."""
+    trainer = run.trainer
+    check_test_images(trainer.model, run.data, run.classes)
+    if trainer.workers.first:
+        check_folder(run.folder, 2 * trainer.checkpoint_bytes)
+    return run
 
 
 def finish(run: Run, say: Callable[[str], None] = lambda message: None) -> Summary:
@@ -116,9 +171,11 @@ def finish(run: Run, say: Callable[[str], None] = lambda message: None) -> Summa
         "model": model.config.to_dict(),
         "training": config.to_dict(),
     }
-    (run.folder / SUMMARY_FILE).write_text(json.dumps(content, indent=2) + "\n")
+    write_text(run.folder / SUMMARY_FILE, json.dumps(content, indent=2) + "\n")
     samples = figures.to_uint8(draw(model, PICTURED, config.seed, classes=run.classes).images)
-    figures.save_samples(run.folder / SAMPLES_FILE, samples, run.data.test.images[:PICTURED])
+    with replacing(run.folder / SAMPLES_FILE) as path:
+        figures.save_samples(path, samples, run.data.test.images[:PICTURED])
     reports = logs.read_log(run.folder / logs.FILE)
-    figures.save_curve(run.folder / CURVE_FILE, reports, summary.baseline_test_bits_per_dim)
+    with replacing(run.folder / CURVE_FILE) as path:
+        figures.save_curve(path, reports, summary.baseline_test_bits_per_dim)
     return summary

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,9 +18,8 @@ LAUNCHED, LOCAL_RANK = "TORCHELASTIC_RUN_ID", "LOCAL_RANK"
 class Workers:
     """Processes with equal models, each of which computes the gradient of its share of every batch.
 
-    With one process, the default, every method returns what it was given. The others are collective: all processes
-    must call them in the same order. Plain ``torch.distributed`` and no wrapper around the model: a flow is trained
-    through ``log_prob``, not ``forward``, and its layers may have a backward pass of their own.
+    With one process, the default, every method returns what it was given. Otherwise all but ``share`` are collective:
+    all processes must call them in the same order.
 
     Attributes:
         rank: of this process, 0 … count − 1. Only the first writes files.
@@ -46,18 +45,15 @@ class Workers:
         rows = len(batch) // self.count
         return batch[self.rank * rows : (self.rank + 1) * rows]
 
-    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replaces every gradient by its mean over the processes, one message for each dtype."""
+    def parallel(self, module: nn.Module) -> nn.Module:
+        """The module, whose gradients are the means over the processes if there are several.
+
+        With one process it is the module itself, else PyTorch's ``DistributedDataParallel`` around it: what is
+        differentiated must come out of its ``forward``.
+        """
         if self.count == 1:
-            return
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
-            together = [gradient for gradient in gradients if gradient.dtype == dtype]
-            flat = torch.cat([gradient.flatten() for gradient in together])
-            distributed.all_reduce(flat)
-            flat /= self.count
-            for gradient, mean in zip(together, flat.split([g.numel() for g in together]), strict=True):
-                gradient.copy_(mean.view_as(gradient))
+            return module
+        return nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
 
     def average(self, value: Tensor) -> Tensor:
         """The mean of a tensor over the processes."""

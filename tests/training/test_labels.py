@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from inverse_flow.data import ImageData, ImageSet
-from inverse_flow.training.conditioning import classes_of, context_of, context_of_samples
+from inverse_flow.training.labels import classes_of, context_of, context_of_samples
 
 
 def labelled(*labels: int) -> ImageSet:

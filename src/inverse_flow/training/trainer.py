@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from inverse_flow import models
 from inverse_flow.flows.conditioner import arrange_for
 from inverse_flow.models import ImageFlow
-from inverse_flow.training import checkpoint, dequantizer, methods, seeding
+from inverse_flow.training import checkpoint, dequantization
 from inverse_flow.training import log as logs
-from inverse_flow.training.average import AveragedModel
-from inverse_flow.training.batches import Batches
+from inverse_flow.training.batches import EVALUATION, VALIDATION, Batches, generator
+from inverse_flow.training.checkpoint import Best, Checkpoint, DataSource, Fingerprint, ModelState, Progress
 from inverse_flow.training.config import TrainConfig
+from inverse_flow.training.dequantization import dequantize
+from inverse_flow.training.files import locked
 from inverse_flow.training.interrupt import deferred_interrupt
 from inverse_flow.training.inverses import check_inverses
 from inverse_flow.training.log import CsvLog, StepReport
-from inverse_flow.training.method import MethodFactory
-from inverse_flow.training.metrics import dequantize, evaluate
-from inverse_flow.training.schedule import rate_factor
+from inverse_flow.training.method import EndToEnd, Method, MethodFactory
+from inverse_flow.training.metrics import evaluate
 from inverse_flow.training.workers import Workers
+
+Tensors: TypeAlias = tuple[Tensor, ...] | list[Tensor]
 
 ALONE = Workers()
 # Images that each layer must give back at an evaluation.
@@ -53,14 +59,17 @@ class Trainer:
         images: (N, C, H, W), uint8. ``config.validation`` of them, drawn by the seed, are kept for validation.
         config: see :class:`TrainConfig`.
         folder: of the run; None to write nothing.
-        extra: plain values to keep in the checkpoint, such as the name of the data.
+        extra: plain values of your own to keep in the checkpoint.
         context: one row an image, for a conditional model; None for no context.
         method: how a batch becomes an update, see :mod:`inverse_flow.training.method`; None for the one that the
             configuration asks for.
         workers: the processes that train together, see :class:`Workers`. Each is given all the images.
+        data: where the images come from, to keep in the checkpoint.
 
     Raises:
-        ValueError: no image is left to train on; a batch that the processes cannot share evenly.
+        TypeError: another kind of model, or one in another precision; images that are no bytes.
+        ValueError: images or a context that the model does not take; no image is left to train on; a batch that the
+            processes cannot share evenly.
     """
 
     def __init__(
@@ -74,7 +83,9 @@ class Trainer:
         context: Tensor | None = None,
         method: MethodFactory | None = None,
         workers: Workers = ALONE,
+        data: DataSource | None = None,
     ) -> None:
+        _check(model, images, context)
         count = len(images) - config.validation
         if count < 1:
             raise ValueError(f"{config.validation} of {len(images)} images for validation leave none to train on")
@@ -83,27 +94,29 @@ class Trainer:
         self.folder = folder
         self.extra = dict(extra or {})
         self.workers = workers
+        self.data = data
+        self.fingerprint = Fingerprint.of(images, context)
         # Drawn, not cut off: files are often sorted by class.
-        order = torch.randperm(len(images), generator=seeding.generator(config.seed, seeding.VALIDATION))
+        order = torch.randperm(len(images), generator=generator(config.seed, VALIDATION))
         train, validation = order[:count].sort().values, order[count:].sort().values
         self.batches = Batches(images[train], config, None if context is None else context[train])
         self.validation_images = images[validation]
         self.validation_context = None if context is None else context[validation]
         workers.share(self.batches.rows(0))  # complains now of what it would complain of in the first step
-        dequantizer.attach(model, config)
+        dequantization.attach(model, config)
         arrange_for(next(model.parameters()).device, model)
         workers.copy_from_first(model)
-        self.averaged = AveragedModel(model, config.average_decay)
-        self.method = (method or methods.of(config, self.batches))(model, config, workers)
+        self.average = average_of(model, config.average_decay)
+        self.method = method(model, config, workers) if method else _method_of(model, config, workers, self.batches)
         self.step = 0
         self.seconds = 0.0
-        self.best: dict[str, Any] | None = None
+        self.best: Best | None = None
         self.stop: Stop | None = None
 
     @classmethod
     def resume(
         cls,
-        content: Mapping[str, Any],
+        content: Checkpoint,
         images: Tensor,
         folder: Path | None = None,
         *,
@@ -111,16 +124,25 @@ class Trainer:
         method: MethodFactory | None = None,
         workers: Workers = ALONE,
         device: torch.device | str = "cpu",
+        data: DataSource | None = None,
         **changes: Any,
     ) -> Trainer:
-        """The trainer of a checkpoint's content, as it was when that was written.
+        """The trainer of a checkpoint, as it was when that was written.
 
-        ``changes`` replaces values of its :class:`TrainConfig`, such as ``minutes`` to train for longer.
+        ``images`` and ``context`` are those that the run began with, all of them and in the same order; ``data`` says
+        where they lie now, if that has changed. ``changes`` replaces values of its :class:`TrainConfig`, such as
+        ``minutes`` to train for longer.
+
+        Raises:
+            ValueError: other images or contexts than the run began with; a method whose package is not imported.
         """
-        config = TrainConfig.from_dict({**content["train_config"], **changes})
+        checkpoint.check_images(content, images, context)
+        config = TrainConfig.from_dict({**content.training.to_dict(), **changes})
         model = checkpoint.build(content).to(device)
-        extra = content["extra"]
-        trainer = cls(model, images, config, folder, extra, context=context, method=method, workers=workers)
+        trainer = cls(
+            model, images, config, folder, content.extra,
+            context=context, method=method, workers=workers, data=data or content.data,
+        )  # fmt: skip
         trainer.load_state(content)
         return trainer
 
@@ -140,57 +162,76 @@ class Trainer:
             FloatingPointError: a gradient is; names the parameters. Or a layer does not invert its own output; names
                 the layer.
         """
-        log = CsvLog(self.folder / logs.FILE, self.step) if self.folder and self.workers.first else None
-        if self.step == 0:
-            self._initialize()
-        try:
-            with deferred_interrupt() as interrupted:
-                while (stop := self._stop(interrupted)) is None:
-                    report = self._advance()
-                    for observe in (log.append, *observers) if log else observers:
-                        observe(report)
-                if stop is not Stop.INTERRUPTED and self.step % self.config.evaluate_every:
-                    self._evaluate()  # the last weights have had no chance yet
-                self.stop = stop
-                self.save()
-        finally:
-            if log:
-                log.close()
-        return stop
+        folder = self.folder if self.workers.first else None
+        with locked(folder) if folder else nullcontext():
+            log = CsvLog(folder / logs.FILE, self.step) if folder else None
+            try:
+                return self._fit((log.append, *observers) if log else observers)
+            finally:
+                if log:
+                    log.close()
 
     def result(self) -> ImageFlow:
         """The model with the best weights: those of the best validation, else the averaged ones."""
-        model: ImageFlow = self.averaged.model
+        model = self.averaged_model
         if self.best is not None:
-            model.load_state_dict(self.best["weights"])
+            model.load_state_dict(self.best.weights)
         return model
 
-    def state(self) -> dict[str, Any]:
-        """The content of a checkpoint: tensors and plain values only."""
-        return {
-            "model_description": models.describe(self.model),
-            "train_config": self.config.to_dict(),
-            "extra": self.extra,
-            "model": self.model.state_dict(),
-            "averaged": self.averaged.model.state_dict(),
-            "method": self.method.state(),
-            "step": self.step,
-            "seconds": self.seconds,
-            "best": self.best,
-            "rng": torch.get_rng_state(),
-        }
+    def state(self) -> Checkpoint:
+        """What a checkpoint holds."""
+        return Checkpoint(
+            ModelState(models.describe(self.model), self.model.state_dict(), self.averaged_model.state_dict()),
+            self.config,
+            Progress(self.step, self.seconds, self.method.state(), torch.get_rng_state(), self.best),
+            self.fingerprint,
+            self.data,
+            self.extra,
+        )
 
-    def load_state(self, content: Mapping[str, Any]) -> None:
+    def load_state(self, content: Checkpoint) -> None:
         """Takes up where :meth:`state` left off."""
-        self.model.load_state_dict(content["model"])
-        self.averaged.model.load_state_dict(content["averaged"])
-        self.method.load_state(content["method"])
-        self.step, self.seconds, self.best = content["step"], content["seconds"], content["best"]
-        torch.set_rng_state(content["rng"])  # for layers that draw random numbers themselves
+        self.model.load_state_dict(content.model.weights)
+        self.averaged_model.load_state_dict(content.model.averaged)
+        progress = content.progress
+        self.average.n_averaged.fill_(1 + progress.step)
+        self.method.load_state(progress.method)
+        self.step, self.seconds, self.best = progress.step, progress.seconds, progress.best
+        torch.set_rng_state(progress.random)  # for layers that draw random numbers themselves
 
     def save(self) -> None:
+        """Writes the checkpoint, if there is a folder and this is the process that writes.
+
+        Raises:
+            OSError: it cannot be written; the former checkpoint is kept.
+        """
         if self.folder and self.workers.first:
             checkpoint.save(self.folder / checkpoint.FILE, self.state())
+
+    def _fit(self, observers: Iterable[Callable[[StepReport], None]]) -> Stop:
+        if self.step == 0:
+            self._initialize()
+        with deferred_interrupt() as interrupted:
+            while (stop := self._stop(interrupted)) is None:
+                report = self._advance()
+                for observe in observers:
+                    observe(report)
+            if stop is not Stop.INTERRUPTED and self.step % self.config.evaluate_every:
+                self._evaluate()  # the last weights have had no chance yet
+            self.stop = stop
+            self.save()
+        return stop
+
+    @property
+    def averaged_model(self) -> ImageFlow:
+        """The model with the averaged weights of now, in evaluation mode."""
+        model: ImageFlow = self.average.module  # type: ignore[assignment]
+        return model
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """About what a checkpoint takes: the weights, their average, the best ones, and two numbers each of Adam."""
+        return 5 * sum(parameter.nbytes for parameter in self.model.parameters())
 
     @property
     def _device(self) -> torch.device:
@@ -220,10 +261,8 @@ class Trainer:
         return None
 
     def _without_progress(self) -> bool:
-        patience = self.config.patience
-        if patience is None or self.best is None:
-            return False
-        return self.step - int(self.best["step"]) >= patience * self.config.evaluate_every
+        patience, since = self.config.patience, self.best.step if self.best else 0
+        return patience is not None and self.step - since >= patience * self.config.evaluate_every
 
     def _batch(self, *, whole: bool = False) -> tuple[Tensor, Tensor | None]:
         """This process's share of the present step's batch, or all of it, on the device."""
@@ -238,10 +277,10 @@ class Trainer:
         started = time.perf_counter()
         epoch = self.batches.epoch(self.step)
         progress = self.progress
-        factor = rate_factor(self.config, self.step, progress)
+        factor = self.config.rate_factor(self.step, progress)
         images, context = self._batch()
         result = self.method.step(images, context, step=self.step, progress=progress, rate_factor=factor)
-        self.averaged.update(self.model, self.step)
+        self.average.update_parameters(self.model)
         self.step += 1
         step_seconds = time.perf_counter() - started
 
@@ -265,7 +304,7 @@ class Trainer:
 
     def _evaluate(self) -> float | None:
         """Checks that the layers invert themselves, and validates; keeps the weights if they are the best so far."""
-        model, config = self.averaged.model, self.config
+        model, config = self.averaged_model, self.config
         if config.max_inverse_error is not None:
             check_inverses(model, *self._checked_batch(), config.max_inverse_error)
         if not len(self.validation_images):
@@ -273,14 +312,58 @@ class Trainer:
         here = evaluate(model, self.validation_images, config.bit_depth, context=self.validation_context)
         # The processes have equal weights and yet need not round alike; they must agree on what is best.
         value = self.workers.average(torch.tensor(here, dtype=torch.float64, device=self._device)).item()
-        if self.best is None or value < self.best["bits_per_dim"]:
+        if math.isfinite(value) and (self.best is None or value < self.best.bits_per_dim):
             weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-            self.best = {"bits_per_dim": value, "step": self.step, "weights": weights}
+            self.best = Best(value, self.step, weights)
         return value
 
     def _checked_batch(self) -> tuple[Tensor, Tensor | None]:
         """A few training images, the same at every evaluation."""
-        noise = seeding.generator(0, seeding.EVALUATION)
+        noise = generator(0, EVALUATION)
         images = dequantize(self.batches.images[:CHECKED_IMAGES], self.config.bit_depth, noise).to(self._device)
         context = self.batches.all_context
         return images, None if context is None else context[:CHECKED_IMAGES].to(self._device)
+
+
+def average_of(model: nn.Module, decay: float) -> AveragedModel:
+    """A twin of a model with the weights w̄ ← d·w̄ + (1 − d)·w after each ``update_parameters``, in evaluation mode.
+
+    d is min(decay, (1 + t) / (10 + t)) at step t, counted from 0, so that the average forgets the untrained weights
+    quickly. Buffers are copied.
+    """
+
+    @torch.no_grad()
+    def update(means: Tensors, weights: Tensors, averaged: Tensor | int) -> None:
+        count = int(averaged)
+        torch._foreach_lerp_(means, weights, 1 - min(decay, count / (9 + count)))
+
+    averaged = AveragedModel(model, multi_avg_fn=update).eval().requires_grad_(False)
+    averaged.n_averaged.fill_(1)  # the untrained weights are the first
+    return averaged
+
+
+def _method_of(model: ImageFlow, config: TrainConfig, workers: Workers, batches: Batches) -> Method:
+    if config.parts is None:
+        return EndToEnd(model, config, workers)
+    if isinstance(config.parts, Mapping):
+        raise ValueError("this run is trained by parts: import inverse_flow.parts to go on with it")
+    return config.parts.make(model, config, workers, batches)
+
+
+def _check(model: ImageFlow, images: Tensor, context: Tensor | None) -> None:
+    """Refuses what could not be trained, before anything is computed."""
+    if not isinstance(model, ImageFlow):
+        raise TypeError(f"the trainer trains flows on images, of inverse_flow.models, not {type(model).__name__}")
+    dtypes = {parameter.dtype for parameter in model.parameters()} - {torch.float32}
+    if dtypes:
+        raise TypeError(f"the trainer trains models in float32, got {dtypes.pop()}: call model.float() first")
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images to train on are uint8, got {images.dtype}")
+    if tuple(images.shape[1:]) != model.event_shape:
+        expected = ", ".join(map(str, model.event_shape))
+        raise ValueError(f"the model takes images (N, {expected}), got {tuple(images.shape)}")
+    channels, given = model.config.context_channels, 0 if context is None else context.shape[1]
+    if channels != given:
+        raise ValueError(f"the model takes a context of {channels} channels, got {given}")
+    if context is not None and len(context) != len(images):
+        raise ValueError(f"the context must have one row an image: {len(images)}, got {len(context)}")

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from inverse_flow.flows import ActNorm, Flow
 from inverse_flow.models import InverseFlow
 from inverse_flow.training import TrainConfig, bits_per_dim, dequantize
-from inverse_flow.training.dequantizer import VariationalDequantization, attach
+from inverse_flow.training.dequantization import VariationalDequantization, attach
 from inverse_flow.training.metrics import importance_weighted, log_probs
 
 

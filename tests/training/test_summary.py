@@ -5,7 +5,7 @@ from inverse_flow.data import ImageData, ImageSet
 from inverse_flow.models import InverseFlow
 from inverse_flow.training import IndependentPixels, TrainConfig, bits_per_dim, evaluate
 from inverse_flow.training.metrics import log_probs
-from inverse_flow.training.report import summarize
+from inverse_flow.training.summary import summarize
 
 
 def data(side: int = 4) -> ImageData:
@@ -53,7 +53,7 @@ def test_the_reconstruction_error_sees_a_wrong_inverse() -> None:
 
 def test_images_of_another_shape_are_refused() -> None:
     model = InverseFlow((1, 4, 4), levels=1, steps=1, hidden=4)
-    with pytest.raises(ValueError, match=r"takes images of shape \(1, 4, 4\), noise has \(1, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"shape \(1, 4, 4\), the test images of noise have \(1, 8, 8\)"):
         summarize(model, data(8), TrainConfig())
 
 

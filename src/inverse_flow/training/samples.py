@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from inverse_flow.models import ImageFlow
-from inverse_flow.training import figures, seeding
-from inverse_flow.training.conditioning import context_of_samples
-from inverse_flow.training.engine import Trainer
-from inverse_flow.training.log import StepReport
-from inverse_flow.training.tensorboard import TensorBoardLog
+from inverse_flow.training import figures
+from inverse_flow.training.batches import SAMPLES, generator
+from inverse_flow.training.files import replacing
+from inverse_flow.training.labels import context_of_samples
+from inverse_flow.training.log import StepReport, TensorBoardLog
+from inverse_flow.training.trainer import Trainer
 
 FOLDER = "samples"
 NPZ = ".npz"
@@ -47,14 +48,14 @@ def draw(
         ValueError: a label that the model does not know.
     """
     device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seeding.generator(seed, seeding.SAMPLES).initial_seed())
+    latents = torch.Generator(device).manual_seed(generator(seed, SAMPLES).initial_seed())
     context = context_of_samples(classes, count, label)
     found = []
     for start in range(0, count, BATCH):
         rows = slice(start, min(count, start + BATCH))
         given = None if context is None else context[rows].to(device)
         size = rows.stop - rows.start
-        found.append(model.sample_and_log_prob(size, given, temperature, generator=generator))
+        found.append(model.sample_and_log_prob(size, given, temperature, generator=latents))
     images, log_probs = (torch.cat([pair[i].cpu() for pair in found]) for i in range(2))
     return Drawn(images, log_probs, None if context is None else context.argmax(1))
 
@@ -65,10 +66,9 @@ def save_npz(path: Path, drawn: Drawn) -> None:
     ``inverse_flow.data.load`` reads such a file.
     """
     images, log_prob = figures.to_uint8(drawn.images).permute(0, 2, 3, 1).numpy(), drawn.log_probs.numpy()
-    if drawn.labels is None:
-        np.savez(path, x=images, log_prob=log_prob)
-    else:
-        np.savez(path, x=images, log_prob=log_prob, y=drawn.labels.numpy())
+    labels: dict[str, Any] = {} if drawn.labels is None else {"y": drawn.labels.numpy()}
+    with replacing(path) as unfinished:
+        np.savez(unfinished, x=images, log_prob=log_prob, **labels)
 
 
 class SampleGrids:
@@ -90,9 +90,11 @@ class SampleGrids:
     def __call__(self, report: StepReport) -> None:
         if report.step % self.every:
             return
-        model, classes = self.trainer.averaged.model, int(self.trainer.extra.get("classes", 0))
+        model, data = self.trainer.averaged_model, self.trainer.data
+        classes = data.classes if data else 0
         samples = figures.to_uint8(draw(model, PICTURED, self.trainer.config.seed, classes=classes).images)
         self.folder.mkdir(parents=True, exist_ok=True)
-        figures.save_samples(self.folder / f"{report.step:06}.png", samples, title=f"step {report.step}")
+        with replacing(self.folder / f"{report.step:06}.png") as path:
+            figures.save_samples(path, samples, title=f"step {report.step}")
         if self.board:
             self.board.image(torch.from_numpy(figures.tile(samples)), report.step)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 _detecting = False
 
@@ -35,23 +34,13 @@ def detect_nonfinite() -> Iterator[None]:
         _detecting = before
 
 
-def call_layer(path: str, layer: nn.Module, x: Any, context: Tensor | None, *, inverse: bool) -> tuple[Any, Tensor]:
-    """Runs one direction of a layer, checking its result when detection is on."""
-    function: Callable[..., tuple[Any, Tensor]] = layer.inverse if inverse else layer  # type: ignore[assignment]
-    if not _detecting:
-        return function(x, context)
-    direction = f"{type(layer).__name__}.{'inverse' if inverse else 'forward'}"
-    _check(path, f"the input of {direction}", x)
-    try:
-        result, logdet = function(x, context)
-    except NonFiniteError as error:
-        raise NonFiniteError(f"{path}.{error.path}", error.what) from None
-    _check(path, f"the result of {direction}", result)
-    _check(path, f"the log-determinant of {direction}", logdet)
-    return result, logdet
+def is_detecting() -> bool:
+    """Whether the code runs within :func:`detect_nonfinite`."""
+    return _detecting
 
 
-def _check(path: str, what: str, values: Any) -> None:
+def check_finite(path: str, what: str, values: Any) -> None:
+    """Refuses a tensor, or several, with a NaN or an infinity."""
     for tensor in values if isinstance(values, (tuple, list)) else (values,):
         bad = tensor.numel() - int(torch.isfinite(tensor).sum())
         if bad:

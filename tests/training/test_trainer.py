@@ -1,3 +1,4 @@
+import math
 import signal
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,9 +12,19 @@ from torch import Tensor, nn
 from inverse_flow.flows import Flow, FlowLayer, NonFiniteError
 from inverse_flow.flows.base import zero_logdet
 from inverse_flow.models import InverseFlow
-from inverse_flow.training import InverseError, StepResult, Stop, TrainConfig, Trainer, Workers, checkpoint
-from inverse_flow.training.batches import Batches
-from inverse_flow.training.log import StepReport, read_log
+from inverse_flow.training import (
+    Batches,
+    InverseError,
+    StepReport,
+    StepResult,
+    Stop,
+    TrainConfig,
+    Trainer,
+    Workers,
+    checkpoint,
+)
+from inverse_flow.training import trainer as trainer_module
+from inverse_flow.training.log import read_log
 
 CONFIG = TrainConfig(
     steps=12, batch_size=4, learning_rate=3e-3, warmup_steps=5, flip=True, validation=5, evaluate_every=4
@@ -113,7 +124,7 @@ def test_the_resume_test_can_fail(tmp_path: Path) -> None:
     expected = losses(run(Trainer(model(), images(), CONFIG)))
     run(Trainer(model(), images(), replace(CONFIG, steps=6), tmp_path))
     content = checkpoint.load(tmp_path)
-    content["method"]["optimizer"]["state"] = {}
+    content.progress.method["optimizer"]["state"].clear()
     assert losses(run(Trainer.resume(content, images(), steps=CONFIG.steps))) != expected[6:]
 
 
@@ -121,7 +132,7 @@ def test_ctrl_c_ends_the_run_after_the_step_and_keeps_it(tmp_path: Path) -> None
     trainer = Trainer(model(), images(), CONFIG, tmp_path)
     assert [report.step for report in run(trainer, interrupt_at=3)] == [1, 2, 3]
     assert trainer.stop is Stop.INTERRUPTED
-    assert checkpoint.load(tmp_path)["step"] == 3
+    assert checkpoint.load(tmp_path).progress.step == 3
 
 
 def test_the_time_budget_counts_the_time_before_a_resume(tmp_path: Path) -> None:
@@ -151,7 +162,7 @@ def test_a_run_that_gets_no_better_ends(tmp_path: Path) -> None:
     trainer = Trainer(model(), images(), config, tmp_path)
     reports = run(trainer)
     assert trainer.stop is Stop.PATIENCE
-    assert reports[-1].step == trainer.best["step"] + 2 * config.evaluate_every
+    assert reports[-1].step == trainer.best.step + 2 * config.evaluate_every
     assert run(Trainer.resume(checkpoint.load(tmp_path), images())) == []
     learning = Trainer(model(), images(), replace(CONFIG, steps=40, patience=2, learning_rate=1e-2))
     assert run(learning)[-1].step == 40
@@ -233,8 +244,8 @@ def test_the_best_validated_weights_are_the_result() -> None:
     reports = run(trainer)
     checked = [r.validation for r in reports if r.validation is not None]
     assert len(checked) == 3
-    assert trainer.best["bits_per_dim"] == min(checked)
-    trainer.best["weights"] = {n: torch.zeros_like(t) for n, t in trainer.best["weights"].items()}
+    assert trainer.best.bits_per_dim == min(checked)
+    trainer.best = replace(trainer.best, weights={n: torch.zeros_like(t) for n, t in trainer.best.weights.items()})
     assert all(not t.any() for t in trainer.result().state_dict().values())
 
 
@@ -242,11 +253,11 @@ def test_the_best_weights_survive_a_resume(tmp_path: Path) -> None:
     trainer = Trainer(model(), images(), CONFIG, tmp_path)
     run(trainer, interrupt_at=5)
     content = checkpoint.load(tmp_path)
-    content["best"]["bits_per_dim"] = -1000.0  # never to be beaten
-    resumed = Trainer.resume(content, images())
+    best = replace(content.progress.best, bits_per_dim=-1000.0)  # never to be beaten
+    resumed = Trainer.resume(replace(content, progress=replace(content.progress, best=best)), images())
     run(resumed)
     for name, value in resumed.result().state_dict().items():
-        assert torch.equal(value, content["best"]["weights"][name])
+        assert torch.equal(value, best.weights[name])
 
 
 def test_the_global_random_state_survives_a_resume(tmp_path: Path) -> None:
@@ -261,13 +272,13 @@ def test_the_global_random_state_survives_a_resume(tmp_path: Path) -> None:
 def test_the_last_weights_of_a_finished_run_are_validated_too() -> None:
     trainer = Trainer(model(), images(), replace(CONFIG, steps=3))
     assert not any(report.validation for report in run(trainer))
-    assert trainer.best["step"] == 3
+    assert trainer.best.step == 3
 
 
 def test_without_validation_images_the_averaged_weights_are_the_result() -> None:
     trainer = Trainer(model(), images(), replace(CONFIG, validation=0))
     assert all(report.validation is None for report in run(trainer))
-    assert trainer.result() is trainer.averaged.model
+    assert trainer.result() is trainer.averaged_model
 
 
 def test_validation_images_are_not_trained_on() -> None:
@@ -352,3 +363,93 @@ def test_a_gradient_that_is_not_finite_names_its_parameter() -> None:
     broken.layers[1].layers[2] = Fault(in_gradient=True)
     with pytest.raises(FloatingPointError, match=r"gradients of step 1 are not finite: layers.1.layers.2.weight$"):
         Trainer(broken, images(), CONFIG).fit()
+
+
+# ------------------------------------------------------------------------- what a run must not do to its files or data
+
+
+def test_a_run_goes_on_only_with_the_images_it_began_with(tmp_path: Path) -> None:
+    run(Trainer(model(), images(), CONFIG, tmp_path))
+    content = checkpoint.load(tmp_path)
+    for other, message in (
+        (torch.cat([images(), images(3)]), r"shape 24 × 1 × 4 × 4 instead of 21 × 1 × 4 × 4"),
+        (255 - images(), "as many of the same shape, 21 × 1 × 4 × 4, but with other pixels, labels or order"),
+        (images().flip(0), "other pixels, labels or order"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Trainer.resume(content, other, tmp_path, steps=20)
+    assert Trainer.resume(content, images().clone(), tmp_path, steps=20).step == CONFIG.steps
+
+
+def test_a_run_goes_on_only_with_the_contexts_it_began_with(tmp_path: Path) -> None:
+    labels = torch.eye(3)[torch.arange(21) % 3]
+    conditional = InverseFlow((1, 4, 4), levels=1, steps=1, hidden=4, context_channels=3)
+    run(Trainer(conditional, images(), CONFIG, tmp_path, context=labels))
+    with pytest.raises(ValueError, match="other pixels, labels or order"):
+        Trainer.resume(checkpoint.load(tmp_path), images(), context=labels.roll(1, 0))
+
+
+def test_two_runs_in_one_folder_are_refused_at_once(tmp_path: Path) -> None:
+    first, second = (Trainer(model(), images(), CONFIG, tmp_path) for _ in range(2))
+
+    def meanwhile(report: StepReport) -> None:
+        with pytest.raises(OSError, match="another run is using this folder"):
+            second.fit()
+
+    first.fit(meanwhile)
+    assert second.step == 0
+    assert [report.step for report in read_log(tmp_path / "log.csv")] == list(range(1, CONFIG.steps + 1))
+
+
+def test_a_termination_keeps_the_checkpoint_as_ctrl_c_does(tmp_path: Path) -> None:
+    trainer = Trainer(model(), images(), CONFIG, tmp_path)
+    trainer.fit(lambda report: signal.raise_signal(signal.SIGTERM) if report.step == 3 else None)
+    assert trainer.stop is Stop.INTERRUPTED
+    assert checkpoint.load(tmp_path).progress.step == 3
+
+
+def test_weights_whose_validation_is_no_number_are_never_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the first, which no others were better than, nor later ones, and patience does not wait for them."""
+    values = iter([math.nan, 4.0, math.nan, 3.0, -math.inf])
+    monkeypatch.setattr(trainer_module, "evaluate", lambda *arguments, **options: next(values))
+    trainer = Trainer(model(), images(), replace(CONFIG, steps=20, max_inverse_error=None))
+    seen = []
+    trainer.fit(
+        lambda report: seen.append(trainer.best and trainer.best.bits_per_dim) if report.step % 4 == 0 else None
+    )
+    assert seen == [None, 4.0, 4.0, 3.0, 3.0]
+    monkeypatch.setattr(trainer_module, "evaluate", lambda *arguments, **options: math.nan)
+    impatient = Trainer(model(), images(), replace(CONFIG, steps=100, patience=2, max_inverse_error=None))
+    assert impatient.fit() is Stop.PATIENCE
+    assert impatient.step == 8
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        (
+            {"model": lambda: torch.nn.Linear(1, 1)},
+            TypeError,
+            "trains flows on images, of inverse_flow.models, not Linear",
+        ),
+        ({"model": lambda: model().double()}, TypeError, r"float32, got torch.float64: call model.float\(\)"),
+        ({"images": lambda: images() / 256}, TypeError, "uint8, got torch.float32"),
+        ({"images": lambda: images()[0]}, ValueError, r"images \(N, 1, 4, 4\), got \(1, 4, 4\)"),
+        ({"images": lambda: images().expand(-1, 3, -1, -1)}, ValueError, r"got \(21, 3, 4, 4\)"),
+        ({"context": lambda: torch.eye(21)}, ValueError, "context of 0 channels, got 21"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_when_the_trainer_is_made(
+    changed: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    given = {"model": model, "images": images, "context": lambda: None} | changed
+    with pytest.raises(error, match=message):
+        Trainer(given["model"](), given["images"](), CONFIG, context=given["context"]())
+
+
+def test_a_method_whose_package_is_not_imported_is_asked_for() -> None:
+    """As in a program that reads the checkpoint of a run by parts without the room of that name."""
+    config = TrainConfig()
+    object.__setattr__(config, "parts", {"cut": "across", "count": 2})
+    with pytest.raises(ValueError, match=r"trained by parts: import inverse_flow\.parts"):
+        Trainer(model(), images(), config)

@@ -17,13 +17,13 @@ import torch
 from inverse_flow.data import ImageData
 from inverse_flow.flows.sampling import reconstruction_error
 from inverse_flow.models import ImageFlow
-from inverse_flow.training import seeding
-from inverse_flow.training.baseline import IndependentPixels
-from inverse_flow.training.conditioning import context_of
+from inverse_flow.training.batches import EVALUATION, generator
 from inverse_flow.training.config import TrainConfig
+from inverse_flow.training.dequantization import dequantize
+from inverse_flow.training.labels import context_of
 from inverse_flow.training.metrics import (
+    IndependentPixels,
     bits_per_dim,
-    dequantize,
     evaluate,
     importance_weighted,
     log_probs,
@@ -107,9 +107,7 @@ def summarize(
     Raises:
         ValueError: the model's images have another shape, or its classes are others.
     """
-    if data.test.image_shape != model.config.image_shape:
-        given, expected = data.test.image_shape, model.config.image_shape
-        raise ValueError(f"the model takes images of shape {expected}, {data.name} has {given}")
+    check_test_images(model, data, classes)
     bit_depth = config.bit_depth
     device = next(model.parameters()).device
     train_context, test_context = context_of(data.train, classes), context_of(data.test, classes)
@@ -123,7 +121,7 @@ def summarize(
         )
         weighted = float(bits_per_dim(bound.mean(), model.event_shape, bit_depth))
     rows = torch.arange(TIMED_IMAGES) % len(data.test)
-    images = dequantize(data.test.images[rows], bit_depth, seeding.generator(0, seeding.EVALUATION)).to(device)
+    images = dequantize(data.test.images[rows], bit_depth, generator(0, EVALUATION)).to(device)
     context = None if test_context is None else test_context[rows].to(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -144,6 +142,20 @@ def summarize(
         protocol=protocol(config, len(data.test), conditional=classes > 0),
         hardware=hardware(device),
     )
+
+
+def check_test_images(model: ImageFlow, data: ImageData, classes: int = 0) -> None:
+    """Refuses test images on which :func:`summarize` could not measure the model.
+
+    Raises:
+        ValueError: there are none, they have another shape than the model's, or labels that it does not know.
+    """
+    if not len(data.test):
+        raise ValueError(f"{data.name} has no test images to measure the model on")
+    if data.test.image_shape != model.config.image_shape:
+        given, expected = data.test.image_shape, model.config.image_shape
+        raise ValueError(f"the model takes images of shape {expected}, the test images of {data.name} have {given}")
+    context_of(data.test, classes)
 
 
 def protocol(config: TrainConfig, images: int, *, conditional: bool = False) -> str:

@@ -1,4 +1,4 @@
-"""Variational dequantization: noise that is drawn where the model wants it."""
+"""Dequantization: noise that makes whole colour values continuous, uniform or drawn where the model wants it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from inverse_flow.flows import AffineCoupling, Compose, Flow, FlowLayer, Logit, Permute, Squeeze
 from inverse_flow.flows.base import Shape, check_images, logdet_dtype, sum_example
-from inverse_flow.training.config import TrainConfig
+from inverse_flow.training.config import MAX_BIT_DEPTH, TrainConfig
 
 # Share of a cell that no noise falls into, at each of its ends, so that the logit of the noise is finite.
 MARGIN = 1e-4
@@ -17,6 +17,23 @@ BELOW_ONE = 1 - 2**-15
 # A pair of couplings changes every value once, and leaves the channels in their order.
 STEPS = 4
 HIDDEN = 32
+
+
+def quantize(images: Tensor, bit_depth: int = MAX_BIT_DEPTH) -> Tensor:
+    """The upper ``bit_depth`` bits of uint8 images, as integers 0 … 2ⁿ − 1 in uint8."""
+    return images >> (MAX_BIT_DEPTH - bit_depth)
+
+
+def dequantize(images: Tensor, bit_depth: int = MAX_BIT_DEPTH, generator: torch.Generator | None = None) -> Tensor:
+    """x̃ = (q + u) / 2ⁿ in [0, 1), with q the n upper bits of uint8 images and u uniform on [0, 1), in float32.
+
+    Source: Uria, Murray & Larochelle, "RNADE", 2013; Theis, van den Oord & Bethge, 2016, section 3.1.
+    """
+    if images.dtype != torch.uint8:
+        raise TypeError(f"dequantize expects uint8 images, got {images.dtype}")
+    noise = torch.rand(images.shape, generator=generator).to(images.device)
+    below_one = 1 - 2**-24  # the largest float32 below 1: 255 + u may round up to 256
+    return ((quantize(images, bit_depth) + noise) / 2**bit_depth).clamp(max=below_one)
 
 
 class VariationalDequantization(FlowLayer):
