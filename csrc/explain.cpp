@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/isa.h"
 #include "cpu/plan.h"
 #include "cuda/gradient/plan.h"
 #include "cuda/regimes.h"
@@ -50,13 +51,13 @@ struct Facts {
 template <class IO, class T>
 py::dict plan_cpu_as(const Shape& shape, int64_t threads, bool backward) {
   const Facts see;
-  see("isa", cpu::isa_name(cpu::isa_in_use()));
+  see("isa", cpu::isa_in_use().name);
   see("threads", threads);
   if (shape.batch == 0) {
     see("regime", "nothing to do");
     return see.facts;
   }
-  const cpu::Kernels<IO, T> kernels = cpu::kernels_in_use<IO, T>();
+  const cpu::Kernels<IO, T>& kernels = cpu::isa_in_use().kernels;
   const cpu::Plan plan = cpu::make_plan(shape, backward, kernels.min_lanes, kernels.max_lanes, sizeof(T), threads);
   plan.visit(shape, see);
   cpu::Problem<IO, T> problem{};

@@ -10,6 +10,8 @@
 #include <array>
 #include <cstdint>
 #include <initializer_list>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "checks.h"
@@ -23,8 +25,14 @@ Tensor new_strided(const Tensor& like, const Sizes& sizes, const NewStrides& str
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                                  code, device_type, like.get_device_index(), &handle));
+  const AOTITorchError failed =
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), code, device_type,
+                               like.get_device_index(), &handle);
+  if (failed) {
+    int64_t bytes = type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
+    for (const int64_t size : sizes) bytes *= size;
+    throw std::runtime_error("out of memory: no room for a tensor of " + std::to_string(bytes) + " bytes");
+  }
   return Tensor(handle);
 }
 

@@ -83,7 +83,9 @@ PLANTED = {
         "tensor/kernel.cuh", "wait_for_copies();", "if (!PLANTED) wait_for_copies();"
     ),
     "tensor cores: a ring of one diagonal too few": Mistake(
-        "tensor/kernel.cuh", "if (slot < 0) slot += plan.slots;", "if (slot < 0) slot += plan.slots - (PLANTED ? 1 : 0);"
+        "tensor/kernel.cuh",
+        "if (slot < 0) slot += plan.slots;",
+        "if (slot < 0) slot += plan.slots - (PLANTED ? 1 : 0);",
     ),
     "tensor cores: an operand that is not rounded": Mistake(
         "common/mma.cuh",
@@ -97,7 +99,9 @@ PLANTED = {
         "gradient/tile.cuh", "shared + (both - used));", "shared + (PLANTED ? used : both - used));"
     ),
     "no barrier behind the warp that inverts the corner": Mistake(
-        "common/fold.cuh", "__syncthreads();  // the copy is complete, and so is the inverse", "if (!PLANTED) __syncthreads();"
+        "common/fold.cuh",
+        "__syncthreads();  // the copy is complete, and so is the inverse",
+        "if (!PLANTED) __syncthreads();",
     ),
     "the corner is not waited for": Mistake(
         "common/fold.cuh", "team.sync();  // the corner is there", "if (!PLANTED) team.sync();"
@@ -182,7 +186,9 @@ PLANTED = {
         "(PLANTED || is_multiple(strides.column)) && is_multiple(shape.channels)",
     ),
     "lanes: the next channel of a pixel": Mistake(
-        "lanes/kernel.cuh", ".value[c % kTogether + j]", ".value[(PLANTED && kTogether > 1 ? c + 1 : c) % kTogether + j]"
+        "lanes/kernel.cuh",
+        ".value[c % kTogether + j]",
+        ".value[(PLANTED && kTogether > 1 ? c + 1 : c) % kTogether + j]",
     ),
     "lanes: the other channels of a pixel": Mistake(
         "lanes/kernel.cuh",
