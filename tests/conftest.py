@@ -45,6 +45,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes very long or very much memory; run with --slow")
+    # Most tests evaluate models that were never trained.
+    config.addinivalue_line("filterwarnings", "ignore:ActNorm is not initialised:UserWarning")
     # What a PyTorch newer than the tests know has deprecated is shown, and no error.
     if torch.__version__ >= NEXT_TORCH:
         for category in ("DeprecationWarning", "FutureWarning"):

@@ -60,6 +60,7 @@ class InverseConv2d(nn.Module):
         As :func:`inverse_flow.functional.inverse_conv2d` when called.
     """
 
+    uses_context = False
     sign: Tensor
     permutation: Tensor
 

@@ -32,11 +32,7 @@ KERNELS_AND_IMAGES = [((3, 3), (5, 7)), ((1, 4), (3, 9)), ((5, 2), (9, 4)), ((3,
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("kernel", "image"), KERNELS_AND_IMAGES)
-def test_tensor_cores(
-    kernel: tuple[int, int],
-    image: tuple[int, int],
-    transposed: bool,
-) -> None:
+def test_tensor_cores(kernel: tuple[int, int], image: tuple[int, int], transposed: bool) -> None:
     """Channels that fill the fragments, or do not; corners and orders that between them meet every mask and mirror."""
     for channels, order, corner in [(16, TOP_RIGHT, GENERAL), (19, BOTTOM_LEFT, UNIT_TRIANGULAR)]:
         case = Case(2, (order,), channels, *image, *kernel, corner=corner, transposed=transposed)
@@ -79,15 +75,12 @@ def test_splits_and_teams(channels: int) -> None:
 def test_many_lanes_add_up_many_splits() -> None:
     case = Case(90, (TOP_LEFT, BOTTOM_RIGHT), 1, 6, 8, 2, 3, multiprocessors=64, seeds=(1, 2))
     done = check_backward(case)
-    assert done.facts["gradient_lanes"][0] > 1
+    assert done.facts["gradient_combine_lanes"][0] > 1
 
 
 @pytest.mark.parametrize("kernel", [(3, 3), (5, 4)])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_one_block_writes_the_gradient_itself(
-    kernel: tuple[int, int],
-    transposed: bool,
-) -> None:
+def test_one_block_writes_the_gradient_itself(kernel: tuple[int, int], transposed: bool) -> None:
     """No partial sums: zeros for what is not read, and for taps beyond the image, are the block's work too."""
     for channels, corner in itertools.product((3, 17), (IDENTITY, UNIT_TRIANGULAR, GENERAL)):
         case = Case(2, (BOTTOM_LEFT,), channels, 3, 3, *kernel, corner=corner, transposed=transposed)
@@ -109,7 +102,7 @@ def test_many_channels_in_blocks_and_windows() -> None:
     """More channels than a block owns, and fewer taps than it could, to have a block for every multiprocessor."""
     case = Case(1, (TOP_LEFT,), 50, 3, 4, 3, 3, multiprocessors=40, seeds=(1,))
     done = check_backward(case)
-    block = done.facts["gradient_block"]
+    block = done.facts["gradient_channels"]
     assert block[0] < 50
     assert block[1] < 50
     done = check_backward(case.but(channels=18, multiprocessors=400))
@@ -123,10 +116,7 @@ SHAPES_OF_THE_PAPER = [
 
 @pytest.mark.parametrize("batch", [16, 100])
 @pytest.mark.parametrize("kernel", [3, 5])
-def test_partial_sums_are_a_tenth_of_the_images_at_most(
-    kernel: int,
-    batch: int,
-) -> None:
+def test_partial_sums_are_a_tenth_of_the_images_at_most(kernel: int, batch: int) -> None:
     for channels, side in SHAPES_OF_THE_PAPER:
         case = Case(batch, (TOP_LEFT,), channels, side, side, kernel, kernel, multiprocessors=132)
         facts = plans(case)
@@ -170,7 +160,7 @@ def test_gradient_in_blocks() -> None:
     """More channels and taps than a block holds, and tiles smaller than the image; then pixels split over blocks."""
     case = Case(3, (TOP_LEFT, BOTTOM_RIGHT), 9, 7, 9, 3, 6, threads_per_block=64, shared_bytes=3000, multiprocessors=40)
     done = check_backward(case)
-    assert done.facts["gradient_block"][0] < 9
+    assert done.facts["gradient_channels"][0] < 9
     assert done.facts["gradient_window"][0] < 3
     assert done.facts["gradient_tile"] != [7, 9]
     done = check_backward(Case(2, (BOTTOM_LEFT,), 2, 17, 33, 5, 5, multiprocessors=2))

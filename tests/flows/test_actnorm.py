@@ -1,7 +1,13 @@
+import warnings
+from pathlib import Path
+
 import pytest
 import torch
+from torch import distributed, multiprocessing
+from torch.nn.parallel import DistributedDataParallel
 
-from inverse_flow.flows import ActNorm
+from inverse_flow.flows import ActNorm, Compose, Flow
+from inverse_flow.models import Glow
 
 
 def images(*shape: int) -> torch.Tensor:
@@ -99,3 +105,79 @@ def test_errors_say_what_was_given() -> None:
         ActNorm(2)(torch.zeros(1, 2, 4, 4, dtype=torch.uint8))
     with pytest.raises(TypeError, match="ndarray"):
         ActNorm(2)(torch.zeros(1, 2, 4, 4).numpy())
+
+
+def test_training_through_the_inverse_counts() -> None:
+    """What a reverse Kullback-Leibler divergence has taught the layer is not overwritten by the first data."""
+    layer = ActNorm(2)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    layer.inverse(images(4, 2, 3, 3))[0].square().sum().backward()
+    optimizer.step()
+    trained = [parameter.detach().clone() for parameter in layer.parameters()]
+    layer(images(4, 2, 3, 3))
+    assert bool(layer.initialized)
+    assert all(torch.equal(parameter, value) for parameter, value in zip(layer.parameters(), trained, strict=True))
+
+
+def test_a_backward_pass_that_runs_the_layer_again_changes_nothing() -> None:
+    flow = Flow([Compose(ActNorm(2))], (2, 3, 3), memory_efficient=True)
+    x, log_prob = flow.sample_and_log_prob(8)
+    (log_prob + x.square().flatten(1).sum(1)).mean().backward()
+    layer = flow.layers[0].layers[0]
+    assert not layer.initialized
+    assert not any(parameter.any() for parameter in layer.parameters())
+    flow(images(8, 2, 3, 3))
+    assert layer.initialized
+
+
+def test_a_layer_evaluated_too_early_warns_once() -> None:
+    layer, x = ActNorm(2).eval(), images(4, 2, 3, 3)
+    with pytest.warns(UserWarning, match=r"not initialised: .* training mode first"):
+        layer(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer.inverse(x)
+        trained = ActNorm(2)
+        trained(x)
+        trained.eval()(x)
+        loaded = ActNorm(2).eval()
+        loaded.load_state_dict(trained.state_dict())
+        loaded(x)
+    with pytest.warns(UserWarning, match="not initialised"):
+        ActNorm(2).eval().inverse(x)
+
+
+# PyTorch's own look at a tensor within a graph.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_captured_too_early_it_says_what_to_do() -> None:
+    layer, x = ActNorm(2), images(4, 2, 3, 3)
+    with pytest.raises(Exception, match=r"flow.train\(\)\(batch\)"):
+        torch.compile(layer, fullgraph=True, backend="eager")(x)
+    for strict in (False, True):
+        with pytest.raises(Exception, match=r"flow.train\(\)\(batch\)"):
+            torch.export.export(layer, (x,), strict=strict)
+    torch.compile(layer, backend="eager")(x)  # with a break in the graph it is run as ever
+    assert layer.initialized
+    torch.compile(layer, fullgraph=True, backend="eager")(x)
+
+
+def _train_once(rank: int, folder: Path) -> None:
+    """One step of a model on this process's share of a batch; leaves its parameters in the folder."""
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = Glow((1, 4, 4), levels=1, steps=1, hidden=2)
+    parallel = DistributedDataParallel(model)
+    (*_, last), logdet = parallel(images(8, 1, 4, 4)[rank::2])
+    (last.square().sum() - logdet.sum()).backward()
+    torch.save([*model.parameters(), *(parameter.grad for parameter in model.parameters())], folder / f"{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def test_processes_of_data_parallel_training_initialise_it_alike(tmp_path: Path) -> None:
+    multiprocessing.spawn(_train_once, (tmp_path,), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    torch.manual_seed(0)
+    alone = Glow((1, 4, 4), levels=1, steps=1, hidden=2)
+    alone(images(8, 1, 4, 4))
+    torch.testing.assert_close(first[:2], list(alone.layers[1].layers[0].parameters()))

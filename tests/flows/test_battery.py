@@ -247,6 +247,11 @@ def check_empty_batch(case: Case) -> None:
 def check_context(case: Case) -> None:
     layer, x = case.layer(), case.images()
     context = torch.zeros(2, CONTEXT_CHANNELS, dtype=x.dtype)
+    assert layer.uses_context == case.uses_context
+    if isinstance(layer, Flow) and not case.uses_context:
+        with pytest.raises(ValueError, match="no layer of this flow uses a context"):
+            layer(x, context)
+        return
     z = flat(layer(x, context)[0])
     torch.testing.assert_close(flat(layer(x, context=context)[0]), z, rtol=0, atol=0)
     changed = flat(layer(x, context + 1)[0])
@@ -358,6 +363,8 @@ def test_non_contiguous(case: Case) -> None:
 class Scale(FlowLayer):
     """z = x · exp(a): right, but for the fault that a subclass plants."""
 
+    uses_context = False
+
     def __init__(self) -> None:
         super().__init__()
         self.log_scale = nn.Parameter(torch.tensor(0.3))
@@ -429,6 +436,8 @@ class WrongClosedForm(Scale):
 
 class DropsTheContext(Scale):
     """Sees the context in one direction only."""
+
+    uses_context = True
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         z, logdet = super().forward(x)

@@ -28,6 +28,8 @@ ROOMS = [
     ["parts"],
     ["command", "__main__"],
 ]
+# What a function imports when it is called, though it stands higher: `models.load` reads what a run has written.
+LATE = {("inverse_flow.models", "inverse_flow.training.checkpoint")}
 CORE = {room for line in ROOMS[:7] for room in line}
 HEIGHT = {room: height for height, line in enumerate(ROOMS) for room in line}
 
@@ -74,7 +76,7 @@ def test_nothing_imports_a_higher_room(module: str) -> None:
     assert here in HEIGHT, f"{module} is in no room: give it one in ROOMS"
     for name in imports(list(ast.walk(modules()[module]))):
         there = room(name)
-        if not there:
+        if not there or (module, name) in LATE:
             continue  # `import inverse_flow`: its version, and what every user imports
         assert HEIGHT[there] <= HEIGHT[here], f"{module} imports {name}, which is in a higher room"
 

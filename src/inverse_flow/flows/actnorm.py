@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from inverse_flow.flows.base import (
     FlowLayer,
@@ -18,27 +20,41 @@ from inverse_flow.flows.base import (
 )
 from inverse_flow.reversible import backpropagate
 
-# A channel whose spread is below this fraction of its largest magnitude is constant up to rounding: dividing by such
-# a spread would only blow noise up.
+# A channel whose spread is below this fraction of its mean is constant up to rounding: dividing by such a spread would
+# only blow noise up.
 CONSTANT_SPREAD = 1e-5
+
+NOT_INITIALIZED = (
+    "ActNorm is not initialised: run the model on one batch of data in training mode first, flow.train()(batch), or "
+    "load trained weights"
+)
 
 
 class ActNorm(FlowLayer):
     """z = (x + bias) · exp(log_scale), per channel; log-determinant H·W·Σ log_scale.
 
-    The first batch in training mode sets bias and log_scale so that z has mean 0 and variance 1 in each channel
-    (Kingma & Dhariwal, "Glow", 2018, section 3.1). The buffer ``initialized`` remembers this and travels with
-    ``state_dict``. A batch with fewer than two values a channel has no spread and initialises nothing: the layer
-    stays as it is and waits for the next one. A constant channel is centred and keeps scale 1. Until it is
-    initialised the layer is the identity.
+    The first batch that goes forward in training mode sets bias and log_scale so that z has mean 0 and variance 1 in
+    each channel (Kingma & Dhariwal, "Glow", 2018, section 3.1): the whole batch, where ``DistributedDataParallel``
+    runs the model on a share of it in every process. Until then the layer is the identity. It happens once in the
+    layer's life, and only while both parameters are zero as built: a layer that was trained through its inverse
+    counts as initialised. ``inverse`` never initialises, nor does a run of the layer within a backward pass. The
+    buffer ``initialized`` remembers it and travels with ``state_dict``.
+
+    A batch with fewer than two values a channel has no spread and initialises nothing: the layer stays as it is and
+    waits for the next one. A constant channel is centred and keeps scale 1.
 
     Args:
         channels: C of the images (B, C, H, W), or volumes (B, C, D, H, W).
 
     Raises:
         FloatingPointError: the initialising batch holds a NaN or an infinity.
+        RuntimeError: the initialising batch meets the layer while it is being compiled or exported.
+
+    Warns:
+        UserWarning: once, when a layer that is not initialised runs in evaluation mode.
     """
 
+    uses_context = False
     initialized: Tensor
 
     def __init__(
@@ -51,11 +67,12 @@ class ActNorm(FlowLayer):
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool, device=device))
         # Reading the buffer would make every step wait for the device, so it is read once and remembered.
         self._known_initialized = False
+        self._warned = False
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_images(self, x, self.channels)
-        if self.training and not self._known_initialized:
-            self._initialize(x)
+        if not self._known_initialized:
+            self._see(x, forward=True)
         compute = logdet_dtype(x.dtype)
         bias, log_scale = self._per_channel(x, compute)
         z = (x.to(compute) + bias) * log_scale.exp()
@@ -63,6 +80,8 @@ class ActNorm(FlowLayer):
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_images(self, z, self.channels)
+        if not self._known_initialized:
+            self._see(z, forward=False)
         compute = logdet_dtype(z.dtype)
         bias, log_scale = self._per_channel(z, compute)
         x = z.to(compute) * (-log_scale).exp() - bias
@@ -88,24 +107,64 @@ class ActNorm(FlowLayer):
     def _logdet(self, x: Tensor) -> Tensor:
         return self.log_scale.to(logdet_dtype(x.dtype)).sum() * count_pixels(x)
 
+    def _see(self, x: Tensor, *, forward: bool) -> None:
+        """What a layer does that does not know itself to be initialised, before it runs on ``x``."""
+        if self.training and forward:
+            if torch.compiler.is_compiling():
+                raise RuntimeError(NOT_INITIALIZED)
+            # A backward pass may run layers again, forward too; it must not change them.
+            if not x.is_meta and torch._C._current_graph_task_id() == -1:
+                self._initialize(x)
+        elif not self.training and not self._warned and _may_wait_for(x):
+            self._known_initialized = self._was_initialized()
+            if not self._known_initialized:
+                self._warned = True
+                warnings.warn(NOT_INITIALIZED, stacklevel=3)
+
+    def _was_initialized(self) -> bool:
+        return bool(self.initialized) or bool(self.bias.any()) or bool(self.log_scale.any())
+
     @torch.no_grad()
     def _initialize(self, x: Tensor) -> None:
-        self._known_initialized = bool(self.initialized)
-        if self._known_initialized or x.numel() < 2 * self.channels:
-            return
-        values = x.to(logdet_dtype(x.dtype))
-        all_but_channels = (0, *range(2, x.dim()))
-        variance, mean = torch.var_mean(values, dim=all_but_channels, correction=0)
-        if not bool(torch.isfinite(variance).all()):
-            bad = (~torch.isfinite(variance)).nonzero().flatten().tolist()
-            raise FloatingPointError(f"ActNorm cannot initialise: NaN or infinite values in channels {bad}")
-        spread = variance.sqrt()
-        constant = spread <= CONSTANT_SPREAD * values.abs().amax(dim=all_but_channels)
-        self.bias.copy_(-mean)
-        self.log_scale.copy_(torch.where(constant, torch.ones_like(spread), spread).log().neg())
+        if not self._was_initialized():
+            values = x.to(logdet_dtype(x.dtype))
+            count = _total(values.new_tensor(x.numel() // self.channels))
+            if count < 2:
+                return
+            mean = _total(sum_channels(values)) / count
+            variance = _total(sum_channels((values - per_channel(mean, x)).square())) / count
+            if not bool(torch.isfinite(variance).all()):
+                bad = (~torch.isfinite(variance)).nonzero().flatten().tolist()
+                raise FloatingPointError(f"ActNorm cannot initialise: NaN or infinite values in channels {bad}")
+            spread = variance.sqrt()
+            constant = spread <= CONSTANT_SPREAD * mean.abs()
+            self.bias.copy_(-mean)
+            self.log_scale.copy_(torch.where(constant, torch.ones_like(spread), spread).log().neg())
         self.initialized.fill_(True)
         self._known_initialized = True
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._known_initialized = False  # the buffer may have changed: read it again when next needed
+        # The buffer may have changed. It is read now, so that a loaded model is captured without looking at values.
+        self._known_initialized = not self.initialized.is_meta and bool(self.initialized)
+        self._warned = False
+
+
+def _may_wait_for(x: Tensor) -> bool:
+    """Whether a value may be looked at here: not while a graph is captured, and not under a transform or without
+    values.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or x.is_meta
+        or torch._C._are_functorch_transforms_active()
+        or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
+
+
+def _total(value: Tensor) -> Tensor:
+    """The sum over the processes of the ``DistributedDataParallel`` that runs the model now; else the value."""
+    parallel = DistributedDataParallel._get_active_ddp_module()
+    if parallel is not None:
+        torch.distributed.all_reduce(value, group=parallel.process_group)
+    return value

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from inverse_flow.flows.base import FlowLayer, check_images, logdet_dtype, sum_example
 from inverse_flow.flows.conditioner import ConvNet
 from inverse_flow.flows.coupling import bound_log_scale
+from inverse_flow.reversible.layer import uses_context
 
 CheckerboardKind: TypeAlias = Literal["affine", "additive"]
 
@@ -72,6 +73,11 @@ class CheckerboardCoupling(FlowLayer):
         shift, log_scale, stays = self._shift_and_log_scale(z, context)
         x = torch.where(stays, z, ((z - shift) * (-log_scale).exp()).to(z.dtype))
         return x, -sum_example(log_scale)
+
+    @property
+    def uses_context(self) -> bool:
+        """Whether the conditioner does."""
+        return uses_context(self.conditioner)
 
     def extra_repr(self) -> str:
         return f'{self.channels}, kind="{self.kind}", parity={self.parity}'

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -100,6 +100,11 @@ class Flow(nn.Module):
         self.layers = nn.ModuleList(check_layers(layers))
         self.event_shape: Shape = tuple(event_shape)
         self.base = StandardNormal() if base is None else base
+        if not isinstance(self.base, nn.Module):
+            raise TypeError(
+                "the base of a flow is a module with log_prob(latents, context) and sample(n, shapes, context, "
+                f"temperature, generator), as StandardNormal is, got {type(base).__name__}"
+            )
         Rebuilding(anchors, tolerance).checked()
         self.memory_efficient = memory_efficient
         self.anchors = anchors
@@ -181,6 +186,8 @@ class Flow(nn.Module):
     def _sample_latents(
         self, n: int, context: Tensor | None, temperature: float, generator: torch.Generator | None
     ) -> tuple[Tensor, ...]:
+        if not isinstance(n, int | torch.SymInt):
+            raise TypeError(f"the number of samples is an integer, got {n!r}")
         if n < 0:
             raise ValueError(f"the number of samples must be at least 0, got {n}")
         if not (math.isfinite(temperature) and temperature >= 0):
@@ -207,10 +214,14 @@ class Flow(nn.Module):
                 "no layer of this flow uses a context, and one was given: leave it out, or build the flow for it"
             )
 
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, *args, **kwargs)
+        if isinstance(self.base, StandardNormal):
+            self.base.follow(state_dict.values())  # it has nothing that a state_dict could bring
+
     def _check_latents(self, latents: Sequence[Tensor]) -> None:
         given = [tuple(z.shape[1:]) for z in latents]
-        batches = {z.shape[0] for z in latents}
-        if given != list(self.latent_shapes) or len(batches) != 1:
+        if given != list(self.latent_shapes) or any(z.shape[0] != latents[0].shape[0] for z in latents):
             expected = ", ".join(f"(B, {_join(shape)})" for shape in self.latent_shapes)
             raise ValueError(f"the latents must be {expected}, got {[tuple(z.shape) for z in latents]}")
 

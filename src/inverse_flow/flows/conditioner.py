@@ -52,6 +52,11 @@ class _Conditioner(nn.Module, ABC):
         self.context_channels = context_channels
         self.dimensions = check_dimensions(dimensions)
 
+    @property
+    def uses_context(self) -> bool:
+        """Whether it was built for one."""
+        return self.context_channels > 0
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         if x.dim() != self.dimensions + 2:
             raise ValueError(

@@ -37,6 +37,7 @@ class Conv1x1(FlowLayer):
         channels: C of the images (B, C, H, W), or volumes (B, C, D, H, W).
     """
 
+    uses_context = False
     permutation: Tensor
     sign: Tensor
 

@@ -16,6 +16,7 @@ from inverse_flow.flows.base import (
 )
 from inverse_flow.flows.conditioner import ConvNet
 from inverse_flow.reversible import backpropagate
+from inverse_flow.reversible.layer import uses_context
 
 # The largest |log scale| of an affine coupling and of a split's prior: a scale lies in [e⁻², e²] ≈ [0.14, 7.4], so that
 # one layer can stretch or shrink by no more than that, whatever its network puts out.
@@ -55,6 +56,11 @@ class _Coupling(FlowLayer):
         self.conditioner = conditioner or ConvNet(
             self.kept, hidden, out_channels, context_channels=context_channels, dimensions=dimensions
         )
+
+    @property
+    def uses_context(self) -> bool:
+        """Whether the conditioner does."""
+        return uses_context(self.conditioner)
 
     def extra_repr(self) -> str:
         return f"{self.channels}"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from inverse_flow.flows.base import FlowLayer, check_images, first_half
 from inverse_flow.flows.compose import Compose
 from inverse_flow.flows.coupling import AffineCoupling
-from inverse_flow.reversible.layer import call_layer, shortcut
+from inverse_flow.reversible.layer import call_layer, shortcut, uses_context
 
 
 class OnChannels(FlowLayer):
@@ -28,6 +28,11 @@ class OnChannels(FlowLayer):
         self.start = start
         self.stop = stop
         self.channels = channels
+
+    @property
+    def uses_context(self) -> bool:
+        """Whether the layer does."""
+        return uses_context(self.layer)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         part, logdet = call_layer("layer", self.layer, self._part(x), context, inverse=False)

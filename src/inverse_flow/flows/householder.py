@@ -33,6 +33,8 @@ class Householder(FlowLayer):
         ValueError: fewer than one channel or reflection.
     """
 
+    uses_context = False
+
     def __init__(
         self,
         channels: int,

@@ -41,6 +41,8 @@ class Hyperbolic(FlowLayer):
         ValueError: an option that does not fit, naming it; images of another shape.
     """
 
+    uses_context = False
+
     def __init__(
         self,
         channels: int,

@@ -26,6 +26,8 @@ class Logit(FlowLayer):
         margin: a, above 0 and below ½.
     """
 
+    uses_context = False
+
     def __init__(self, margin: float = DEFAULT_MARGIN) -> None:
         super().__init__()
         if not 0 < margin < 0.5:

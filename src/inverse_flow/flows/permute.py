@@ -17,16 +17,20 @@ class Permute(FlowLayer):
         permutation: the channels' new order, such as ``range(C - 1, -1, -1)`` or ``torch.randperm(C)``.
     """
 
+    uses_context = False
     permutation: Tensor
     inverse_permutation: Tensor
 
     def __init__(self, permutation: Sequence[int] | Tensor) -> None:
         super().__init__()
-        order = torch.as_tensor(permutation if isinstance(permutation, Tensor) else list(permutation))
-        if order.dim() != 1 or sorted(order.tolist()) != list(range(len(order))):
-            raise ValueError(f"a permutation names each of the channels 0 … C-1 once, got {order.tolist()}")
-        self.register_buffer("permutation", order)
-        self.register_buffer("inverse_permutation", order.argsort())
+        order = permutation.tolist() if isinstance(permutation, Tensor) else list(permutation)
+        if not isinstance(order, list) or sorted(order) != list(range(len(order))):
+            raise ValueError(f"a permutation names each of the channels 0 … C-1 once, got {order}")
+        # From plain numbers, which exist where the model is built without values, on the meta device.
+        device = permutation.device if isinstance(permutation, Tensor) else None
+        self.register_buffer("permutation", torch.tensor(order, device=device))
+        inverse = sorted(range(len(order)), key=order.__getitem__)
+        self.register_buffer("inverse_permutation", torch.tensor(inverse, device=device))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_images(self, x, len(self.permutation))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from inverse_flow.flows.base import Shape, logdet_dtype, sum_example
 class StandardNormal(nn.Module):
     """Independent N(0, 1) for every latent value: log p(z) = −½ Σ (z² + log 2π), over the latents of every scale."""
 
+    uses_context = False
     origin: Tensor
 
     def __init__(self) -> None:
@@ -35,6 +36,12 @@ class StandardNormal(nn.Module):
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, ...]:
         """``n`` draws of latents of the given shapes, each value N(0, temperature²)."""
-        options = {"device": self.origin.device, "dtype": self.origin.dtype}
-        draws = [torch.randn(n, *shape, generator=generator, **options) for shape in shapes]  # type: ignore[call-overload]
+        # Not torch.randn, which torch.compile does not take with a generator and a number of rows that varies.
+        draws = [self.origin.new_empty((n, *shape)).normal_(generator=generator) for shape in shapes]
         return tuple(temperature * z for z in draws)
+
+    def follow(self, weights: Iterable[Tensor]) -> None:
+        """Draws where the weights are and in their dtype, if it was built without values, on the meta device."""
+        like = next((weight for weight in weights if weight.is_floating_point()), None)
+        if self.origin.is_meta and like is not None:
+            self.origin = like.new_zeros(())

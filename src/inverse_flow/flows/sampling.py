@@ -49,7 +49,12 @@ def prepare_sampling(flow: Flow) -> Flow:
 
     Returns:
         A :class:`Flow` with the same latents, base and event shape.
+
+    Raises:
+        TypeError: it is no :class:`Flow`.
     """
+    if not isinstance(flow, Flow):
+        raise TypeError(f"only a Flow is prepared, got {type(flow).__name__}: prepare the flow within it")
     prepared: Flow = copy.deepcopy(flow, _computed_tensors(flow)).eval()
     if not is_changed(flow, Flow):
         prepared = Flow(_prepare_layers(prepared.layers), flow.event_shape, base=prepared.base).eval()
@@ -109,6 +114,7 @@ def reconstruction_error(flow: nn.Module, x: Tensor, context: Tensor | None = No
 class _PixelLinear(FlowLayer):
     """z_p = W x_p + b at every pixel p, and its inverse x_p = W⁻¹ z_p + b′, all four fixed."""
 
+    uses_context = False
     weight: Tensor
     bias: Tensor
     inverse_weight: Tensor
@@ -153,6 +159,7 @@ class _PixelLinear(FlowLayer):
 class _FixedInverseConv(FlowLayer):
     """An :class:`InverseConv2d` whose inverse, the plain convolution, has its complete weight at hand."""
 
+    uses_context = False
     weight: Tensor
 
     def __init__(self, layer: InverseConv2d) -> None:
@@ -179,6 +186,7 @@ class _FixedStep(FlowLayer):
     k is taken off the image and not folded into a bias, since the padding stands for zeros of A's own input.
     """
 
+    uses_context = False
     weight: Tensor
 
     def __init__(self, conv: _FixedInverseConv, linear: _PixelLinear) -> None:

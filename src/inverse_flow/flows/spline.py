@@ -80,6 +80,8 @@ def rational_quadratic_spline(x: Tensor, raw: Tensor, bound: float, *, inverse: 
         # Of the two forms of the same root the one that adds numbers of one sign; a > 0 wherever b < 0.
         total, straight = b.abs() + root, b >= 0
         xi = torch.where(straight, 2 * mean * rise / total, total / torch.where(straight, torch.ones_like(a), 2 * a))
+        # Rounding may carry a root out of its bin, where the slope can be negative; its gradient is right all the same.
+        xi = xi + (xi.clamp(0, 1) - xi).detach()
     else:
         xi = (values - bin_.left) / bin_.width
     product = xi * (1 - xi)
@@ -136,6 +138,8 @@ class SplineActivation(FlowLayer):
         ValueError: a kind that does not exist, fewer than 2 bins, a bound that is not above 0.
     """
 
+    uses_context = False
+
     def __init__(
         self,
         channels: int,
@@ -171,7 +175,7 @@ class SplineActivation(FlowLayer):
         spline = _SPLINES[self.kind]
         z, log_slope = spline(by_channel.flatten(1), self.raw.to(compute), self.bound, inverse=inverse)
         z, log_slope = (result.reshape(by_channel.shape).transpose(0, 1) for result in (z, log_slope))
-        return z.to(x.dtype), sum_example(log_slope)
+        return z.to(x.dtype).contiguous(), sum_example(log_slope)
 
 
 class SplineCoupling(_Coupling):

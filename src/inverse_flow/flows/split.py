@@ -20,6 +20,7 @@ from inverse_flow.flows.base import (
 from inverse_flow.flows.conditioner import ConvNet
 from inverse_flow.flows.coupling import bound_log_scale
 from inverse_flow.reversible import backpropagate
+from inverse_flow.reversible.layer import uses_context
 
 SplitPrior: TypeAlias = Literal["conditional", "standard"]
 
@@ -70,7 +71,8 @@ class Split(FlowLayer):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[tuple[Tensor, Tensor], Tensor]:
         check_images(self, x, self.channels)
-        kept, factored = x[:, : self.kept], x[:, self.kept :]
+        # Copies, not views: what a layer gives is laid out as its input is.
+        kept, factored = (part.contiguous() for part in x.split((self.kept, self.channels - self.kept), dim=1))
         if self.prior_net is None:
             return (kept, factored), zero_logdet(x)
         mean, log_std = self._mean_and_log_std(kept, context)
@@ -120,6 +122,11 @@ class Split(FlowLayer):
 
     def input_shape(self, shape: Shape) -> Shape:
         return (self.channels, *shape[1:])
+
+    @property
+    def uses_context(self) -> bool:
+        """Whether the prior's network does."""
+        return self.prior_net is not None and uses_context(self.prior_net)
 
     def extra_repr(self) -> str:
         return f'{self.channels}, prior="{"standard" if self.prior_net is None else "conditional"}"'

@@ -17,6 +17,8 @@ class Squeeze(FlowLayer):
         factor: f; D, H and W must be multiples of it.
     """
 
+    uses_context = False
+
     def __init__(self, factor: int = 2) -> None:
         super().__init__()
         if factor < 1:
@@ -31,7 +33,7 @@ class Squeeze(FlowLayer):
             blocks = blocks.unflatten(axis, (-1, self.factor))
         # (B, C, D/f, f, H/f, f, W/f, f): the offsets go to the channels.
         order = (0, 1, *range(3, blocks.dim(), 2), *range(2, blocks.dim(), 2))
-        return blocks.permute(order).reshape(x.shape[0], *shape), zero_logdet(x)
+        return blocks.permute(order).reshape(x.shape[0], *shape).contiguous(), zero_logdet(x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_images(self, z)
@@ -41,7 +43,7 @@ class Squeeze(FlowLayer):
         # (B, C, f, f, f, D, H, W): every offset goes behind its size.
         pairs = ((axis + dimensions, axis) for axis in range(2, 2 + dimensions))
         order = (0, 1, *(axis for pair in pairs for axis in pair))
-        return blocks.permute(order).reshape(z.shape[0], *shape), zero_logdet(z)
+        return blocks.permute(order).reshape(z.shape[0], *shape).contiguous(), zero_logdet(z)
 
     def backward_from_output(
         self, z: Tensor, grad_z: Tensor, grad_logdet: Tensor, context: Tensor | None = None

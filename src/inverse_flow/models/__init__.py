@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeAlias
+
+import torch
 
 from inverse_flow.models.classifier import InverseConvClassifier
 from inverse_flow.models.conditional import (
@@ -48,6 +51,7 @@ __all__ = [
     "SummaryNet",
     "build",
     "describe",
+    "load",
 ]
 
 
@@ -72,3 +76,20 @@ def build(description: Mapping[str, Any]) -> Model:
     if kind not in KINDS:
         raise ValueError(f"unknown kind of model {kind!r}; known: {', '.join([*KINDS, ConditionalFlow.__name__])}")
     return KINDS[kind].from_config(KINDS[kind].config_type.from_dict(description["config"]))
+
+
+def load(path: str | Path, device: torch.device | str = "cpu") -> ImageFlow:
+    """The trained flow of a run: the weights with the best validation, in evaluation mode.
+
+    Args:
+        path: the run's folder, or its checkpoint.
+        device: where the flow is to be.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: the file is damaged, or no checkpoint that this version reads.
+    """
+    # Only here: what trains stands above the models, which are used without it.
+    from inverse_flow.training import checkpoint
+
+    return checkpoint.model_of(checkpoint.load(path)).to(device)

@@ -238,7 +238,8 @@ class RebuiltChain:
                 x, grad = closed_form(z, grad_z, grad_logdet, context)
             return layouts[0].of(x), grad
         if rebuilt:
-            with self.replay.layer(i) as has_changed:
+            with self.replay.layer(i):
+                has_changed = self.replay.watch(i)
                 x, _ = link.turned.run(z, context)
                 updated = has_changed() and not self.replay.changed(i)
             if updated:  # this direction takes statistics of its own in training, which the first run had no part in

@@ -107,9 +107,9 @@ class Replay:
                 module._parameters[name] = parameter
 
     @contextmanager
-    def layer(self, i: int) -> Iterator[Callable[[], bool]]:
+    def layer(self, i: int) -> Iterator[None]:
         """For one later run of layer ``i``, within :meth:`again`: what it held before its first run stands in copies
-        where it stood. Yields a function that tells whether this run has changed them.
+        where it stood.
         """
         if i in self._drawn:
             _set_generators(self._drawn[i], self._device)
@@ -119,13 +119,17 @@ class Replay:
         attributes = [dict(vars(module)) for module in modules]
         try:
             self._states[i].restore()
-            now = _State(modules, copies=False)
-            yield lambda: bool(now.changes()[0])
+            yield
         finally:
             for module, held, of_module in zip(modules, buffers, attributes, strict=True):
                 module._buffers.clear()
                 module._buffers.update(held)
                 _set_attributes(module, of_module)
+
+    def watch(self, i: int) -> Callable[[], bool]:
+        """A function that tells whether layer ``i`` has changed what it holds since now."""
+        now = _State(self._modules[i], copies=False)
+        return lambda: bool(now.changes()[0])
 
     @contextmanager
     def evaluating(self, i: int) -> Iterator[None]:
