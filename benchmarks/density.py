@@ -221,7 +221,10 @@ def compare_rows(rows: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, f
 
 def train_config(preset: Preset, minutes: float, seed: int) -> TrainConfig:
     return TrainConfig(
-        **{"evaluate_every": CHECKPOINT_STEPS, **preset.training}, steps=ENDLESS, minutes=minutes, seed=seed
+        **{"evaluate_every": CHECKPOINT_STEPS, "validation": 0, **preset.training},
+        steps=ENDLESS,
+        minutes=minutes,
+        seed=seed,
     )
 
 

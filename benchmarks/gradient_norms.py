@@ -109,7 +109,7 @@ def run(kind: str, learning_rate: float, images: Tensor, settings: argparse.Name
     config = TrainConfig(
         steps=settings.steps, batch_size=settings.batch_size, learning_rate=learning_rate, warmup_steps=50,
         max_grad_norm=settings.max_grad_norm, max_inverse_error=None, seed=settings.seed,
-        evaluate_every=settings.steps,
+        validation=0, evaluate_every=settings.steps,
     )  # fmt: skip
     torch.manual_seed(settings.seed)
     model = KINDS[kind](tuple(images.shape[1:]), settings.levels, settings.depth, settings.hidden, logit_margin=1e-3)

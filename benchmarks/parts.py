@@ -76,7 +76,7 @@ def make(settings: argparse.Namespace, parts: PartsConfig | None, images: Tensor
     config = TrainConfig(
         steps=settings.steps, batch_size=settings.batch_size, learning_rate=settings.learning_rate,
         decay_at=(settings.decay_at,), average_decay=settings.average_decay, flip=True, seed=seed, parts=parts,
-        evaluate_every=settings.steps, max_inverse_error=None,
+        validation=0, evaluate_every=settings.steps, max_inverse_error=None,
     )  # fmt: skip
     torch.manual_seed(seed)
     model = InverseFlow(

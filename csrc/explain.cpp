@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/isa.h"
 #include "cpu/plan.h"
 #include "cuda/launch.h"
 
@@ -27,9 +28,9 @@ Shape shape_of(const Sizes& sizes, int64_t corner, bool backward) {
 
 template <class IO, class T>
 py::dict plan_cpu_as(const Shape& shape, int64_t threads, bool backward) {
-  const cpu::Kernels<IO, T> kernels = cpu::kernels_in_use<IO, T>();
+  const cpu::Kernels<IO, T>& kernels = cpu::isa_in_use().kernels;
   py::dict found;
-  found["isa"] = cpu::isa_name(cpu::isa_in_use());
+  found["isa"] = cpu::isa_in_use().name;
   found["workers"] = 0;
   if (shape.batch == 0) return found;
   const cpu::Plan plan = cpu::make_plan(shape, backward, kernels.min_lanes, kernels.max_lanes, sizeof(T), threads);

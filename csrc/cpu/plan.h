@@ -6,24 +6,9 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "isa.h"
 #include "sweep.h"
 
 namespace inverse_flow::cpu {
-
-template <class IO, class T>
-Kernels<IO, T> kernels_in_use() {
-  switch (isa_in_use()) {
-#if INVERSE_FLOW_X86
-    case Isa::kAvx512:
-      return avx512::kernels<IO, T>();
-    case Isa::kAvx2:
-      return avx2::kernels<IO, T>();
-#endif
-    default:
-      return portable::kernels<IO, T>();
-  }
-}
 
 // How the work is cut up. Lanes are images where that fills the vectors and the threads, else the rows of a band.
 struct Plan {

@@ -36,13 +36,7 @@ def positions(case: Case, order: int):  # type: ignore[no-untyped-def]
                 for column in range(case.width):
                     from_row, from_column = row - down * p, column - right * q
                     if 0 <= from_row < case.height and 0 <= from_column < case.width:
-                        yield (
-                            i,
-                            j,
-                            row * case.width + column,
-                            from_row * case.width + from_column,
-                            p == 0 and q == 0,
-                        )
+                        yield (i, j, row * case.width + column, from_row * case.width + from_column, p == 0 and q == 0)
 
 
 def matrix(case: Case, weight: np.ndarray, order: int) -> np.ndarray:

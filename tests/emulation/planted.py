@@ -45,29 +45,19 @@ PLANTED = {
         "if (!PLANTED) team.sync();",
     ),
     "missing barrier between the levels of the fold": Mistake(
-        "fold.cuh",
-        "team.sync();  // L21 X11 is there",
-        "if (!PLANTED) team.sync();",
+        "fold.cuh", "team.sync();  // L21 X11 is there", "if (!PLANTED) team.sync();"
     ),
     "missing barrier behind the last tile of the gradient": Mistake(
-        "gradient_tile.cuh",
-        "__syncthreads();  // the last tile was used",
-        "if (!PLANTED) __syncthreads();",
+        "gradient_tile.cuh", "__syncthreads();  // the last tile was used", "if (!PLANTED) __syncthreads();"
     ),
     "small part left out of a split product": Mistake(
-        "mma.cuh",
-        "multiply_tf32(sum, a.big, b.small);",
-        "if (!PLANTED) multiply_tf32(sum, a.big, b.small);",
+        "mma.cuh", "multiply_tf32(sum, a.big, b.small);", "if (!PLANTED) multiply_tf32(sum, a.big, b.small);"
     ),
     "missing barrier where teams meet": Mistake(
-        "gradient_tile.cuh",
-        "__syncthreads();  // the later half's sums are there",
-        "if (!PLANTED) __syncthreads();",
+        "gradient_tile.cuh", "__syncthreads();  // the later half's sums are there", "if (!PLANTED) __syncthreads();"
     ),
     "barrier that some threads skip": Mistake(
-        "solve.cuh",
-        "__syncthreads();  // z is complete",
-        "if (!PLANTED || threadIdx.x != 3) __syncthreads();",
+        "solve.cuh", "__syncthreads();  // z is complete", "if (!PLANTED || threadIdx.x != 3) __syncthreads();"
     ),
     "tensor cores: missing barrier": Mistake(
         "solve_tensor.cuh",
@@ -90,14 +80,10 @@ PLANTED = {
         "if (!PLANTED) multiply_tf32(sums.small[i], weights.small, x[i].big);",
     ),
     "tensor cores: weights that nobody waited for": Mistake(
-        "solve_tensor.cuh",
-        "wait_for_copies();",
-        "if (!PLANTED) wait_for_copies();",
+        "solve_tensor.cuh", "wait_for_copies();", "if (!PLANTED) wait_for_copies();"
     ),
     "tensor cores: a ring of one diagonal too few": Mistake(
-        "solve_tensor.cuh",
-        "if (slot < 0) slot += plan.slots;",
-        "if (slot < 0) slot += plan.slots - (PLANTED ? 1 : 0);",
+        "solve_tensor.cuh", "if (slot < 0) slot += plan.slots;", "if (slot < 0) slot += plan.slots - (PLANTED ? 1 : 0);"
     ),
     "tensor cores: an operand that is not rounded": Mistake(
         "mma.cuh",
@@ -105,34 +91,22 @@ PLANTED = {
         "big[i] = PLANTED ? float_bits(values[i]) : round_to_tf32(values[i]);",
     ),
     "tiles of the gradient that nobody waited for": Mistake(
-        "gradient_tile.cuh",
-        "wait_for_copies();",
-        "if (!PLANTED) wait_for_copies();",
+        "gradient_tile.cuh", "wait_for_copies();", "if (!PLANTED) wait_for_copies();"
     ),
     "the tile that is used is overwritten": Mistake(
-        "gradient_tile.cuh",
-        "shared + (both - used));",
-        "shared + (PLANTED ? used : both - used));",
+        "gradient_tile.cuh", "shared + (both - used));", "shared + (PLANTED ? used : both - used));"
     ),
     "no barrier behind the warp that inverts the corner": Mistake(
-        "fold.cuh",
-        "__syncthreads();  // the copy is complete, and so is the inverse",
-        "if (!PLANTED) __syncthreads();",
+        "fold.cuh", "__syncthreads();  // the copy is complete, and so is the inverse", "if (!PLANTED) __syncthreads();"
     ),
     "the corner is not waited for": Mistake(
-        "fold.cuh",
-        "team.sync();  // the corner is there",
-        "if (!PLANTED) team.sync();",
+        "fold.cuh", "team.sync();  // the corner is there", "if (!PLANTED) team.sync();"
     ),
     "lanes: no barrier between phases": Mistake(
-        "solve_lanes.cuh",
-        "if (plan.bands > 1) __syncthreads();",
-        "if (plan.bands > 1 && !PLANTED) __syncthreads();",
+        "solve_lanes.cuh", "if (plan.bands > 1) __syncthreads();", "if (plan.bands > 1 && !PLANTED) __syncthreads();"
     ),
     "lanes: a band starts two phases early": Mistake(
-        "solve_lanes.cuh",
-        "int phase = -band * plan.lag;",
-        "int phase = -band * (plan.lag - (PLANTED ? 2 : 0));",
+        "solve_lanes.cuh", "int phase = -band * plan.lag;", "int phase = -band * (plan.lag - (PLANTED ? 2 : 0));"
     ),
     "lanes: the rows above are read one off": Mistake(
         "solve_lanes.cuh",
@@ -140,9 +114,7 @@ PLANTED = {
         "over[a - 1] = line - (PLANTED && a > 1 ? a - 1 : a) * row_floats;",
     ),
     "lanes: no wait for the tile to the left": Mistake(
-        "solve_lanes.cuh",
-        "if (claimed.left > 0) {",
-        "if (claimed.left > 0 && !PLANTED) {",
+        "solve_lanes.cuh", "if (claimed.left > 0) {", "if (claimed.left > 0 && !PLANTED) {"
     ),
     "lanes: no barrier before the flag is set": Mistake(
         "solve_lanes.cuh",
@@ -150,9 +122,7 @@ PLANTED = {
         "if (!PLANTED) __syncthreads();",
     ),
     "lanes: a shuffle without half of the warp": Mistake(
-        "solve_lanes.cuh",
-        "__shfl_up_sync(kFullWarp, ",
-        "__shfl_up_sync(PLANTED ? 0xffffu : kFullWarp, ",
+        "solve_lanes.cuh", "__shfl_up_sync(kFullWarp, ", "__shfl_up_sync(PLANTED ? 0xffffu : kFullWarp, "
     ),
     "lanes: flags that are not cleared": Mistake(
         "sequence_lanes.cuh",
@@ -160,9 +130,7 @@ PLANTED = {
         "const char* error = PLANTED ? nullptr : clear_memory(",
     ),
     "lanes: a flag that is never set": Mistake(
-        "solve_lanes.cuh",
-        "if (threadIdx.x == 0) store_release(",
-        "if (threadIdx.x == 0 && !PLANTED) store_release(",
+        "solve_lanes.cuh", "if (threadIdx.x == 0) store_release(", "if (threadIdx.x == 0 && !PLANTED) store_release("
     ),
     "lanes: a shuffle across images": Mistake(
         "solve_lanes.cuh",
@@ -170,14 +138,10 @@ PLANTED = {
         "above[a - 1][c] = reads_above && !(PLANTED && slot > 0) ? pixel[c] : above[a - 1][c];",
     ),
     "lanes: a shuffle from the wrong lane": Mistake(
-        "solve_lanes.cuh",
-        "solved[c], kLanes);",
-        "solved[c], PLANTED ? 2 : kLanes);",
+        "solve_lanes.cuh", "solved[c], kLanes);", "solved[c], PLANTED ? 2 : kLanes);"
     ),
     "lanes: lanes of a pixel that do not wait": Mistake(
-        "solve_lanes.cuh",
-        "__syncwarp();",
-        "if (!PLANTED) __syncwarp();",
+        "solve_lanes.cuh", "__syncwarp();", "if (!PLANTED) __syncwarp();"
     ),
     "lanes: rows above the image": Mistake(
         "solve_lanes.cuh",
@@ -195,9 +159,7 @@ PLANTED = {
         "if ((!PLANTED && reinterpret_cast<uintptr_t>(data) % kBytes != 0) ||",
     ),
     "lanes: a tile that is not aligned": Mistake(
-        "sequence_lanes.cuh",
-        "is_multiple(plan.tile_w)",
-        "(PLANTED || is_multiple(plan.tile_w))",
+        "sequence_lanes.cuh", "is_multiple(plan.tile_w)", "(PLANTED || is_multiple(plan.tile_w))"
     ),
     "lanes: a second band that starts before the one above it is far enough": Mistake(
         "solve_lanes.cuh",
@@ -220,9 +182,7 @@ PLANTED = {
         "(PLANTED || is_multiple(strides.column)) && is_multiple(shape.channels)",
     ),
     "lanes: the next channel of a pixel": Mistake(
-        "solve_lanes.cuh",
-        ".value[c % kTogether + j]",
-        ".value[(PLANTED && kTogether > 1 ? c + 1 : c) % kTogether + j]",
+        "solve_lanes.cuh", ".value[c % kTogether + j]", ".value[(PLANTED && kTogether > 1 ? c + 1 : c) % kTogether + j]"
     ),
     "lanes: the other channels of a pixel": Mistake(
         "solve_lanes.cuh",

@@ -32,11 +32,7 @@ KERNELS_AND_IMAGES = [((3, 3), (5, 7)), ((1, 4), (3, 9)), ((5, 2), (9, 4)), ((3,
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("kernel", "image"), KERNELS_AND_IMAGES)
-def test_tensor_cores(
-    kernel: tuple[int, int],
-    image: tuple[int, int],
-    transposed: bool,
-) -> None:
+def test_tensor_cores(kernel: tuple[int, int], image: tuple[int, int], transposed: bool) -> None:
     """Channels that fill the fragments, or do not; corners and orders that between them meet every mask and mirror."""
     for channels, order, corner in [(16, TOP_RIGHT, GENERAL), (19, BOTTOM_LEFT, UNIT_TRIANGULAR)]:
         case = Case(2, (order,), channels, *image, *kernel, corner=corner, transposed=transposed)
@@ -84,10 +80,7 @@ def test_many_lanes_add_up_many_splits() -> None:
 
 @pytest.mark.parametrize("kernel", [(3, 3), (5, 4)])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_one_block_writes_the_gradient_itself(
-    kernel: tuple[int, int],
-    transposed: bool,
-) -> None:
+def test_one_block_writes_the_gradient_itself(kernel: tuple[int, int], transposed: bool) -> None:
     """No partial sums: zeros for what is not read, and for taps beyond the image, are the block's work too."""
     for channels, corner in itertools.product((3, 17), (IDENTITY, UNIT_TRIANGULAR, GENERAL)):
         case = Case(2, (BOTTOM_LEFT,), channels, 3, 3, *kernel, corner=corner, transposed=transposed)
@@ -123,10 +116,7 @@ SHAPES_OF_THE_PAPER = [
 
 @pytest.mark.parametrize("batch", [16, 100])
 @pytest.mark.parametrize("kernel", [3, 5])
-def test_partial_sums_are_a_tenth_of_the_images_at_most(
-    kernel: int,
-    batch: int,
-) -> None:
+def test_partial_sums_are_a_tenth_of_the_images_at_most(kernel: int, batch: int) -> None:
     for channels, side in SHAPES_OF_THE_PAPER:
         case = Case(batch, (TOP_LEFT,), channels, side, side, kernel, kernel, multiprocessors=132)
         facts = plans(case)

@@ -54,11 +54,7 @@ def check(case: Case, seed: int = 0) -> Run:
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("corner", [IDENTITY, UNIT_TRIANGULAR, GENERAL])
 @pytest.mark.parametrize("taps", MOST_CHANNELS)
-def test_every_kernel_and_corner(
-    taps: int,
-    corner: int,
-    transposed: bool,
-) -> None:
+def test_every_kernel_and_corner(taps: int, corner: int, transposed: bool) -> None:
     for channels in range(1, MOST_CHANNELS[taps] + 1):
         # As small as the window, and neither square nor even.
         for height, width in ((taps, taps), (taps + 2, 9), (9, taps)):
@@ -76,13 +72,7 @@ def test_every_kernel_and_corner(
         (6, 9, 4, 3), (7, 10, 7, 3), (8, 32, 5, 3), (9, 9, 6, 3), (11, 7, 10, 3), (12, 24, 5, 3),
     ],
 )  # fmt: skip
-def test_bands(
-    channels: int,
-    height: int,
-    width: int,
-    taps: int,
-    transposed: bool,
-) -> None:
+def test_bands(channels: int, height: int, width: int, taps: int, transposed: bool) -> None:
     """More rows than a warp has lanes for: the warps of a block hand the rows between them on."""
     rows = rows_of_band(channels)
     case = lanes_case(2, (TOP_RIGHT, BOTTOM_LEFT), channels, height, width, taps, taps, GENERAL, transposed)
@@ -161,11 +151,7 @@ def test_tiles(case: Case, corner: int, transposed: bool) -> None:
 @pytest.mark.parametrize("image_type", ["float", "half", "bfloat16"])
 @pytest.mark.parametrize("input_layout", ["contiguous", "channels_last", "sliced", "expanded"])
 @pytest.mark.parametrize("output_layout", ["contiguous", "channels_last"])
-def test_types_and_layouts(
-    image_type: str,
-    input_layout: str,
-    output_layout: str,
-) -> None:
+def test_types_and_layouts(image_type: str, input_layout: str, output_layout: str) -> None:
     for case in (
         lanes_case(2, (BOTTOM_LEFT, TOP_RIGHT, TOP_LEFT), 4, 6, 5, 3, 3),
         lanes_case(1, (TOP_RIGHT, TOP_LEFT), 6, 6, 8, 3, 3),
@@ -175,7 +161,7 @@ def test_types_and_layouts(
         check(
             case.but(
                 image_type=image_type, weight_type=image_type, input_layout=input_layout, output_layout=output_layout
-            ),
+            )
         )
 
 
@@ -205,11 +191,7 @@ CHANNELS_LAST = [
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("image_type", ["float", "half", "bfloat16"])
 @pytest.mark.parametrize("case", CHANNELS_LAST, ids=range(len(CHANNELS_LAST)))
-def test_the_layout_does_not_change_a_bit(
-    case: Case,
-    image_type: str,
-    transposed: bool,
-) -> None:
+def test_the_layout_does_not_change_a_bit(case: Case, image_type: str, transposed: bool) -> None:
     """Rows and pixels that move as they are, and value by value."""
     case = case.but(image_type=image_type, transposed=transposed)
     expected = check(case).outputs[0][0]

@@ -45,11 +45,7 @@ def check(case: Case, seed: int = 0) -> Run:
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("corner", [IDENTITY, UNIT_TRIANGULAR, GENERAL])
 @pytest.mark.parametrize("kernel", KERNEL_SIZES)
-def test_every_kernel_image_and_corner(
-    kernel: tuple[int, int],
-    corner: int,
-    transposed: bool,
-) -> None:
+def test_every_kernel_image_and_corner(kernel: tuple[int, int], corner: int, transposed: bool) -> None:
     for number, (height, width) in enumerate(IMAGE_SIZES):
         case = Case(3, ALL_ORDERS, 2 + 3 * number, height, width, *kernel, corner=corner, transposed=transposed)
         case = case.but(forced_regime=TENSOR)
@@ -62,11 +58,7 @@ def test_every_kernel_image_and_corner(
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("corner", [IDENTITY, UNIT_TRIANGULAR, GENERAL])
 @pytest.mark.parametrize("image_type", ["float", "half", "bfloat16"])
-def test_ring_of_diagonals(
-    image_type: str,
-    corner: int,
-    transposed: bool,
-) -> None:
+def test_ring_of_diagonals(image_type: str, corner: int, transposed: bool) -> None:
     """Images that do not fit: still one launch, and no state in global memory."""
     case = RING.but(corner=corner, transposed=transposed, image_type=image_type)
     done = check(case)
@@ -77,11 +69,7 @@ def test_ring_of_diagonals(
 @pytest.mark.parametrize("shared_bytes", [99 * 1024, 18000])
 @pytest.mark.parametrize("input_layout", ["contiguous", "channels_last", "sliced", "expanded"])
 @pytest.mark.parametrize("output_layout", ["contiguous", "channels_last"])
-def test_layouts(
-    input_layout: str,
-    output_layout: str,
-    shared_bytes: int,
-) -> None:
+def test_layouts(input_layout: str, output_layout: str, shared_bytes: int) -> None:
     for image_type in ("float", "half"):
         case = RING.but(
             input_layout=input_layout, output_layout=output_layout, shared_bytes=shared_bytes, image_type=image_type
@@ -145,11 +133,7 @@ def test_gradients(image_type: str, shared_bytes: int) -> None:
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("image_type", ["float", "bfloat16"])
 @pytest.mark.parametrize("shared_bytes", [99 * 1024, 36000])
-def test_tf32_only_where_it_is_allowed(
-    shared_bytes: int,
-    image_type: str,
-    transposed: bool,
-) -> None:
+def test_tf32_only_where_it_is_allowed(shared_bytes: int, image_type: str, transposed: bool) -> None:
     """About 1e-3 of error in place of 1e-7, for the solve and for the gradients: so it is taken, and not by mistake."""
     case = RING.but(channels=17, transposed=transposed, image_type=image_type, shared_bytes=shared_bytes)
     case = case.but(input_layout="channels_last")

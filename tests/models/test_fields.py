@@ -37,7 +37,7 @@ class Example:
 
 def test_type_default_and_meaning_are_those_of_the_dataclass() -> None:
     fields = fields_of(Example)
-    assert fields["size"].help == fields["count"].help == "so many things, see Other; one or more."
+    assert fields["size"].help == fields["count"].help == "so many ``things``, see ``Other``; one or more."
     assert fields["share"].help == "between 0 and 1."
     assert fields["silent"].help == ""
     told = {name: (f.kind, f.optional, f.several, f.choices) for name, f in fields.items()}

@@ -40,13 +40,13 @@ def test_the_last_turn_is_within_the_parts() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cut": "along"}, "cut must be blocks or across, got 'along'"),
-        ({"schedule": "random"}, "schedule must be sequential, alternate or simultaneous, got 'random'"),
-        ({"turn": "minute"}, "turn must be batch or epoch"),
+        ({"cut": "along"}, 'cut must be "blocks" or "across", got \'along\''),
+        ({"schedule": "random"}, "schedule must be .*, got 'random'"),
+        ({"turn": "minute"}, 'turn must be "batch" or "epoch"'),
         ({"count": 0}, "count must be at least 1, got 0"),
-        ({"finish": 1.5}, "finish must be a share, 0 to 1, got 1.5"),
+        ({"finish": 1.5}, "finish must be 0 to 1, got 1.5"),
         ({"learning_rates": (1e-3,)}, "2 parts need as many learning rates, got 1"),
-        ({"learning_rates": (1e-3, 0.0)}, "finite numbers above 0"),
+        ({"learning_rates": (1e-3, 0.0)}, "a finite number above 0"),
         ({"schedule": "sequential", "cache_epochs": -1}, "cache_epochs must be at least 0, got -1"),
         ({"cache_epochs": 2}, "parts that are done: sequential, not alternate"),
     ],

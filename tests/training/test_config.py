@@ -23,15 +23,26 @@ def test_a_config_survives_json() -> None:
         ("bit_depth", 9, "bit_depth must be 1 to 8, got 9"),
         ("decay_at", (0.5, 1.5), "decay_at must be shares below 1 or whole steps, got 1.5"),
         ("decay_factor", 0.0, "decay_factor must be a finite number above 0, got 0"),
-        ("optimizer", "sgd", "optimizer must be adam or adamax, got sgd"),
-        ("precision", "fp8", "precision must be float32 or bf16, got fp8"),
-        ("patience", 3, "validation must be above 0 for patience, got 0"),
-        ("max_inverse_error", 0.0, "max_inverse_error must be above 0, got 0"),
+        ("optimizer", "sgd", 'optimizer must be "adam" or "adamax", got \'sgd\''),
+        ("precision", "fp8", 'precision must be "float32" or "bf16", got \'fp8\''),
+        ("max_inverse_error", 0.0, "max_inverse_error must be a finite number above 0, got 0"),
     ],
 )
 def test_errors_say_what_was_given(name: str, value: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainConfig(**{name: value})
+
+
+def test_patience_needs_validation() -> None:
+    with pytest.raises(ValueError, match="validation must be above 0 for patience, got 0"):
+        TrainConfig(patience=3, validation=0)
+    assert TrainConfig(patience=3).patience == 3
+
+
+@pytest.mark.parametrize(("count", "validation"), [(5, 0), (40, 4), (999, 99), (60_000, 100)])
+def test_validation_fits_the_images(count: int, validation: int) -> None:
+    assert TrainConfig().validation_images(count) == validation
+    assert TrainConfig(validation=7).validation_images(count) == 7
 
 
 def test_the_nearer_limit_is_the_progress() -> None:

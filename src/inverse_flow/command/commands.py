@@ -2,38 +2,47 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from click.core import ParameterSource
-from rich.console import Console
-from rich.table import Table
+from matplotlib.backend_bases import FigureCanvasBase
 
 import inverse_flow
-from inverse_flow.command.main import TRAIN_EXTRA, format_info, missing_extra
-from inverse_flow.command.options import model_options, options_of, run_options, train_config
+from inverse_flow.command.console import console, describe, print_table, quiet
+from inverse_flow.command.errors import plain_errors
+from inverse_flow.command.info import format_info
+from inverse_flow.command.run_options import (
+    KIND,
+    changes_of,
+    model_of,
+    reading_of,
+    run_options,
+    source_of,
+    training_of,
+)
+from inverse_flow.data.images import class_number
 from inverse_flow.data.load import SOURCES
-from inverse_flow.models import InverseFlow
 from inverse_flow.parts import fit_parts
-from inverse_flow.training import Checkpoint, Stop, checkpoint, figures
+from inverse_flow.training import Stop, checkpoint, figures
 from inverse_flow.training import run as runs
+from inverse_flow.training.config import MAX_SEED
 from inverse_flow.training.log import StepReport, TensorBoardLog
 from inverse_flow.training.progress import TrainingProgress
 from inverse_flow.training.samples import NPZ, SampleGrids, draw, save_npz
-from inverse_flow.training.summary import Summary, summarize
+from inverse_flow.training.summary import summarize
 from inverse_flow.training.workers import Workers, connect
 
 # Conventional exit status of a program ended by Ctrl-C.
 INTERRUPTED_STATUS = 130
-
-# The options that a resumed run may change; all the others come from its checkpoint.
-CHANGEABLE = ("minutes", "steps", "source")
 
 # \b keeps click from reflowing the lines that follow it.
 EXAMPLES = {
@@ -47,11 +56,11 @@ A first run, about four minutes on two cores:
 Examples:
   inverse-flow train --out demo
   inverse-flow train --out demo --resume --minutes 10
-  inverse-flow train --data MNIST/raw --out mnist --no-flip --validation 5000 --depth 16 \\
-      --learning-rate 1e-3 --minutes 600
-  inverse-flow train --data cifar-10-python.tar.gz --out cifar --depth 16 --hidden 256 \\
-      --no-logit --learning-rate 1e-3 --minutes 600 --device cuda
-  torchrun --nproc-per-node 2 -m inverse_flow train --data MNIST/raw --out mnist --no-flip
+  inverse-flow train --data MNIST/raw --out mnist --logit --validation 5000 --depth 16 --minutes 600
+  inverse-flow train --data cifar-10-python.tar.gz --out cifar --flip --depth 16 --hidden 256 \\
+      --minutes 600 --device cuda
+  inverse-flow train --data photos --out photos-64 --image-size 64 --crop --conditional --flip
+  torchrun --nproc-per-node 2 -m inverse_flow train --data MNIST/raw --out mnist --logit
 """,
     "sample": """\b
 Examples:
@@ -66,8 +75,6 @@ Examples:
 """,
 }
 
-console = Console()
-
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=EXAMPLES["cli"])
 @click.version_option(inverse_flow.__version__, prog_name="inverse-flow")
@@ -76,13 +83,34 @@ def cli() -> None:
 
 
 def usable_device(context: click.Context, parameter: click.Parameter, name: str) -> str:
-    """Refuses a device that PyTorch does not know or this machine does not have."""
+    """Refuses a device that PyTorch does not know, this machine does not have, or nothing can be computed on."""
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=name).item()  # computes: "meta" holds no numbers
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise click.BadParameter(f"PyTorch cannot compute on {name!r} here: {reason}") from error
     return name
+
+
+def use_threads(threads: int | None) -> None:
+    """Limits PyTorch's threads, if the command line does."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def check_output(path: Path) -> None:
+    """Refuses a file that could not be written, before anything is computed for it.
+
+    Raises:
+        ValueError: a kind of picture that there is not.
+        OSError: a folder that is not there, or cannot be written to.
+    """
+    kinds = [NPZ, *(f".{kind}" for kind in FigureCanvasBase.get_supported_filetypes())]
+    if path.suffix.lower() not in kinds:
+        raise ValueError(f"{path} must be an npz file or a picture, one of {', '.join(kinds)}")
+    if not path.parent.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "is not a folder", str(path.parent))
+    tempfile.TemporaryFile(dir=path.parent).close()
 
 
 def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -126,8 +154,9 @@ def train(
 ) -> None:
     """Train a flow, measure it on the held-out images and draw samples.
 
-    Ctrl-C ends the training after the current step and keeps the checkpoint. The defaults are the demo: a small model
-    on 1,000 images of Fashion-MNIST. Under torchrun, all its processes train one model.
+    Ctrl-C ends the training after the current step and keeps the checkpoint. Without --data this is the demo: a small
+    model on 1,000 images of Fashion-MNIST, with some defaults of its own. Under torchrun, all its processes train one
+    model.
     """
     use_threads(threads)
     exists = (folder / checkpoint.FILE).is_file()
@@ -135,20 +164,24 @@ def train(
         raise click.UsageError("--resume goes on and --fresh starts again: give one of them")
     if exists and not (resume or fresh):
         raise click.UsageError(f"{folder / checkpoint.FILE} exists: --resume goes on from it, --fresh replaces it")
+    if part_per_process and options["minutes"] is not None:
+        raise click.UsageError("--part-per-process is limited by --steps, not by --minutes")
     with plain_errors(), connect(device) as (processes, own_device), quiet(not processes.first):
         # Processes that each train a part do not share the batches.
         workers = Workers() if part_per_process else processes
-        if part_per_process:
-            unlimited_time(options)
+        # Parts in several processes cannot agree on the time.
+        changes: dict[str, Any] = {"minutes": None} if part_per_process else {}
         if resume:
             content = checkpoint.load(folder)
-            changes = resume_changes(content, options)
-            run = runs.resume(content, folder, own_device, workers=workers, **changes)
+            changes = {**changes_of(options, content), **changes}
+            run = runs.resume(content, folder, own_device, source=options["source"], workers=workers, **changes)
             console.print(f"resumed at step {run.trainer.step}, {run.trainer.seconds:.0f} s into the run")
         else:
-            places = {name: options[name] for name in ("kind", "conditional", "size", "crop")}
-            training, model = train_config(options), model_options(options)
-            run = runs.start(options["source"], folder, training, model, own_device, workers=workers, **places)
+            training = replace(training_of(options), **changes)
+            run = runs.start(
+                source_of(options), folder, training, model_of(options), own_device, kind=options["kind"] or KIND,
+                conditional=bool(options["conditional"]), workers=workers, **reading_of(options, training),
+            )  # fmt: skip
         describe(run)
         if part_per_process:
             fit_parts(run.trainer)
@@ -179,15 +212,16 @@ def train(
 @click.option("--count", type=click.IntRange(1), default=64, show_default=True, help="Number of samples.")
 @click.option("--temperature", type=click.FloatRange(0), default=1.0, show_default=True,
               help="Scales the latents: below 1, likelier and less varied samples.")  # fmt: skip
-@click.option("--label", type=click.IntRange(0), help="Class of all the samples.  [default: the classes in turn]")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the latents.")
+@click.option("--label", help="Class of all the samples, by its name or number.  [default: the classes in turn]")
+@click.option("--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True,
+              help="Seed of the latents that are drawn.")  # fmt: skip
 @common_options
 def sample(
     source: Path,
     out: Path,
     count: int,
     temperature: float,
-    label: int | None,
+    label: str | None,
     seed: int,
     device: str,
     threads: int | None,
@@ -195,11 +229,14 @@ def sample(
     """Draw samples from the model of RUN, a run's folder or its checkpoint."""
     use_threads(threads)
     with plain_errors():
+        check_output(out)
         content = checkpoint.load(source)
-        model, classes = checkpoint.model_of(content).to(device), runs.source_of(content).classes
-        drawn = draw(model, count, seed, classes=classes, label=label, temperature=temperature)
-        if out.suffix == NPZ:
-            save_npz(out, drawn)
+        data = runs.source_of(content)
+        number = None if label is None else class_number(label, data.classes, data.class_names)
+        model = checkpoint.model_of(content).to(device)
+        drawn = draw(model, count, seed, classes=data.classes, label=number, temperature=temperature)
+        if out.suffix.lower() == NPZ:
+            save_npz(out, drawn, data.class_names)
         else:
             title = "samples" if temperature == 1 else f"samples, temperature {temperature:g}"
             figures.save_samples(out, figures.to_uint8(drawn.images), title=title)
@@ -242,46 +279,6 @@ def info(as_json: bool) -> None:
     click.echo(json.dumps(inverse_flow.build_info(), indent=2) if as_json else format_info())
 
 
-def resume_changes(content: Checkpoint, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What the command line changes in a resumed run; a change that would make it another run is refused."""
-    context = click.get_current_context()
-    before = options_of(content)
-    given = [name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
-    changed = [name for name in given if options[name] != before[name]]
-    fixed = [name for name in changed if name not in CHANGEABLE]
-    if fixed:
-        flags = {parameter.name: parameter.opts[0] for parameter in context.command.params}
-        kept = ", ".join(f"{flags[name]} is {before[name]}" for name in fixed)
-        raise click.UsageError(f"a resumed run keeps the settings of its checkpoint: {kept}")
-    return {name: options[name] for name in changed}
-
-
-def unlimited_time(options: dict[str, Any]) -> None:
-    """Takes the limit of time away, which parts in several processes cannot agree on."""
-    if click.get_current_context().get_parameter_source("minutes") is ParameterSource.COMMANDLINE:
-        raise click.UsageError("--part-per-process is limited by --steps, not by --minutes")
-    options["minutes"] = None
-
-
-def describe(run: runs.Run) -> None:
-    """Says what is about to be trained, on what."""
-    trainer = run.trainer
-    model, config = trainer.model, trainer.model.config
-    console.print(
-        f"{run.data.name}: {len(trainer.batches.images)} training, {len(trainer.validation_images)} validation and "
-        f"{len(run.data.test)} test images of shape {config.image_shape}",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
-    name = "Inverse-Flow" if isinstance(model, InverseFlow) else type(model).__name__
-    classes = f", conditional on {run.classes} classes" if run.classes else ""
-    processes = f", {trainer.workers.count} processes" if trainer.workers.count > 1 else ""
-    console.print(
-        f"{name}: {config.levels} levels of {config.steps} steps, {model.num_parameters:,} parameters"
-        f"{classes}{processes}",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
-
-
 def observers(
     run: runs.Run, tensorboard: bool, sample_every: int | None, open_logs: ExitStack
 ) -> list[Callable[[StepReport], None]]:
@@ -294,42 +291,3 @@ def observers(
     if sample_every:
         found.append(SampleGrids(run.trainer, run.folder, sample_every, board))
     return found
-
-
-def print_table(summary: Summary, title: str) -> None:
-    """The closing table."""
-    table = Table(title=title, show_header=False, caption=f"bits/dim: {summary.protocol}; on {summary.hardware}")
-    table.add_column(no_wrap=True)
-    table.add_column(justify="right")
-    for name, value in summary.rows():
-        table.add_row(name, value)
-    console.print(table)
-
-
-def use_threads(threads: int | None) -> None:
-    """Limits PyTorch's threads, if the command line does."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-
-
-@contextmanager
-def quiet(silent: bool) -> Iterator[None]:
-    """Nothing is printed within it, if ``silent``: one process of several speaks for all."""
-    before, console.quiet = console.quiet, silent
-    try:
-        yield
-    finally:
-        console.quiet = before
-
-
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    """Errors that the user can mend are told in a line, without a traceback."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in TRAIN_EXTRA:
-            raise
-        raise click.ClickException(missing_extra(error)) from error
-    except (ValueError, OSError, FloatingPointError) as error:
-        raise click.ClickException(str(error)) from error

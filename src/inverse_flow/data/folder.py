@@ -77,8 +77,10 @@ def load_image_folder(
     bad: list[str] = []
     found = {part: _read_set(place, size, crop, bad) for part, place in places.items()}
     if bad and not skip_bad_images:
-        message = f"{len(bad)} of the images in {folder} cannot be read (skip_bad_images leaves them out):"
-        raise ValueError("\n  ".join([message, shortened(bad, "\n  ")]))
+        told = (
+            f"{len(bad)} of the images in {folder} cannot be read; --skip-bad-images (skip_bad_images) goes on without"
+        )
+        raise ValueError(f"{told}:\n  " + shortened(bad, "\n  "))
     for part, place in places.items():
         if not found[part]:
             raise FileNotFoundError(f"{place} has no images ({', '.join(SUFFIXES)}); it holds {listing(place)}")

@@ -52,7 +52,7 @@ class Field(NamedTuple):
         optional: may be None.
         several: holds a tuple.
         default: its value if none is given; ``dataclasses.MISSING`` if one must be.
-        help: what it means, in sentences.
+        help: what it means, in sentences; code stands between double backticks.
     """
 
     name: str
@@ -116,10 +116,10 @@ def _field(name: str, hint: Any, default: Any, meanings: dict[str, str]) -> Fiel
 
 
 def _meanings(config_type: type) -> dict[str, str]:
-    """The entries under "Attributes" in a docstring, in plain text."""
+    """The entries under "Attributes" in a docstring, in one line each, with all code between double backticks."""
     text = inspect.getdoc(config_type) or ""
     _, _, section = text.partition("\nAttributes:\n")
     section = re.split(r"\n(?=\S)", section)[0]
     found = re.findall(r"^    ([\w, ]+): (.*(?:\n {5,}.*)*)", section, re.MULTILINE)
-    plain = {name: ROLE.sub(r"\1", " ".join(meaning.split())).replace("``", "") for name, meaning in found}
+    plain = {name: ROLE.sub(r"``\1``", " ".join(meaning.split())) for name, meaning in found}
     return {name: meaning for names, meaning in plain.items() for name in names.split(", ")}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 from inverse_flow.flows import Flow
+from inverse_flow.models.fields import Bounds, check
 from inverse_flow.parts.method import ByParts
 from inverse_flow.training import Batches, TrainConfig, Workers
 from inverse_flow.training.config import parts_settings
@@ -35,40 +35,30 @@ class PartsConfig:
         schedule: whose turn it is before the finish. ``"sequential"``: the parts one after the other, each for an equal
             share of the budget; ``"alternate"``: in turn; ``"simultaneous"``: all parts on every batch, each with its
             own gradient.
-        turn: what a part is trained on in its turn of ``"alternate"``: a ``"batch"`` or an ``"epoch"``.
-        finish: share of the budget, at the end, in which all layers are trained end to end. A third in the original: 30
+        turn: what a part is trained on in its turn when they ``"alternate"``: a ``"batch"`` or an ``"epoch"``.
+        finish: share of the run, at its end, in which all layers are trained end to end. A third in the original: 30
             of 90 epochs.
-        learning_rates: one for each part; empty for that of :class:`TrainConfig` everywhere. The finish has them too.
-        cache_epochs: in ``"sequential"``: the outputs of the parts that are done are computed for all images at once
-            and used for so many epochs; then they are computed again, with other noise and flips. 0 computes them anew
-            for every batch.
+        learning_rates: learning rates of the parts, as many as there are; the finish has them too. Without them it is
+            that of the whole run everywhere.
+        cache_epochs: epochs for which the outputs of finished parts are kept in a ``"sequential"`` run. They are
+            computed for all images at once; after so many epochs they are computed again, with other noise and flips.
+            0 computes them anew for every batch.
     """
 
     cut: Cut = "across"
-    count: int = 2
+    count: Annotated[int, Bounds(1)] = 2
     schedule: Schedule = "alternate"
     turn: Turn = "batch"
-    finish: float = 1 / 3
-    learning_rates: tuple[float, ...] = ()
-    cache_epochs: int = 0
+    finish: Annotated[float, Bounds(0, 1)] = 1 / 3
+    learning_rates: tuple[Annotated[float, Bounds(above=0)], ...] = ()
+    cache_epochs: Annotated[int, Bounds(0)] = 0
 
     def __post_init__(self) -> None:
         # A config read back from JSON has lists; equal runs must have equal configs.
         object.__setattr__(self, "learning_rates", tuple(self.learning_rates))
-        for name, known in {"cut": CUTS, "schedule": SCHEDULES, "turn": TURNS}.items():
-            given = getattr(self, name)
-            if given not in known:
-                raise ValueError(f"{name} must be {', '.join(known[:-1])} or {known[-1]}, got {given!r}")
-        if self.count < 1:
-            raise ValueError(f"count must be at least 1, got {self.count}")
-        if not 0 <= self.finish <= 1:
-            raise ValueError(f"finish must be a share, 0 to 1, got {self.finish}")
+        check(self)
         if self.learning_rates and len(self.learning_rates) != self.count:
             raise ValueError(f"{self.count} parts need as many learning rates, got {len(self.learning_rates)}")
-        if not all(rate > 0 and math.isfinite(rate) for rate in self.learning_rates):
-            raise ValueError(f"learning rates must be finite numbers above 0, got {list(self.learning_rates)}")
-        if self.cache_epochs < 0:
-            raise ValueError(f"cache_epochs must be at least 0, got {self.cache_epochs}")
         if self.cache_epochs and self.schedule != "sequential":
             raise ValueError(f"cache_epochs keeps the outputs of parts that are done: sequential, not {self.schedule}")
 

@@ -135,7 +135,9 @@ class Checkpoint:
 
 def absolute(source: str | Path) -> str:
     """A data source that means the same from every directory."""
-    return EMBEDDED if source == EMBEDDED else os.path.abspath(source)  # noqa: PTH100  (keeps links as they are)
+    if source in (EMBEDDED, ""):  # the empty text is no path, though it would become one
+        return str(source)
+    return os.path.abspath(source)  # noqa: PTH100  (keeps links as they are)
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:

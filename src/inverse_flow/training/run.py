@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from inverse_flow.data import ImageData
 from inverse_flow.models import KINDS
@@ -83,8 +84,10 @@ def start(
     )
     torch.manual_seed(train_config.seed)
     model = model_type.from_config(model_config).to(device)
-    context = context_of(data.train, where.classes)
-    trainer = Trainer(model, data.train.images, train_config, folder, context=context, workers=workers, data=where)
+    images, context, own = _images(data, where, train_config)
+    trainer = Trainer(
+        model, images, train_config, folder, context=context, workers=workers, data=where, own_validation=own
+    )
     return _checked(Run(trainer, data, folder))
 
 
@@ -115,11 +118,11 @@ def resume(
         check_folder(folder)
     where = source_of(content, source)
     data = where.load()
-    context = context_of(data.train, where.classes)
-    images = data.train.images
+    images, context, own = _images(data, where, content.training)
     trainer = Trainer.resume(
-        content, images, folder, context=context, device=device, workers=workers, data=where, **changes
-    )
+        content, images, folder, context=context, device=device, workers=workers, data=where, own_validation=own,
+        **changes,
+    )  # fmt: skip
     return _checked(Run(trainer, data, folder))
 
 
@@ -143,8 +146,21 @@ def data_of(content: Checkpoint, source: str | None = None) -> ImageData:
     where = source_of(content, source)
     data = where.load()
     if source is None:
-        checkpoint.check_images(content, data.train.images, context_of(data.train, where.classes))
+        images, context, _ = _images(data, where, content.training)
+        checkpoint.check_images(content, images, context)
     return data
+
+
+def _images(data: ImageData, where: DataSource, config: TrainConfig) -> tuple[Tensor, Tensor | None, int]:
+    """The images of a run and their contexts; the last so many are validation images that the data bring along.
+
+    They do not count if the configuration says how many to draw.
+    """
+    own = data.validation if config.validation is None else None
+    sets = [data.train] if own is None else [data.train, own]
+    contexts = [context_of(part, where.classes) for part in sets]
+    context = torch.cat([found for found in contexts if found is not None]) if where.classes else None
+    return torch.cat([part.images for part in sets]), context, 0 if own is None else len(own)
 
 
 def _checked(run: Run) -> Run:

@@ -60,13 +60,15 @@ def draw(
     return Drawn(images, log_probs, None if context is None else context.argmax(1))
 
 
-def save_npz(path: Path, drawn: Drawn) -> None:
-    """Writes ``x``, (N, H, W, C) in uint8, ``log_prob``, (N,) in nats, and with labels ``y``.
+def save_npz(path: Path, drawn: Drawn, class_names: tuple[str, ...] = ()) -> None:
+    """Writes ``x``, (N, H, W, C) in uint8, ``log_prob``, (N,) in nats, and with labels ``y`` and ``class_names``.
 
     ``inverse_flow.data.load`` reads such a file.
     """
     images, log_prob = figures.to_uint8(drawn.images).permute(0, 2, 3, 1).numpy(), drawn.log_probs.numpy()
     labels: dict[str, Any] = {} if drawn.labels is None else {"y": drawn.labels.numpy()}
+    if class_names:
+        labels["class_names"] = np.array(class_names)
     with replacing(path) as unfinished:
         np.savez(unfinished, x=images, log_prob=log_prob, **labels)
 

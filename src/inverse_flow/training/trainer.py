@@ -56,7 +56,7 @@ class Trainer:
 
     Args:
         model: on the device to train on. Variational dequantization puts its layer in front of the model's own.
-        images: (N, C, H, W), uint8. ``config.validation`` of them, drawn by the seed, are kept for validation.
+        images: (N, C, H, W), uint8. As many as ``config.validation`` says, drawn by the seed, are kept for validation.
         config: see :class:`TrainConfig`.
         folder: of the run; None to write nothing.
         extra: plain values of your own to keep in the checkpoint.
@@ -65,6 +65,7 @@ class Trainer:
             configuration asks for.
         workers: the processes that train together, see :class:`Workers`. Each is given all the images.
         data: where the images come from, to keep in the checkpoint.
+        own_validation: so many of the images, the last ones, are there for validation, and none are drawn.
 
     Raises:
         TypeError: another kind of model, or one in another precision; images that are no bytes.
@@ -84,11 +85,13 @@ class Trainer:
         method: MethodFactory | None = None,
         workers: Workers = ALONE,
         data: DataSource | None = None,
+        own_validation: int = 0,
     ) -> None:
         _check(model, images, context)
-        count = len(images) - config.validation
+        held = own_validation or config.validation_images(len(images))
+        count = len(images) - held
         if count < 1:
-            raise ValueError(f"{config.validation} of {len(images)} images for validation leave none to train on")
+            raise ValueError(f"{held} of {len(images)} images for validation leave none to train on")
         self.model = model
         self.config = config
         self.folder = folder
@@ -97,7 +100,8 @@ class Trainer:
         self.data = data
         self.fingerprint = Fingerprint.of(images, context)
         # Drawn, not cut off: files are often sorted by class.
-        order = torch.randperm(len(images), generator=generator(config.seed, VALIDATION))
+        drawn = torch.randperm(len(images), generator=generator(config.seed, VALIDATION))
+        order = torch.arange(len(images)) if own_validation else drawn
         train, validation = order[:count].sort().values, order[count:].sort().values
         self.batches = Batches(images[train], config, None if context is None else context[train])
         self.validation_images = images[validation]
@@ -125,6 +129,7 @@ class Trainer:
         workers: Workers = ALONE,
         device: torch.device | str = "cpu",
         data: DataSource | None = None,
+        own_validation: int = 0,
         **changes: Any,
     ) -> Trainer:
         """The trainer of a checkpoint, as it was when that was written.
@@ -142,6 +147,7 @@ class Trainer:
         trainer = cls(
             model, images, config, folder, content.extra,
             context=context, method=method, workers=workers, data=data or content.data,
+            own_validation=own_validation,
         )  # fmt: skip
         trainer.load_state(content)
         return trainer

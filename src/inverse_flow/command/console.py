@@ -1,0 +1,61 @@
+"""What the commands print."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.table import Table
+
+from inverse_flow.data.files import shortened
+from inverse_flow.models import InverseFlow
+from inverse_flow.training import run as runs
+from inverse_flow.training.summary import Summary
+
+console = Console()
+
+
+def describe(run: runs.Run) -> None:
+    """Says what is about to be trained, on what."""
+    trainer = run.trainer
+    model, config = trainer.model, trainer.model.config
+    console.print(
+        f"{run.data.name}: {len(trainer.batches.images)} training, {len(trainer.validation_images)} validation and "
+        f"{len(run.data.test)} test images of shape {config.image_shape}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    if run.data.left_out:
+        console.print(
+            "left out, since they cannot be read:\n  " + shortened(run.data.left_out, "\n  "),
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
+    name = "Inverse-Flow" if isinstance(model, InverseFlow) else type(model).__name__
+    names = f" ({shortened(run.data.class_names)})" if run.data.class_names else ""
+    classes = f", conditional on {run.classes} classes{names}" if run.classes else ""
+    processes = f", {trainer.workers.count} processes" if trainer.workers.count > 1 else ""
+    console.print(
+        f"{name}: {config.levels} levels of {config.steps} steps, {model.num_parameters:,} parameters"
+        f"{classes}{processes}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def print_table(summary: Summary, title: str) -> None:
+    """The closing table."""
+    table = Table(title=title, show_header=False, caption=f"bits/dim: {summary.protocol}; on {summary.hardware}")
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right")
+    for name, value in summary.rows():
+        table.add_row(name, value)
+    console.print(table)
+
+
+@contextmanager
+def quiet(silent: bool) -> Iterator[None]:
+    """Nothing is printed within it, if ``silent``: one process of several speaks for all."""
+    before, console.quiet = console.quiet, silent
+    try:
+        yield
+    finally:
+        console.quiet = before
