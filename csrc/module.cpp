@@ -1,6 +1,7 @@
 // The Python module inverse_flow._C. Importing it registers the operators of ops.cpp and the CPU kernels; what it
 // carries itself is only the description of the build, and of what a solve would do (explain.cpp).
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <torch/headeronly/version.h>
 
 #include <string>
@@ -30,10 +31,8 @@ py::dict build_info() {
   py::dict info;
   info["torch_built_with"] = TORCH_VERSION;
   info["compiler"] = __VERSION__;
-  info["cpu_isa"] = inverse_flow::cpu::isa_name(inverse_flow::cpu::isa_in_use());
-  py::list isas;
-  for (const auto isa : inverse_flow::cpu::compiled_isas()) isas.append(inverse_flow::cpu::isa_name(isa));
-  info["cpu_isas"] = isas;
+  info["cpu_isa"] = inverse_flow::cpu::isa_in_use().name;
+  info["cpu_isas"] = inverse_flow::cpu::compiled_isas();
   info["cuda_absent"] = cuda_left_out();
   return info;
 }

@@ -10,11 +10,21 @@
 #include <array>
 #include <cstdint>
 #include <initializer_list>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "checks.h"
 
 namespace inverse_flow {
+
+// Where a new tensor fails: the only reason there is, and more than reaches the caller from PyTorch.
+template <class Sizes>
+[[noreturn]] void no_room(const Sizes& sizes, ScalarType type) {
+  int64_t bytes = type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
+  for (const int64_t size : sizes) bytes *= size;
+  throw std::runtime_error("out of memory: no room for a tensor of " + std::to_string(bytes) + " bytes");
+}
 
 // Uninitialized, on the device of `like`; `sizes` and `strides` of the same length.
 template <class Sizes, class NewStrides>
@@ -23,8 +33,10 @@ Tensor new_strided(const Tensor& like, const Sizes& sizes, const NewStrides& str
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                                  code, device_type, like.get_device_index(), &handle));
+  const AOTITorchError failed =
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), code, device_type,
+                               like.get_device_index(), &handle);
+  if (failed) no_room(sizes, type);
   return Tensor(handle);
 }
 
@@ -58,8 +70,12 @@ inline Tensor new_image_like(const Tensor& image) {
   const auto strides = image.strides();
   const std::array<int64_t, 4> shape{sizes[0], sizes[1], sizes[2], sizes[3]};
   const std::array<int64_t, 4> steps{strides[0], strides[1], strides[2], strides[3]};
-  return is_dense(shape, steps) ? new_strided(image, shape, steps, image.scalar_type())
-                                : torch::stable::empty_like(image);
+  if (is_dense(shape, steps)) return new_strided(image, shape, steps, image.scalar_type());
+  try {
+    return torch::stable::empty_like(image);
+  } catch (const std::runtime_error&) {
+    no_room(shape, image.scalar_type());
+  }
 }
 
 inline Tensor as_contiguous(const Tensor& tensor) {

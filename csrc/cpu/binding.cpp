@@ -8,15 +8,18 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
-#include <new>
 #include <optional>
+#include <stdexcept>
+#include <string>
 #include <thread>
 #include <tuple>
 #include <vector>
 
 #include "../checks.h"
 #include "../tensors.h"
+#include "isa.h"
 #include "plan.h"
 #include "prepare.h"
 
@@ -24,19 +27,25 @@ namespace inverse_flow::cpu {
 
 namespace {
 
-// 64-byte-aligned working memory of one thread.
+// Working memory: pieces of as many bytes, each 64-byte-aligned. Taken before the threads start, since what fails
+// within one reaches the caller without its message.
 class Scratch {
  public:
-  explicit Scratch(size_t bytes) : memory_(std::aligned_alloc(64, std::max<size_t>((bytes + 63) / 64 * 64, 64))) {
-    if (!memory_) throw std::bad_alloc();
+  Scratch(int64_t pieces, size_t bytes) : piece_((bytes + 63) / 64 * 64) {
+    const size_t all = std::max<size_t>(pieces * piece_, 64);
+    memory_ = static_cast<char*>(std::aligned_alloc(64, all));
+    if (!memory_) {
+      throw std::runtime_error("out of memory: the solve needs " + std::to_string(all) + " bytes of working memory");
+    }
   }
   ~Scratch() { std::free(memory_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  void* get() const { return memory_; }
+  void* piece(int64_t index) const { return memory_ + index * piece_; }
 
  private:
-  void* memory_;
+  size_t piece_;
+  char* memory_;
 };
 
 // One group of an image tensor in the coordinates in which its solve starts at the top left.
@@ -64,7 +73,7 @@ template <class IO, class T>
 void run(const Shape& shape, const std::vector<int64_t>& orders, const Prepared<T>& prepared, const Tensor& input,
          const Tensor& output, const Tensor* other, T* weight_gradient, T* bias_gradient) {
   const bool with_gradient = other != nullptr;
-  const Kernels<IO, T> kernels = kernels_in_use<IO, T>();
+  const Kernels<IO, T>& kernels = isa_in_use().kernels;
   const Plan plan = make_plan(shape, with_gradient, kernels.min_lanes, kernels.max_lanes, sizeof(T),
                               torch::stable::get_num_threads());
 
@@ -84,32 +93,34 @@ void run(const Shape& shape, const std::vector<int64_t>& orders, const Prepared<
   // Every unit of work sums its gradients apart, and they are added up in a fixed order: the result does not depend
   // on which thread was faster.
   const SumSizes sizes = sum_sizes(shape, with_gradient);
-  std::vector<T> sums(plan.sets * sizes.total());
+  const size_t set_bytes = sizes.total() * sizeof(T);
+  const Scratch sums(plan.sets, set_bytes);
+  for (int64_t set = 0; set < plan.sets; ++set) std::memset(sums.piece(set), 0, set_bytes);
   const auto gradients = [&](int64_t set) {
-    T* at = sums.data() + set * sizes.total();
+    T* at = static_cast<T*>(sums.piece(set));
     return Gradients<T>{at, at + sizes.weight};
   };
   std::vector<int64_t> group_of_set(plan.sets, -1);
   size_t bytes = 0;
   for (const auto& problem : problems) bytes = std::max(bytes, thread_scratch(kernels, plan, problem));
   const int64_t jobs = plan.jobs;
+  const Scratch scratch(plan.workers, bytes);
 
   if (plan.by_rows) {
     const int64_t halo = halo_elements(shape, plan);
-    const Scratch halos(jobs * halo * sizeof(T));
+    const Scratch halos(1, jobs * halo * sizeof(T));
     std::unique_ptr<std::atomic<int64_t>[]> steps_done(new std::atomic<int64_t>[jobs]);
     for (int64_t i = 0; i < jobs; ++i) steps_done[i].store(0, std::memory_order_relaxed);
     // Bands are claimed in order, so the band a claimed one waits for is always being worked on, whatever the
     // number of threads that really run.
     std::atomic<int64_t> next{0};
-    const Bands<T> bands{plan.rows, &next, steps_done.get(), static_cast<T*>(halos.get())};
+    const Bands<T> bands{plan.rows, &next, steps_done.get(), static_cast<T*>(halos.piece(0))};
     torch::stable::parallel_for(0, plan.workers, 1, [&](int64_t begin, int64_t end) {
-      const Scratch scratch(bytes);
       for (int64_t worker = begin; worker < end; ++worker) {
         for (int64_t job = next.fetch_add(1); job < jobs; job = next.fetch_add(1)) {
           const int64_t group = job / (shape.batch * plan.units);
           group_of_set[job] = group;
-          kernels.rows(problems[group], bands, job, scratch.get(), gradients(job));
+          kernels.rows(problems[group], bands, job, scratch.piece(begin), gradients(job));
         }
       }
     });
@@ -120,7 +131,6 @@ void run(const Shape& shape, const std::vector<int64_t>& orders, const Prepared<
       return std::min(shape.batch, vectors * unit / plan.units * kernels.min_lanes);
     };
     torch::stable::parallel_for(0, jobs, 1, [&](int64_t begin, int64_t end) {
-      const Scratch scratch(bytes);
       for (int64_t job = begin; job < end; ++job) {
         for (int64_t i = units * job / jobs; i < units * (job + 1) / jobs; ++i) {
           const int64_t group = i / plan.units;
@@ -129,7 +139,7 @@ void run(const Shape& shape, const std::vector<int64_t>& orders, const Prepared<
           const int64_t lanes = count <= kernels.min_lanes ? kernels.min_lanes : plan.lanes;
           const int64_t set = job + group;  // unique: both grow along the units
           group_of_set[set] = group;
-          kernels.images(problems[group], first, count, lanes, scratch.get(), gradients(set));
+          kernels.images(problems[group], first, count, lanes, scratch.piece(begin), gradients(set));
         }
       }
     });
@@ -211,7 +221,7 @@ void solve_as(const Shape& shape, const std::vector<int64_t>& orders, const Tens
   const StateValues<T> w(weight, weight_count(shape));
   std::optional<StateValues<T>> b;
   if (bias) b.emplace(*bias, channel_count(shape));
-  const Prepared<T> prepared = prepare(shape, orders, w.data(), b ? b->data() : nullptr, isa_in_use());
+  const Prepared<T> prepared = prepare(shape, orders, w.data(), b ? b->data() : nullptr, isa_in_use().kernels.prepare);
   if (shape.batch > 0) run<IO, T>(shape, orders, prepared, input, output, nullptr, nullptr, nullptr);
 }
 
@@ -220,7 +230,7 @@ void solve_backward_as(const Shape& shape, const std::vector<int64_t>& orders, c
                        const Tensor& output, const Tensor& weight, const Tensor& grad_input, const Tensor& grad_weight,
                        const Tensor& grad_bias) {
   const StateValues<T> w(weight, weight_count(shape));
-  const Prepared<T> prepared = prepare<T>(shape, orders, w.data(), nullptr, isa_in_use());
+  const Prepared<T> prepared = prepare<T>(shape, orders, w.data(), nullptr, isa_in_use().kernels.prepare);
   const StateSums<T> weight_sums(grad_weight, weight_count(shape));
   const StateSums<T> bias_sums(grad_bias, channel_count(shape));
   if (shape.batch > 0) {

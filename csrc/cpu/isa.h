@@ -1,7 +1,10 @@
 // Which instruction set the CPU kernels run with, decided once, when first asked.
 #pragma once
 
+#include <string>
 #include <vector>
+
+#include "sweep.h"
 
 #if defined(__x86_64__)
 #define INVERSE_FLOW_X86 1
@@ -11,15 +14,17 @@
 
 namespace inverse_flow::cpu {
 
-enum class Isa { kPortable, kAvx2, kAvx512 };
+struct Isa {
+  const char* name;
+  KernelSet kernels;
+};
 
-const char* isa_name(Isa isa);
+// The best set compiled into this library that this processor has, or the one named by the environment variable
+// INVERSE_FLOW_CPU_ISA. Throws std::runtime_error when that names one that is unknown, not compiled in, or not
+// supported by the processor.
+const Isa& isa_in_use();
 
-// Those compiled into this library, the plainest first.
-std::vector<Isa> compiled_isas();
-
-// The best compiled set that this processor has, or the one named by the environment variable INVERSE_FLOW_CPU_ISA.
-// Throws std::runtime_error when that names one that is unknown, not compiled in, or not supported by the processor.
-Isa isa_in_use();
+// The names of those compiled into this library, the plainest first.
+std::vector<std::string> compiled_isas();
 
 }  // namespace inverse_flow::cpu

@@ -13,15 +13,6 @@ namespace inverse_flow::cpu {
 
 namespace {
 
-PrepareKernels kernels_of(Isa isa) {
-#if INVERSE_FLOW_X86
-  if (isa == Isa::kAvx512) return avx512::prepare_kernels();
-  if (isa == Isa::kAvx2) return avx2::prepare_kernels();
-#endif
-  (void)isa;
-  return portable::prepare_kernels();
-}
-
 // Gauss-Jordan with partial pivoting, in place, on the n x n row-major matrix. Returns the column in which no pivot is
 // left, or -1.
 int64_t invert(std::vector<double>& matrix, int64_t n, const PrepareKernels& kernels) {
@@ -119,12 +110,12 @@ Weights<T> Prepared<T>::group(const Shape& shape, int64_t group) const {
 }
 
 template <class T>
-Prepared<T> prepare(const Shape& shape, const std::vector<int64_t>& orders, const T* weight, const T* bias, Isa isa) {
+Prepared<T> prepare(const Shape& shape, const std::vector<int64_t>& orders, const T* weight, const T* bias,
+                    const PrepareKernels& kernels) {
   const int64_t n = shape.channels;
   const int64_t pairs = n * n;
   const int64_t window = shape.taps();
   const bool identity = shape.corner == kIdentity || (shape.corner == kUnitTriangular && n == 1);
-  const PrepareKernels kernels = kernels_of(isa);
 
   Prepared<T> prepared;
   prepared.taps.resize(shape.groups * pairs * (window - 1));
@@ -262,8 +253,10 @@ void add_weight_gradient(const Shape& shape, int64_t order, const T* sums, T* gr
 
 template struct Prepared<float>;
 template struct Prepared<double>;
-template Prepared<float> prepare(const Shape&, const std::vector<int64_t>&, const float*, const float*, Isa);
-template Prepared<double> prepare(const Shape&, const std::vector<int64_t>&, const double*, const double*, Isa);
+template Prepared<float> prepare(const Shape&, const std::vector<int64_t>&, const float*, const float*,
+                                 const PrepareKernels&);
+template Prepared<double> prepare(const Shape&, const std::vector<int64_t>&, const double*, const double*,
+                                  const PrepareKernels&);
 template void add_weight_gradient(const Shape&, int64_t, const float*, float*);
 template void add_weight_gradient(const Shape&, int64_t, const double*, double*);
 

@@ -4,7 +4,6 @@
 #include <cstdint>
 #include <vector>
 
-#include "isa.h"
 #include "sweep.h"
 
 namespace inverse_flow::cpu {
@@ -21,7 +20,8 @@ struct Prepared {
 // What is inverted of M, and what the inverse is folded into (see Weights), is computed in float64 and rounded once,
 // and for float64 itself in about twice the digits. Throws std::runtime_error when an M is singular.
 template <class T>
-Prepared<T> prepare(const Shape& shape, const std::vector<int64_t>& orders, const T* weight, const T* bias, Isa isa);
+Prepared<T> prepare(const Shape& shape, const std::vector<int64_t>& orders, const T* weight, const T* bias,
+                    const PrepareKernels& kernels);
 
 // Scatters the sums of one group (see Gradients) into the weight's gradient, adding, and leaving what the corner kind
 // does not read at zero. `shape` is that of the solve that made the sums.

@@ -156,19 +156,9 @@ struct PrepareKernels {
 // Two vectors of doubles of any instruction set.
 constexpr int64_t kProductColumns = 16;
 
-#define INVERSE_FLOW_DECLARE_ISA(isa)                                  \
-  namespace isa {                                                      \
-  template <class IO, class T>                                         \
-  Kernels<IO, T> kernels();                                            \
-  extern template Kernels<float, float> kernels<float, float>();       \
-  extern template Kernels<double, double> kernels<double, double>();   \
-  extern template Kernels<BFloat16, float> kernels<BFloat16, float>(); \
-  extern template Kernels<Float16, float> kernels<Float16, float>();   \
-  PrepareKernels prepare_kernels();                                    \
-  }
-INVERSE_FLOW_DECLARE_ISA(avx512)
-INVERSE_FLOW_DECLARE_ISA(avx2)
-INVERSE_FLOW_DECLARE_ISA(portable)
-#undef INVERSE_FLOW_DECLARE_ISA
+// All kernels of one instruction set. Converts to the Kernels of each pair of types.
+struct KernelSet : Kernels<float, float>, Kernels<double, double>, Kernels<BFloat16, float>, Kernels<Float16, float> {
+  PrepareKernels prepare;
+};
 
 }  // namespace inverse_flow::cpu

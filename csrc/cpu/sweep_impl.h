@@ -1,5 +1,6 @@
-// The CPU kernels, written once and compiled for each instruction set (sweep_avx512.cpp, sweep_avx2.cpp,
-// sweep_portable.cpp).
+// The CPU kernels, written once and compiled for each instruction set of isa.cpp by a file of its name. That file says
+// the namespace, INVERSE_FLOW_ISA, what the compiler may use, INVERSE_FLOW_TARGET, if more than by default, the bytes
+// of a vector, and whether halves are converted by F16C.
 //
 //   for each line (sweep.h), for each step of it:
 //     r = y - bias - sum over taps of W_tap * x at (step - tap)      micro-kernel `add_products`, taps x channels
@@ -14,8 +15,23 @@
 // fixed distance. Images are packed through 8 x 8 transposes, a slab of rows or a stretch of steps at a time.
 // Operations: taps * C^2 multiply-adds a pixel. Bytes: each image read once and written once; the state stays in L2.
 //
-// No include guard on purpose, and only the parts of this very code are included here: the including file provides what
-// else they need, outside the target pragma.
+// No include guard on purpose. Only the parts of this very code are under the target pragma: the headers before it are
+// shared with code that runs everywhere.
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <thread>
+
+#include "sweep.h"
+
+#define INVERSE_FLOW_PRAGMA_TEXT(...) _Pragma(#__VA_ARGS__)
+#define INVERSE_FLOW_PRAGMA(...) INVERSE_FLOW_PRAGMA_TEXT(__VA_ARGS__)
+#if defined(INVERSE_FLOW_TARGET) && defined(__clang__)
+INVERSE_FLOW_PRAGMA(clang attribute push(__attribute__((target(INVERSE_FLOW_TARGET))), apply_to = function))
+#elif defined(INVERSE_FLOW_TARGET)
+INVERSE_FLOW_PRAGMA(GCC push_options)
+INVERSE_FLOW_PRAGMA(GCC target(INVERSE_FLOW_TARGET))
+#endif
 
 namespace inverse_flow::cpu::INVERSE_FLOW_ISA {
 
@@ -94,7 +110,7 @@ static void rows(const Problem<IO, T>& problem, const Bands<T>& bands, int64_t b
 }
 
 template <class IO, class T>
-Kernels<IO, T> kernels() {
+static Kernels<IO, T> kernels() {
   return {kMinVectors<T> * kVectorLanes<T>,
           kMaxVectors<T> * kVectorLanes<T>,
           &images_scratch<IO, T>,
@@ -102,11 +118,6 @@ Kernels<IO, T> kernels() {
           &images<IO, T>,
           &rows<IO, T>};
 }
-
-template Kernels<float, float> kernels<float, float>();
-template Kernels<double, double> kernels<double, double>();
-template Kernels<BFloat16, float> kernels<BFloat16, float>();
-template Kernels<Float16, float> kernels<Float16, float>();
 
 static void subtract_rows(double* matrix, const double* row, const double* factors, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
@@ -145,6 +156,18 @@ static void add_product(double* out, const double* matrix, const double* right, 
   });
 }
 
-PrepareKernels prepare_kernels() { return {&subtract_rows, &subtract_row_exactly, &add_product}; }
+KernelSet kernel_set() {
+  return {kernels<float, float>(),
+          kernels<double, double>(),
+          kernels<BFloat16, float>(),
+          kernels<Float16, float>(),
+          {&subtract_rows, &subtract_row_exactly, &add_product}};
+}
 
 }  // namespace inverse_flow::cpu::INVERSE_FLOW_ISA
+
+#if defined(INVERSE_FLOW_TARGET) && defined(__clang__)
+INVERSE_FLOW_PRAGMA(clang attribute pop)
+#elif defined(INVERSE_FLOW_TARGET)
+INVERSE_FLOW_PRAGMA(GCC pop_options)
+#endif

@@ -1,12 +1,4 @@
 // The CPU kernels for any processor the compiler targets by default.
-#include <atomic>
-#include <cstddef>
-#include <cstdint>
-#include <thread>
-
-#include "isa.h"
-#include "sweep.h"
-
 #define INVERSE_FLOW_ISA portable
 #define INVERSE_FLOW_VECTOR_BYTES 16
 #define INVERSE_FLOW_HAS_F16C 0

@@ -58,7 +58,8 @@ def inverse_conv2d(
         TypeError: an argument is not a tensor or not floating.
         ValueError: shapes, dtypes, ``order``, ``groups`` or ``corner`` do not fit, or (on the CPU) M is singular.
             On a GPU a singular M gives NaN instead, since finding it would need a synchronisation.
-        RuntimeError: the tensors lie on different devices, or on a device the library was not built for.
+        RuntimeError: the tensors lie on different devices, or on a device the library was not built for; or memory is
+            short, with the bytes that were asked for.
         NotImplementedError: forward mode inside forward mode, for which PyTorch would give zeros.
     """
     spec = make_spec(order, groups, corner, ops.allows_tf32(input))
@@ -71,6 +72,8 @@ def inverse_conv2d(
         native.check_device(input.device)
         if "the corner tap is singular" in str(error):
             raise ValueError(str(error).splitlines()[0]) from error
+        if str(error).startswith("out of memory"):
+            raise RuntimeError(str(error).splitlines()[0]) from error
         raise
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from functools import partial
 from typing import Any
 
@@ -161,3 +164,22 @@ def test_module_calls(direction: str) -> None:
         call(Y[:, :3])
     with pytest.raises(ValueError, match=r"weight must be torch\.float64 like input, got torch\.float32"):
         call(Y.double())
+
+
+def test_memory_that_is_short_is_named_in_bytes() -> None:
+    """In a process of its own with a limited address space: working memory, and the result itself."""
+    script = """
+import resource, torch
+from inverse_flow.functional import inverse_conv2d
+resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30,) * 2)
+for pixels in (10**8, 2 * 10**9):
+    try:
+        inverse_conv2d(torch.ones(1, 1, 1, 1).expand(1, 1, 1, pixels), torch.tensor([[[[-0.5, 1.0]]]]))
+    except RuntimeError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2
+    assert re.fullmatch(r"out of memory: the solve needs \d{10} bytes of working memory", lines[0])
+    assert "8000000000 bytes" in lines[1]
