@@ -15,6 +15,9 @@
 namespace inverse_flow {
 
 using SolvePlan = std::variant<BlockPlan, LanesPlan, TensorPlan>;
+// Places in it.
+constexpr size_t kLanesRegime = 1;
+constexpr size_t kTensorRegime = 2;
 
 // Fewer channels would leave most of a 16 x 8 fragment empty. Unmeasured.
 constexpr int64_t kMinTensorChannels = 9;
@@ -25,10 +28,10 @@ constexpr int64_t kMinTensorChannels = 9;
 inline std::optional<SolvePlan> plan_solve(const Shape& shape, int64_t state_bytes, const DeviceLimits& device,
                                            std::optional<size_t> forced = std::nullopt) {
   const auto wants = [&](size_t regime) { return forced.value_or(regime) == regime; };
-  if (wants(1)) {
+  if (wants(kLanesRegime)) {
     if (const auto plan = plan_lanes(shape, state_bytes, device)) return *plan;
   }
-  if (wants(2) && (forced.has_value() || shape.channels >= kMinTensorChannels)) {
+  if (wants(kTensorRegime) && (forced.has_value() || shape.channels >= kMinTensorChannels)) {
     if (const auto plan = plan_tensor(shape, state_bytes, device)) return *plan;
   }
   if (const auto plan = plan_block(shape, state_bytes, device)) return *plan;
