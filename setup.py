@@ -209,7 +209,7 @@ def extensions(status: CudaStatus, home: Path | None) -> list[setuptools.Extensi
         cpp_extension._check_cuda_version = lambda *_: None
     module = cpp_extension.CUDAExtension(
         f"{PACKAGE}._C_cuda",
-        sources("csrc/cuda", "*.cpp", "*.cu"),
+        sources("csrc/cuda", "*.cpp", "**/*.cu"),
         include_dirs=include_dirs[:],
         define_macros=macros,
         extra_compile_args={"cxx": [*cxx, "-DUSE_CUDA"], "nvcc": ["-O3", "-lineinfo", "--expt-relaxed-constexpr"]},

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "host_device.h"
+
 namespace inverse_flow {
 
 // The corner of the image that a group pads, and recurs, from. Bit 0 mirrors the columns, bit 1 the rows, so
@@ -44,12 +46,25 @@ struct Strides {
   int64_t column;
 };
 
-// Offset, inside one channel pair's kernel_h x kernel_w window, of the tap that reaches p rows and q columns away
-// from the output pixel in a group of the given order. (0, 0) is the corner tap.
-inline int64_t tap_offset(const Shape& shape, int32_t order, int64_t p, int64_t q) {
-  const int64_t row = (order & kMirrorRows) ? p : shape.kernel_h - 1 - p;
-  const int64_t column = (order & kMirrorColumns) ? q : shape.kernel_w - 1 - q;
-  return row * shape.kernel_w + column;
+// The corner that a solve recurs from: a transposed one starts from the opposite corner.
+INVERSE_FLOW_HOST_DEVICE constexpr int32_t solved_order(int32_t order, bool transposed) {
+  return transposed ? order ^ kOppositeCorner : order;
+}
+
+// Row of a kernel_h x kernel_w window of the tap that reaches p rows away from the output pixel, in a group of the
+// given order; likewise columns. Each is its own inverse. (0, 0) is the corner tap.
+template <typename Index>
+INVERSE_FLOW_HOST_DEVICE constexpr Index tap_row(Index kernel_h, int32_t order, Index p) {
+  return (order & kMirrorRows) ? p : kernel_h - 1 - p;
+}
+template <typename Index>
+INVERSE_FLOW_HOST_DEVICE constexpr Index tap_column(Index kernel_w, int32_t order, Index q) {
+  return (order & kMirrorColumns) ? q : kernel_w - 1 - q;
+}
+
+// Offset, inside one channel pair's window, of that tap.
+INVERSE_FLOW_HOST_DEVICE inline int64_t tap_offset(const Shape& shape, int32_t order, int64_t p, int64_t q) {
+  return tap_row(shape.kernel_h, order, p) * shape.kernel_w + tap_column(shape.kernel_w, order, q);
 }
 
 }  // namespace inverse_flow

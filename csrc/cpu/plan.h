@@ -19,6 +19,17 @@ struct Plan {
   int64_t jobs;     // what the threads share: bands (rows), or ranges of neighbouring units (images)
   int64_t workers;  // threads that have a job
   int64_t sets;     // partial sums of the gradients that are kept apart
+
+  // Calls see(name, value) for every fact of the plan that inverse_flow.explain tells.
+  template <class See>
+  void visit(const Shape& shape, const See& see) const {
+    see("regime", by_rows ? "rows as lanes" : "images as lanes");
+    see("workers", workers);
+    see("lanes", lanes);
+    see("units", units * shape.groups * (by_rows ? shape.batch : 1));
+    see("steps", by_rows ? band_steps(shape, lanes) : shape.height * shape.width);
+    see("joined", by_rows && rows.joined);
+  }
 };
 
 // Whether `threads` that share an image can sweep joined bands. The band that a thread joins to its line begins a

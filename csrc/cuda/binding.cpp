@@ -10,7 +10,9 @@
 
 #include "../checks.h"
 #include "../tensors.h"
-#include "launch.h"
+#include "device.h"
+#include "gradient/launch.h"
+#include "regimes.h"
 
 namespace inverse_flow {
 namespace {
@@ -58,8 +60,8 @@ Tensor run_solve(const Tensor& input, const Tensor& weight, const std::optional<
   const ScalarType type = input.scalar_type();
   const ScalarType wide_type = state_type(type);
   const int64_t state_bytes = element_bytes(element_type(wide_type));
-  SolvePlan plan{};
-  STD_TORCH_CHECK(plan_solve(shape, state_bytes, limits, plan), "inverse_flow: ", shape.channels,
+  const std::optional<SolvePlan> plan = plan_solve(shape, state_bytes, limits);
+  STD_TORCH_CHECK(plan.has_value(), "inverse_flow: ", shape.channels,
                   " channels a group are more than fit this GPU's shared memory (", limits.shared_bytes, " bytes)");
 
   const bool is_half = type != wide_type;
@@ -67,12 +69,12 @@ Tensor run_solve(const Tensor& input, const Tensor& weight, const std::optional<
   std::optional<Tensor> bias_memory;
   if (bias.has_value()) bias_memory = as_contiguous(*bias);
   std::optional<Tensor> wide;
-  if (is_half && (state != nullptr || state_needed(plan, is_half))) {
+  if (is_half && (state != nullptr || state_needed(*plan))) {
     wide = new_tensor(input, {shape.batch, shape.groups * shape.channels, shape.height, shape.width}, wide_type);
   }
   std::optional<Tensor> workspace;
-  const SolveWorkspace parts = solve_workspace(shape, plan, state_bytes);
-  if (parts.bytes > 0) workspace = new_bytes(input, parts.bytes);
+  const int64_t workspace_bytes = solve_workspace_bytes(shape, *plan, state_bytes);
+  if (workspace_bytes > 0) workspace = new_bytes(input, workspace_bytes);
 
   SolveProblem problem{};
   problem.shape = shape;
@@ -88,7 +90,7 @@ Tensor run_solve(const Tensor& input, const Tensor& weight, const std::optional<
   problem.state = wide.has_value() ? wide->mutable_data_ptr() : nullptr;
   problem.workspace = workspace.has_value() ? workspace->mutable_data_ptr() : nullptr;
   problem.allow_tf32 = allow_tf32;
-  check_launch(launch_solve(problem, plan, current_stream(input)));
+  check_launch(launch_solve(problem, *plan, current_stream(input)));
   if (state != nullptr) *state = is_half ? *wide : output;
   return output;
 }
@@ -129,7 +131,7 @@ std::tuple<Tensor, Tensor, Tensor> solve_backward(const Tensor& grad_output, con
 
   const ScalarType wide_type = state_type(output.scalar_type());
   const GradientPlan plan = plan_weight_gradient(shape, element_bytes(element_type(wide_type)), limits);
-  Tensor workspace = new_tensor(weight, {gradient_workspace_elements(shape, plan)}, wide_type);
+  Tensor workspace = new_tensor(weight, {plan.workspace_elements(shape)}, wide_type);
   GradientProblem problem{};
   problem.shape = shape;
   problem.orders = orders.data();

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <string>
 
-#include "launch.h"
+#include "device.h"
 
 namespace {
 

@@ -12,5 +12,5 @@ def plan_cuda(
     threads_per_block: int,
     shared_bytes: int,
     multiprocessors: int,
-    forced_regime: int,
-) -> dict[str, Any]: ...
+    regime: int | None,
+) -> dict[str, Any] | None: ...

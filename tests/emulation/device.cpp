@@ -1,31 +1,12 @@
-// The other side of csrc/cuda/launch.h: what launch.cu holds, with the emulator for a GPU.
-#include "launch.h"
+// What csrc/cuda/device.cu says on a GPU, with the emulator in its place.
+#include "device.h"
 
 namespace inverse_flow {
 
-// As launch.cu declares them.
-const char* launch_solve_float(const SolveProblem&, const SolvePlan&, void* stream);
-const char* launch_solve_double(const SolveProblem&, const SolvePlan&, void* stream);
-const char* launch_solve_bfloat16(const SolveProblem&, const SolvePlan&, void* stream);
-const char* launch_solve_half(const SolveProblem&, const SolvePlan&, void* stream);
-
 // For the binding's test a small GPU: images of a few hundred pixels need several tiles.
 const char* device_limits(DeviceLimits& limits) {
-  limits = {128, 6 * 1024, 4, -1};
+  limits = {128, 6 * 1024, 4};
   return nullptr;
-}
-
-const char* launch_solve(const SolveProblem& problem, const SolvePlan& plan, void* stream) {
-  switch (problem.image_type) {
-    case ElementType::kFloat:
-      return launch_solve_float(problem, plan, stream);
-    case ElementType::kDouble:
-      return launch_solve_double(problem, plan, stream);
-    case ElementType::kBFloat16:
-      return launch_solve_bfloat16(problem, plan, stream);
-    default:
-      return launch_solve_half(problem, plan, stream);
-  }
 }
 
 }  // namespace inverse_flow

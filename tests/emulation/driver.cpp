@@ -7,7 +7,9 @@
 #include <sstream>
 #include <string>
 
-#include "sequence.cuh"
+#include "common/element.cuh"
+#include "gradient/launch.h"
+#include "regimes.h"
 
 namespace {
 
@@ -59,33 +61,18 @@ void check(const char* error) {
   std::exit(4);
 }
 
-void print(const SolvePlan& plan) {
-  std::cout << "regime " << static_cast<int32_t>(plan.regime) << "\npack " << plan.pack << "\ntile " << plan.tile_h
-            << " " << plan.tile_w << "\ntiles " << plan.tiles_h << " " << plan.tiles_w << "\nimages " << plan.images
-            << "\nthreads " << plan.threads << "\nchannel_threads " << plan.channel_threads << "\ndiagonal_threads "
-            << plan.diagonal_threads << "\nweights_in_shared " << plan.weights_in_shared << "\nfold_in_block "
-            << plan.fold_in_block << "\nshared_bytes " << plan.shared_bytes << "\n";
-  if (plan.regime == SolveRegime::kLanes) {
-    std::cout << "bands " << plan.lanes.bands << "\nimages_per_warp " << plan.lanes.images_per_warp << "\nphases "
-              << plan.lanes.phases() << "\n";
-  }
-  if (plan.regime == SolveRegime::kTensor) {
-    const TensorPlan& tensor = plan.tensor;
-    std::cout << "tensor_splits " << tensor.splits << "\ntensor_job_warps " << tensor.job_warps
-              << "\ntensor_finish_warps " << tensor.finish_warps << "\ntensor_output_tiles " << tensor.output_tiles
-              << "\ntensor_k_steps " << tensor.k_steps << "\ntensor_resident_steps " << tensor.resident_steps
-              << "\ntensor_whole_images " << tensor.whole_images << "\n";
-  }
-}
+// A fact of a plan as a line, its name behind a prefix.
+struct Print {
+  std::string prefix;
 
-void print(const GradientPlan& plan) {
-  std::cout << "gradient_tensor_cores " << plan.tensor_cores << "\ngradient_block " << plan.block_outputs << " "
-            << plan.block_inputs << "\ngradient_window " << plan.window_h << " " << plan.window_w * plan.strip
-            << "\ngradient_images " << plan.images << "\ngradient_tile " << plan.tile_h << " " << plan.tile_w
-            << "\ngradient_teams " << plan.teams << "\ngradient_threads " << plan.threads << "\ngradient_splits "
-            << plan.splits << "\ngradient_lanes " << plan.combine_lanes << "\ngradient_shared_bytes "
-            << plan.shared_bytes << "\n";
-}
+  template <typename... Values>
+  void operator()(std::string name, const Values&... values) const {
+    std::replace(name.begin(), name.end(), '.', '_');
+    std::cout << prefix << name;
+    ((std::cout << ' ' << values), ...);
+    std::cout << "\n";
+  }
+};
 
 // The conversions of element.cuh and the emulation: all halves to float, and the given floats to halves.
 template <typename Element>
@@ -152,18 +139,23 @@ int main(int argc, char** argv) {
               static_cast<Corner>(input.get("corner")),
               transposed};
   const DeviceLimits limits{static_cast<int32_t>(input.get("threads_per_block")), input.get("shared_bytes"),
-                            static_cast<int32_t>(input.get("multiprocessors")),
-                            static_cast<int32_t>(input.get("forced_regime"))};
+                            static_cast<int32_t>(input.get("multiprocessors"))};
+  const int64_t forced = input.get("forced_regime");
   const bool is_backward = operation == "backward";
 
-  SolvePlan plan;
-  if (!plan_solve(shape, state_bytes, limits, plan)) {
+  const auto plan =
+      plan_solve(shape, state_bytes, limits, forced < 0 ? std::nullopt : std::optional(static_cast<size_t>(forced)));
+  if (!plan.has_value()) {
     std::cerr << "driver: no plan\n";
     return 5;
   }
-  print(plan);
+  // The regime's place in the variant; its name is for people.
+  std::cout << "regime " << plan->index() << "\n";
+  visit_plan(shape, *plan, state_bytes, [](const std::string& name, const auto&... values) {
+    if (name != "regime") Print{""}(name, values...);
+  });
   const GradientPlan gradient_plan = plan_weight_gradient(shape, state_bytes, limits);
-  print(gradient_plan);
+  gradient_plan.visit(shape, Print{"gradient_"});
   if (operation == "plan") return 0;
 
   const int64_t image_bytes = element_bytes(image_type);
@@ -186,10 +178,9 @@ int main(int argc, char** argv) {
     emulation::device.random.seed(static_cast<uint64_t>(seed));
     const Bytes output = poisoned(output_bytes);
     const int64_t state_elements = shape.batch * all_channels * shape.height * shape.width;
-    const bool with_state = is_half && (is_backward || state_needed(plan, true));
+    const bool with_state = is_half && (is_backward || state_needed(*plan));
     const Bytes state = with_state ? poisoned(state_elements * state_bytes) : nullptr;
-    const SolveWorkspace parts = solve_workspace(shape, plan, state_bytes);
-    const Bytes workspace = poisoned(parts.bytes);
+    const Bytes workspace = poisoned(solve_workspace_bytes(shape, *plan, state_bytes));
     SolveProblem problem{};
     problem.shape = shape;
     // The gradient of a solve is first of all the opposite solve.
@@ -206,13 +197,13 @@ int main(int argc, char** argv) {
     problem.state = state.get();
     problem.workspace = workspace.get();
     problem.allow_tf32 = input.get("allow_tf32") != 0;
-    check(launch_solve(problem, plan, nullptr));
+    check(launch_solve(problem, *plan, nullptr));
     const int64_t solve_launches = emulation::device.launches;
     write(result, output, output_bytes);
     if (is_backward) {
       const Bytes weight_gradient = poisoned(weight_bytes);
       const Bytes bias_gradient = poisoned(bias_bytes);
-      const Bytes partials = poisoned(gradient_workspace_elements(shape, gradient_plan) * state_bytes);
+      const Bytes partials = poisoned(gradient_plan.workspace_elements(shape) * state_bytes);
       GradientProblem gradient{};
       gradient.shape = shape;
       gradient.orders = orders.data();

@@ -18,7 +18,7 @@ TYPES = {"float": FLOAT, "double": DOUBLE, "bfloat16": BFLOAT16, "half": HALF}
 IDENTITY, UNIT_TRIANGULAR, GENERAL = range(3)
 TOP_LEFT, TOP_RIGHT, BOTTOM_LEFT, BOTTOM_RIGHT = range(4)
 ALL_ORDERS = (TOP_LEFT, TOP_RIGHT, BOTTOM_LEFT, BOTTOM_RIGHT)
-# SolveRegime of csrc/cuda/device_limits.h.
+# Places in SolvePlan of csrc/cuda/regimes.h.
 ANY_REGIME, BLOCK, LANES, TENSOR = -1, 0, 1, 2
 
 

@@ -16,17 +16,17 @@ class Mistake(NamedTuple):
 
 PLANTED = {
     "missing barrier": Mistake(
-        "solve.cuh",
+        "block/kernel.cuh",
         "__syncthreads();  // the next diagonal reads what this one wrote",
         "if (!PLANTED) __syncthreads();",
     ),
     "index one past the end": Mistake(
-        "solve.cuh",
+        "block/kernel.cuh",
         "const int last_row = diagonal < tile.rows ? diagonal : tile.rows - 1;",
         "const int last_row = diagonal < tile.rows ? diagonal : tile.rows - (PLANTED ? 0 : 1);",
     ),
     "read of unwritten memory": Mistake(
-        "solve.cuh",
+        "block/kernel.cuh",
         "for (int u = 0; u < kPack; ++u) packed.value[u] = z[u];",
         """const int found = (image * plan.tile_h + row) * plan.row_stride + column;
     for (int u = 0; u < kPack; ++u) {
@@ -35,157 +35,163 @@ PLANTED = {
     }""",
     ),
     "missing barrier of the gradient": Mistake(
-        "gradient_tile.cuh",
+        "gradient/tile.cuh",
         "__syncthreads();  // the tile is complete, and the one before was used",
         "if (!PLANTED) __syncthreads();",
     ),
     "missing barrier of the fold": Mistake(
-        "fold.cuh",
+        "common/fold.cuh",
         "team.sync();  // the pivot row and column are copied, and every warp has its pivot",
         "if (!PLANTED) team.sync();",
     ),
     "missing barrier between the levels of the fold": Mistake(
-        "fold.cuh", "team.sync();  // L21 X11 is there", "if (!PLANTED) team.sync();"
+        "common/fold.cuh", "team.sync();  // L21 X11 is there", "if (!PLANTED) team.sync();"
     ),
     "missing barrier behind the last tile of the gradient": Mistake(
-        "gradient_tile.cuh", "__syncthreads();  // the last tile was used", "if (!PLANTED) __syncthreads();"
+        "gradient/tile.cuh", "__syncthreads();  // the last tile was used", "if (!PLANTED) __syncthreads();"
     ),
     "small part left out of a split product": Mistake(
-        "mma.cuh", "multiply_tf32(sum, a.big, b.small);", "if (!PLANTED) multiply_tf32(sum, a.big, b.small);"
+        "common/mma.cuh", "multiply_tf32(sum, a.big, b.small);", "if (!PLANTED) multiply_tf32(sum, a.big, b.small);"
     ),
     "missing barrier where teams meet": Mistake(
-        "gradient_tile.cuh", "__syncthreads();  // the later half's sums are there", "if (!PLANTED) __syncthreads();"
+        "gradient/tile.cuh", "__syncthreads();  // the later half's sums are there", "if (!PLANTED) __syncthreads();"
     ),
     "barrier that some threads skip": Mistake(
-        "solve.cuh", "__syncthreads();  // z is complete", "if (!PLANTED || threadIdx.x != 3) __syncthreads();"
+        "block/kernel.cuh", "__syncthreads();  // z is complete", "if (!PLANTED || threadIdx.x != 3) __syncthreads();"
     ),
     "tensor cores: missing barrier": Mistake(
-        "solve_tensor.cuh",
+        "tensor/kernel.cuh",
         "__syncthreads();  // x of the diagonal before is there, and the sums may be overwritten",
         "if (!PLANTED) __syncthreads();",
     ),
     "tensor cores: missing barrier before the sums": Mistake(
-        "solve_tensor.cuh",
+        "tensor/kernel.cuh",
         "__syncthreads();  // the sums are complete, y has been read, and y of the next diagonal is there",
         "if (!PLANTED) __syncthreads();",
     ),
     "tensor cores: the small part of x is dropped": Mistake(
-        "solve_tensor.cuh",
+        "tensor/kernel.cuh",
         "multiply_tf32(sums.small[i], weights.big, x[i].small);",
         "if (!PLANTED) multiply_tf32(sums.small[i], weights.big, x[i].small);",
     ),
     "tensor cores: the small part of the weights is dropped": Mistake(
-        "solve_tensor.cuh",
+        "tensor/kernel.cuh",
         "multiply_tf32(sums.small[i], weights.small, x[i].big);",
         "if (!PLANTED) multiply_tf32(sums.small[i], weights.small, x[i].big);",
     ),
     "tensor cores: weights that nobody waited for": Mistake(
-        "solve_tensor.cuh", "wait_for_copies();", "if (!PLANTED) wait_for_copies();"
+        "tensor/kernel.cuh", "wait_for_copies();", "if (!PLANTED) wait_for_copies();"
     ),
     "tensor cores: a ring of one diagonal too few": Mistake(
-        "solve_tensor.cuh", "if (slot < 0) slot += plan.slots;", "if (slot < 0) slot += plan.slots - (PLANTED ? 1 : 0);"
+        "tensor/kernel.cuh",
+        "if (slot < 0) slot += plan.slots;",
+        "if (slot < 0) slot += plan.slots - (PLANTED ? 1 : 0);",
     ),
     "tensor cores: an operand that is not rounded": Mistake(
-        "mma.cuh",
+        "common/mma.cuh",
         "big[i] = round_to_tf32(values[i]);",
         "big[i] = PLANTED ? float_bits(values[i]) : round_to_tf32(values[i]);",
     ),
     "tiles of the gradient that nobody waited for": Mistake(
-        "gradient_tile.cuh", "wait_for_copies();", "if (!PLANTED) wait_for_copies();"
+        "gradient/tile.cuh", "wait_for_copies();", "if (!PLANTED) wait_for_copies();"
     ),
     "the tile that is used is overwritten": Mistake(
-        "gradient_tile.cuh", "shared + (both - used));", "shared + (PLANTED ? used : both - used));"
+        "gradient/tile.cuh", "shared + (both - used));", "shared + (PLANTED ? used : both - used));"
     ),
     "no barrier behind the warp that inverts the corner": Mistake(
-        "fold.cuh", "__syncthreads();  // the copy is complete, and so is the inverse", "if (!PLANTED) __syncthreads();"
+        "common/fold.cuh",
+        "__syncthreads();  // the copy is complete, and so is the inverse",
+        "if (!PLANTED) __syncthreads();",
     ),
     "the corner is not waited for": Mistake(
-        "fold.cuh", "team.sync();  // the corner is there", "if (!PLANTED) team.sync();"
+        "common/fold.cuh", "team.sync();  // the corner is there", "if (!PLANTED) team.sync();"
     ),
     "lanes: no barrier between phases": Mistake(
-        "solve_lanes.cuh", "if (plan.bands > 1) __syncthreads();", "if (plan.bands > 1 && !PLANTED) __syncthreads();"
+        "lanes/kernel.cuh", "if (plan.bands > 1) __syncthreads();", "if (plan.bands > 1 && !PLANTED) __syncthreads();"
     ),
     "lanes: a band starts two phases early": Mistake(
-        "solve_lanes.cuh", "int phase = -band * plan.lag;", "int phase = -band * (plan.lag - (PLANTED ? 2 : 0));"
+        "lanes/kernel.cuh", "int phase = -band * plan.lag;", "int phase = -band * (plan.lag - (PLANTED ? 2 : 0));"
     ),
     "lanes: the rows above are read one off": Mistake(
-        "solve_lanes.cuh",
+        "lanes/kernel.cuh",
         "over[a - 1] = line - a * row_floats;",
         "over[a - 1] = line - (PLANTED && a > 1 ? a - 1 : a) * row_floats;",
     ),
     "lanes: no wait for the tile to the left": Mistake(
-        "solve_lanes.cuh", "if (claimed.left > 0) {", "if (claimed.left > 0 && !PLANTED) {"
+        "lanes/kernel.cuh", "if (claimed.left > 0) {", "if (claimed.left > 0 && !PLANTED) {"
     ),
     "lanes: no barrier before the flag is set": Mistake(
-        "solve_lanes.cuh",
+        "lanes/kernel.cuh",
         "__syncthreads();  // the whole tile is written before one thread says so",
         "if (!PLANTED) __syncthreads();",
     ),
     "lanes: a shuffle without half of the warp": Mistake(
-        "solve_lanes.cuh", "__shfl_up_sync(kFullWarp, ", "__shfl_up_sync(PLANTED ? 0xffffu : kFullWarp, "
+        "lanes/kernel.cuh", "__shfl_up_sync(kFullWarp, ", "__shfl_up_sync(PLANTED ? 0xffffu : kFullWarp, "
     ),
     "lanes: flags that are not cleared": Mistake(
-        "sequence_lanes.cuh",
+        "lanes/launch.cuh",
         "const char* error = clear_memory(",
         "const char* error = PLANTED ? nullptr : clear_memory(",
     ),
     "lanes: a flag that is never set": Mistake(
-        "solve_lanes.cuh", "if (threadIdx.x == 0) store_release(", "if (threadIdx.x == 0 && !PLANTED) store_release("
+        "lanes/kernel.cuh", "if (threadIdx.x == 0) store_release(", "if (threadIdx.x == 0 && !PLANTED) store_release("
     ),
     "lanes: a shuffle across images": Mistake(
-        "solve_lanes.cuh",
+        "lanes/kernel.cuh",
         "above[a - 1][c] = reads_above ? pixel[c] : above[a - 1][c];",
         "above[a - 1][c] = reads_above && !(PLANTED && slot > 0) ? pixel[c] : above[a - 1][c];",
     ),
     "lanes: a shuffle from the wrong lane": Mistake(
-        "solve_lanes.cuh", "solved[c], kLanes);", "solved[c], PLANTED ? 2 : kLanes);"
+        "lanes/kernel.cuh", "solved[c], kLanes);", "solved[c], PLANTED ? 2 : kLanes);"
     ),
     "lanes: lanes of a pixel that do not wait": Mistake(
-        "solve_lanes.cuh", "__syncwarp();", "if (!PLANTED) __syncwarp();"
+        "lanes/kernel.cuh", "__syncwarp();", "if (!PLANTED) __syncwarp();"
     ),
     "lanes: rows above the image": Mistake(
-        "solve_lanes.cuh",
+        "lanes/kernel.cuh",
         "rows_above >= (kLanes == 1 ? kTaps - 1 : a)",
         "(PLANTED || rows_above >= (kLanes == 1 ? kTaps - 1 : a))",
     ),
     "lanes: a mirrored row that is not reversed": Mistake(
-        "solve_lanes.cuh",
+        "lanes/kernel.cuh",
         "const bool exchanges = ((turn ^ mirror) & bit) != 0;",
         "const bool exchanges = ((PLANTED ? turn : turn ^ mirror) & bit) != 0;",
     ),
     "lanes: a row that is not aligned": Mistake(
-        "sequence_lanes.cuh",
+        "lanes/launch.cuh",
         "if (reinterpret_cast<uintptr_t>(data) % kBytes != 0 ||",
         "if ((!PLANTED && reinterpret_cast<uintptr_t>(data) % kBytes != 0) ||",
     ),
     "lanes: a tile that is not aligned": Mistake(
-        "sequence_lanes.cuh", "is_multiple(plan.tile_w)", "(PLANTED || is_multiple(plan.tile_w))"
+        "lanes/launch.cuh", "is_multiple(plan.tile_w)", "(PLANTED || is_multiple(plan.tile_w))"
     ),
     "lanes: a second band that starts before the one above it is far enough": Mistake(
-        "solve_lanes.cuh",
+        "lanes/kernel.cuh",
         "phase -= plan.band_warps * plan.lag;",
         "phase -= PLANTED ? plan.band_phases : plan.band_warps * plan.lag;",
     ),
     "lanes: a second band that keeps the sums of the first": Mistake(
-        "solve_lanes.cuh",
+        "lanes/kernel.cuh",
         "for (int k = 0; k < kOutputs; ++k) sums[b][k] = 0;",
         "for (int k = 0; k < kOutputs; ++k) sums[b][k] = PLANTED && band >= plan.band_warps ? sums[b][k] : 0;",
     ),
     "lanes: a lane below its band": Mistake(
-        "solve_lanes.cuh",
+        "lanes/kernel.cuh",
         "image < claimed.tile.images && skew < plan.rows &&",
         "image < claimed.tile.images && (PLANTED || skew < plan.rows) &&",
     ),
     "lanes: channels that are not aligned": Mistake(
-        "sequence_lanes.cuh",
+        "lanes/launch.cuh",
         "is_multiple(strides.column) && is_multiple(shape.channels)",
         "(PLANTED || is_multiple(strides.column)) && is_multiple(shape.channels)",
     ),
     "lanes: the next channel of a pixel": Mistake(
-        "solve_lanes.cuh", ".value[c % kTogether + j]", ".value[(PLANTED && kTogether > 1 ? c + 1 : c) % kTogether + j]"
+        "lanes/kernel.cuh",
+        ".value[c % kTogether + j]",
+        ".value[(PLANTED && kTogether > 1 ? c + 1 : c) % kTogether + j]",
     ),
     "lanes: the other channels of a pixel": Mistake(
-        "solve_lanes.cuh",
+        "lanes/kernel.cuh",
         "rounded + first * args.output_strides.channel",
         "rounded + (PLANTED && kTogether > 1 ? 4 - first : first) * args.output_strides.channel",
     ),

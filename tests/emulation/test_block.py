@@ -138,7 +138,7 @@ def test_a_corner_is_inverted_by_a_warp_or_by_the_block(corner: int, transposed:
         for image_type in TYPES if channels in {5, 12} else ("float",):
             case = Case(2, (TOP_RIGHT, BOTTOM_LEFT), channels, 13, 15, 2, 3, corner, transposed, image_type, image_type)
             done = check_solve(case)
-            assert done.facts["fold_in_block"] == [1]
+            assert done.facts["fold_launches"] == [0]
             assert done.facts["threads"][0] > 32
         alone = check_solve(case.but(threads_per_block=32))
         assert alone.facts["threads"] == [32]

@@ -75,7 +75,7 @@ def test_splits_and_teams(channels: int) -> None:
 def test_many_lanes_add_up_many_splits() -> None:
     case = Case(90, (TOP_LEFT, BOTTOM_RIGHT), 1, 6, 8, 2, 3, multiprocessors=64, seeds=(1, 2))
     done = check_backward(case)
-    assert done.facts["gradient_lanes"][0] > 1
+    assert done.facts["gradient_combine_lanes"][0] > 1
 
 
 @pytest.mark.parametrize("kernel", [(3, 3), (5, 4)])
@@ -102,7 +102,7 @@ def test_many_channels_in_blocks_and_windows() -> None:
     """More channels than a block owns, and fewer taps than it could, to have a block for every multiprocessor."""
     case = Case(1, (TOP_LEFT,), 50, 3, 4, 3, 3, multiprocessors=40, seeds=(1,))
     done = check_backward(case)
-    block = done.facts["gradient_block"]
+    block = done.facts["gradient_channels"]
     assert block[0] < 50
     assert block[1] < 50
     done = check_backward(case.but(channels=18, multiprocessors=400))
@@ -160,7 +160,7 @@ def test_gradient_in_blocks() -> None:
     """More channels and taps than a block holds, and tiles smaller than the image; then pixels split over blocks."""
     case = Case(3, (TOP_LEFT, BOTTOM_RIGHT), 9, 7, 9, 3, 6, threads_per_block=64, shared_bytes=3000, multiprocessors=40)
     done = check_backward(case)
-    assert done.facts["gradient_block"][0] < 9
+    assert done.facts["gradient_channels"][0] < 9
     assert done.facts["gradient_window"][0] < 3
     assert done.facts["gradient_tile"] != [7, 9]
     done = check_backward(Case(2, (BOTTOM_LEFT,), 2, 17, 33, 5, 5, multiprocessors=2))

@@ -1,4 +1,4 @@
-"""Rows as lanes (csrc/cuda/solve_lanes.cuh), run on the CPU by the emulator, against a dense float64 solve.
+"""Rows as lanes (csrc/cuda/lanes/kernel.cuh), run on the CPU by the emulator, against a dense float64 solve.
 
 Every run is repeated with another order of threads and blocks and must come out the same.
 """

@@ -45,7 +45,7 @@ PATHS = {
     ),
     "weights from global memory": (
         large(1, (BOTTOM_LEFT,), 200, 5, 4, 3, 3, GENERAL),
-        {"regime": [TENSOR], "weights_in_shared": [0], "fold_in_block": [0]},
+        {"regime": [TENSOR], "weights_in_shared": [0], "fold_launches": [2]},
     ),
     "gradients in parts": (
         large(300, (TOP_LEFT,), 16, 4, 4, 3, 3),

@@ -62,14 +62,15 @@ def register_report(source: Path, output: Path) -> list[Kernel]:
 
 
 def threads_of(kernel: Kernel) -> int:
-    """The most threads that the plans give this kernel: the constants of the plans' headers."""
-    text = "".join(path.read_text() for path in SOURCES.glob("plan*.h"))
+    """The most threads that the plans give this kernel: the constants of their headers."""
+    headers = [*SOURCES.rglob("plan.h"), SOURCES / "common" / "fold.h", SOURCES / "gradient" / "combine.cuh"]
+    text = "".join(path.read_text() for path in headers)
     constants = dict(re.findall(r"constexpr int32_t (\w+) = (\d+);", text))
     for name, constant in {
         "solve_tensor_kernel": "kTensorThreads",
         "weight_gradient_kernel": "kGradientThreads",
         "weight_gradient_tensor_kernel": "kGradientTensorThreads",
-        "combine_gradients_kernel": "kBusyThreads",
+        "combine_gradients_kernel": "kCombineThreads",
     }.items():
         if name in kernel.name:
             return int(constants[constant])
@@ -85,15 +86,18 @@ def check(kernel: Kernel, threads: int) -> None:
 
 
 @pytest.mark.slow  # minutes, for what a build with the options of .ci/run does too: it refuses a spill
-@pytest.mark.parametrize("name", sorted(path.name for path in SOURCES.glob("*.cu")))
+@pytest.mark.parametrize("name", sorted(str(path.relative_to(SOURCES)) for path in SOURCES.rglob("*.cu")))
 def test_no_kernel_spills(name: str, tmp_path: Path) -> None:
     kernels = register_report(SOURCES / name, tmp_path / "object.o")
     for kernel in kernels:
         check(kernel, threads_of(kernel))
     # Every architecture, and every kernel that a file is there for.
-    expected = {"launch.cu": 0, "fold_launch.cu": 4, "gradient_launch.cu": 8, "solve_double_launch.cu": 3}.get(name, 5)
-    if name.startswith("lanes_"):
-        expected = 8 + 12 + 2  # channels a group, for windows of 2, 3 and 5 taps
+    expected = {
+        "device.cu": 0,
+        "block/launch.cu": 3 * 4 + 2 * 2,  # of four image types; and the fold's, of two state types
+        "tensor/launch.cu": 2 * 3 + 2,
+        "gradient/launch.cu": 8,
+    }.get(name, 8 + 12 + 2)  # rows as lanes: channels a group, for windows of 2, 3 and 5 taps
     assert {arch: sum(kernel.arch == arch for kernel in kernels) for arch in ARCHS} == dict.fromkeys(ARCHS, expected)
 
 

@@ -533,7 +533,7 @@ def test_cuda_module_has_the_architectures_asked_for() -> None:
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if not asked:
         pytest.skip("TORCH_CUDA_ARCH_LIST is not set")
-    # nvcc's list of them, as launch.cu writes it down: "800,900".
+    # nvcc's list of them, as device.cu writes it down: "800,900".
     assert ",".join(arch.removesuffix("+PTX").replace(".", "") + "0" for arch in asked.split(";")).encode() in content
 
 

@@ -278,7 +278,8 @@ def test_the_last_weights_of_a_finished_run_are_validated_too() -> None:
 def test_without_validation_images_the_averaged_weights_are_the_result() -> None:
     trainer = Trainer(model(), images(), replace(CONFIG, validation=0))
     assert all(report.validation is None for report in run(trainer))
-    assert trainer.result() is trainer.averaged_model
+    averaged = trainer.averaged_model.state_dict()
+    assert all(torch.equal(value, averaged[name]) for name, value in trainer.result().state_dict().items())
 
 
 def test_validation_images_are_not_trained_on() -> None:
@@ -453,3 +454,16 @@ def test_a_method_whose_package_is_not_imported_is_asked_for() -> None:
     object.__setattr__(config, "parts", {"cut": "across", "count": 2})
     with pytest.raises(ValueError, match=r"trained by parts: import inverse_flow\.parts"):
         Trainer(model(), images(), config)
+
+
+def test_the_result_is_a_copy_that_can_be_trained_on() -> None:
+    trainer = Trainer(model(), images(), replace(CONFIG, steps=1, validation=0))
+    trainer.fit()
+    averaged = [parameter.clone() for parameter in trainer.averaged_model.parameters()]
+    flow = trainer.result()
+    flow.log_prob(torch.rand(2, *flow.event_shape)).mean().backward()
+    assert all(parameter.grad is not None for parameter in flow.parameters())
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(1)
+    assert all(map(torch.equal, averaged, trainer.averaged_model.parameters()))

@@ -1,12 +1,13 @@
 """What a solve would do with a problem, without doing it: :func:`explain`.
 
 Nothing is estimated here. The compiled module runs the very functions that the kernels are launched by,
-``make_plan`` of csrc/cpu/plan.h and ``plan_solve`` of csrc/cuda/plan.h; the latter for any GPU, on any machine.
+``make_plan`` of csrc/cpu/plan.h and ``plan_solve`` of csrc/cuda/regimes.h; the latter for any GPU, on any machine. The
+plans name their facts there, and nobody names them again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ from inverse_flow.ops.checks import FLOAT_DTYPES
 from inverse_flow.ops.library import switches_allow_tf32
 from inverse_flow.ops.spec import ORDERS, OrderNames, make_spec
 
-__all__ = ["H200", "CpuPlan", "CudaPlan", "GpuProperties", "GradientPlan", "Problem", "TensorPlan", "explain"]
+__all__ = ["H200", "Facts", "GpuProperties", "Plan", "Problem", "explain"]
 
 KIB = 1024
 
@@ -50,6 +51,11 @@ class GpuProperties:
             _check_integer(name, getattr(self, name), 1)
         if self.threads_per_block % 32:
             raise ValueError(f"threads_per_block must be a multiple of 32, got {self.threads_per_block}")
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: {self.multiprocessors} multiprocessors, {_bytes(self.shared_bytes)} of shared memory a block"
+        )
 
     @classmethod
     def of(cls, device: torch.device | str = "cuda") -> GpuProperties:
@@ -90,204 +96,85 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class CpuPlan:
-    """How the CPU would do it.
+class Facts:
+    """What a plan says, by name: ``plan.threads`` reads ``plan.facts["threads"]``."""
+
+    facts: Mapping[str, Any] = field(hash=False)
+
+    def __getattr__(self, name: str) -> Any:
+        facts = vars(self).get("facts", {})
+        if name in facts:
+            return facts[name]
+        raise AttributeError(f"this plan has no {name!r}, it has {', '.join(facts)}")
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *self.facts]
+
+    def rows(self, prefix: str = "") -> Iterator[tuple[str, str]]:
+        """Name and value of every fact, as text."""
+        for name, value in self.facts.items():
+            if isinstance(value, Facts):
+                yield from value.rows(f"{prefix}{name}.")
+            elif value is not None:
+                yield prefix + name, _text(name, value)
+
+
+@dataclass(frozen=True)
+class Plan(Facts):
+    """How a CPU or a GPU would do it: facts to print, or to read by name. What a device does not know is absent.
 
     Attributes:
         problem: What is asked.
-        regime: "images as lanes", "rows as lanes", or "nothing to do" for an empty batch.
-        isa: The instruction set in use.
-        threads: Threads that PyTorch has.
+        gpu: The limits that the plan was made for; None on a CPU.
+        regime: How the work is cut up. On a CPU "images as lanes" or "rows as lanes". On a GPU "images in a block"
+            (whole images), "tiles" (an image is cut up), "tensor cores" (whole images, or a ring of their diagonals),
+            each with where the folded weights are; or "rows as lanes", whole images or tiles, with the weights in
+            registers. "nothing to do" for an empty batch, of which there is little else to say.
+        threads: On a CPU those that PyTorch has, on a GPU those of a block.
+        steps: Steps that follow each other in a unit of work (CPU) or in a block: pixels, columns, or anti-diagonals;
+            with rows as lanes some more, since a row starts behind the one above it.
+        scratch_bytes: Memory beside inputs, outputs and gradients; on a CPU also beside a prepared copy of the weight.
+
+        isa: CPU, as the next four: the instruction set in use.
         workers: Threads that have work.
         lanes: Pixels that are solved at once: images of a batch, or rows of a band.
         units: Pieces of work: pieces of the batch times groups, or bands of all images and groups.
-        steps: Steps that follow each other in a unit, each of ``lanes`` pixels.
-        joined: Whether a thread that is through with a band's first row goes on with the next band's, so that its lanes
-            are filled and drained once an image; with rows as lanes.
-        scratch_bytes: Working memory of all threads, beside the tensors and a prepared copy of the weight.
-    """
+        joined: Whether a thread that is through with a band's first row goes on with the next band's.
 
-    problem: Problem
-    regime: str
-    isa: str
-    threads: int
-    workers: int = 0
-    lanes: int = 0
-    units: int = 0
-    steps: int = 0
-    joined: bool = False
-    scratch_bytes: int = 0
-
-    def __str__(self) -> str:
-        head: dict[str, object] = {"device": f"CPU, {self.isa}", "regime": self.regime}
-        if not self.workers:
-            return _table(self.problem, head)
-        return _table(
-            self.problem,
-            {
-                **head,
-                "lanes": self.lanes,
-                "steps of a unit": self.steps,
-                "units of work": f"{self.units} bands, joined" if self.joined else self.units,
-                "threads": f"{self.workers} of {self.threads}",
-                "scratch": _bytes(self.scratch_bytes),
-            },
-        )
-
-
-@dataclass(frozen=True)
-class GradientPlan:
-    """The launches behind a transposed solve on a GPU: the sums of weight and bias, and one that adds up the blocks'
-    where several share the pixels.
-
-    Attributes:
-        tensor_cores: Whether tensor cores multiply.
-        channels: Output and input channels whose pairs a block accumulates.
-        window: Rows and columns of taps that a block accumulates.
-        images: Images, whole ones if several, whose pixels are in shared memory at a time.
-        tile: Rows and columns of those pixels.
-        tiles: Such tiles in the whole batch.
-        teams: Parts of a block that share the pixels of a tile.
-        splits: Blocks that share the pixels of a window; one alone needs no launch to add up, and no scratch.
-        threads: Threads of a block.
-        blocks: Blocks of the launch.
-        shared_bytes: Shared memory of a block.
-        launches: Launches in all.
-        scratch_bytes: Memory for the blocks' sums.
-    """
-
-    tensor_cores: bool
-    channels: tuple[int, int]
-    window: tuple[int, int]
-    images: int
-    tile: tuple[int, int]
-    tiles: int
-    teams: int
-    splits: int
-    threads: int
-    blocks: int
-    shared_bytes: int
-    launches: int
-    scratch_bytes: int
-
-
-@dataclass(frozen=True)
-class TensorPlan:
-    """How the tensor cores solve one anti-diagonal, a matrix product of 16 × 8 × 8 tiles.
-
-    Attributes:
-        output_tiles: Tiles of 16 output channels.
-        k_steps: Steps of 8 input channels, a tap.
-        resident_steps: Of all taps, the steps whose weights are in shared memory; the others are read through L2.
-        splits: Warps that share the steps of one job: a tile of outputs and up to four tiles of pixels.
-        job_warps: Jobs that a block does at a time.
-        finish_warps: Further warps, which add up the sums, load and store meanwhile; 0 where all warps do that.
-        whole_images: Whether whole images are in shared memory; else a ring of the last diagonals.
-    """
-
-    output_tiles: int
-    k_steps: int
-    resident_steps: int
-    splits: int
-    job_warps: int
-    finish_warps: int
-    whole_images: bool
-
-
-@dataclass(frozen=True)
-class CudaPlan:
-    """How a GPU would do it.
-
-    Attributes:
-        problem: What is asked.
-        gpu: The limits that the plan was made for.
-        regime: "images in a block" (whole images), "tiles" (an image is cut up), "tensor cores" (whole images, or a
-            ring of their diagonals), or "nothing to do" for an empty batch; behind a comma, where the folded weights
-            are. For few channels a group "rows as lanes", whole images or tiles again: the weights are in registers.
-        tile: Rows and columns that a block keeps in shared memory.
+        tile: GPU, as all that follow: rows and columns that a block keeps in shared memory.
         tiles: Tiles of an image, downwards and to the right.
-        images: Whole images of a block.
+        images: Whole images of a block; with rows as lanes ``images_per_warp`` of them side by side.
         pack: Channels that are read and written together.
         channel_threads: Threads of a pixel; 0 on tensor cores.
         diagonal_threads: Pixels of an anti-diagonal that are solved at once; 0 on tensor cores.
-        bands: With rows as lanes, the bands of rows of a tile, each swept by a warp; else 0.
-        threads: Threads of a block.
+        bands: With rows as lanes the bands of rows of a tile, each swept by a warp, in ``phases``; else 0.
         blocks: Blocks of the largest launch of the solve.
         shared_bytes: Shared memory of a block of the solve.
         weights_in_shared: Whether the folded weights are in shared memory; else they are read through the L2 cache.
         folded_bytes: Size of the folded weights of all groups.
-        fold_launches: Launches, for each chunk of groups, that fold the corner before the solve; 0 if every block does
-            it for itself.
-        fold_blocks: Blocks of those launches.
-        steps: Steps that follow each other in a block: the anti-diagonals of a tile; with rows as lanes a few more,
-            since a band starts some steps late.
+        fold_launches: Launches, for each chunk of groups, that fold the corner before the solve, of ``fold_blocks``; 0
+            if every block does it for itself.
         launches: Launches in all, those of the gradient included.
-        scratch_bytes: Memory beside inputs, outputs and gradients.
-        gradient: Of a backward pass, what comes behind the transposed solve.
-        tensor: On tensor cores, how they share the work.
         tf32: Whether tensor cores multiply once, in TF32, as PyTorch's switches allow it now; else three times, which
-            is as exact as float32.
+            is as exact as float32. ``products`` says the same of what they multiply.
+        tensor: On tensor cores, how they solve one anti-diagonal, else None: ``output_tiles`` of 16 channels;
+            ``k_steps`` of 8 input channels a tap; ``resident_steps``, of all taps, whose weights are in shared memory;
+            ``splits``, the warps that share a job (a tile of outputs, up to four of pixels); ``job_warps``, the jobs at
+            a time; ``finish_warps``, which add up, load and store meanwhile; ``whole_images``, or a ring.
+        gradient: Of a backward pass, the sums of weight and bias behind the transposed solve, else None: on
+            ``tensor_cores`` or not; of a block the ``channels``, outputs and inputs, whose pairs it accumulates, the
+            ``window`` of taps, and the ``images`` and the ``tile`` of pixels in shared memory at a time, which
+            ``teams`` share; ``tiles`` of the whole batch; ``splits``, the blocks that share the pixels of a window,
+            whose sums ``combine_lanes`` threads add up. And ``threads`` to ``scratch_bytes`` as above, of its own.
     """
 
     problem: Problem
-    gpu: GpuProperties
-    regime: str
-    tile: tuple[int, int] = (0, 0)
-    tiles: tuple[int, int] = (0, 0)
-    images: int = 0
-    pack: int = 0
-    channel_threads: int = 0
-    diagonal_threads: int = 0
-    bands: int = 0
-    threads: int = 0
-    blocks: int = 0
-    shared_bytes: int = 0
-    weights_in_shared: bool = False
-    folded_bytes: int = 0
-    fold_launches: int = 0
-    fold_blocks: int = 0
-    steps: int = 0
-    launches: int = 0
-    scratch_bytes: int = 0
-    gradient: GradientPlan | None = field(default=None)
-    tensor: TensorPlan | None = field(default=None)
-    tf32: bool = False
+    gpu: GpuProperties | None = None
 
     def __str__(self) -> str:
-        rows: dict[str, object] = {
-            "device": f"{self.gpu.name}: {self.gpu.multiprocessors} multiprocessors, "
-            f"{_bytes(self.gpu.shared_bytes)} of shared memory a block",
-            "regime": self.regime,
-        }
-        if not self.launches:
-            return _table(self.problem, rows)
-        rows |= {
-            "tile": f"{self.tile[0]} × {self.tile[1]} pixels, {self.tiles[0]} × {self.tiles[1]} of them an image",
-            "images of a block": self.images,
-            **({"bands of a tile": self.bands} if self.bands else {}),
-            "steps of a tile": self.steps,
-            "threads of a block": self.threads,
-            "blocks": self.blocks,
-            "shared memory": _bytes(self.shared_bytes),
-            "corner folded": "before the solve" if self.fold_launches else "by each block",
-            "launches": self.launches,
-            "scratch": _bytes(self.scratch_bytes),
-        }
-        rounding = "TF32" if self.tf32 else "3xTF32"
-        if self.tensor is not None:
-            rows["matrix products"] = (
-                f"{rounding}, {self.tensor.output_tiles} tiles of outputs, {self.tensor.splits} warps a job, "
-                f"{self.tensor.job_warps} jobs at a time"
-            )
-        if self.gradient is not None:
-            part = self.gradient
-            rows["gradient"] = (
-                f"{f'tensor cores, {rounding}, ' if part.tensor_cores else ''}"
-                f"{part.blocks} blocks of {part.threads} threads, "
-                f"{part.channels[0]} × {part.channels[1]} channels, {part.window[0]} × {part.window[1]} taps, "
-                f"{_bytes(part.shared_bytes)} of shared memory"
-            )
-        return _table(self.problem, rows)
+        rows = [("device", "CPU" if self.gpu is None else str(self.gpu)), *self.rows()]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join([str(self.problem), *(f"  {name:<{width}}  {value}" for name, value in rows)])
 
 
 def explain(
@@ -302,7 +189,7 @@ def explain(
     threads: int | None = None,
     gpu: GpuProperties | None = None,
     backward: bool = False,
-) -> CpuPlan | CudaPlan:
+) -> Plan:
     """Tells how :func:`inverse_flow.functional.inverse_conv2d` would solve a problem. Nothing is allocated or run.
 
     ```python
@@ -359,25 +246,11 @@ def explain(
     return _explain_cuda(problem, sizes, orders, corner_code, dtype_name, gpu)
 
 
-def _explain_cpu(problem: Problem, sizes: tuple[int, ...], corner: int, dtype: str, threads: int | None) -> CpuPlan:
+def _explain_cpu(problem: Problem, sizes: tuple[int, ...], corner: int, dtype: str, threads: int | None) -> Plan:
     if threads is None:
         threads = torch.get_num_threads()
     _check_integer("threads", threads, 1)
-    plan = _C.plan_cpu(sizes, corner, dtype, threads, problem.backward)
-    if not plan["workers"]:
-        return CpuPlan(problem, "nothing to do", plan["isa"], threads)
-    return CpuPlan(
-        problem,
-        "rows as lanes" if plan["rows"] else "images as lanes",
-        plan["isa"],
-        threads,
-        plan["workers"],
-        plan["lanes"],
-        plan["units"],
-        plan["steps"],
-        plan["joined"],
-        plan["workers"] * plan["thread_bytes"] + plan["halo_bytes"] + plan["sum_bytes"],
-    )
+    return Plan(_C.plan_cpu(sizes, corner, dtype, threads, problem.backward), problem)
 
 
 def _explain_cuda(
@@ -387,42 +260,22 @@ def _explain_cuda(
     corner: int,
     dtype: str,
     gpu: GpuProperties,
-    forced_regime: int = -1,
-) -> CudaPlan:
-    """The plan of csrc/cuda. Tests ask for a SolveRegime of csrc/cuda/device_limits.h; -1 is the plan's choice."""
-    limits = (gpu.threads_per_block, gpu.shared_bytes, gpu.multiprocessors, forced_regime)
-    plan: dict[str, Any] = _C.plan_cuda(sizes, orders, corner, dtype, problem.backward, *limits)
-    if not plan.pop("fits"):
+    regime: int | None = None,
+) -> Plan:
+    """The plan of csrc/cuda. Tests ask for a regime by its place in SolvePlan of csrc/cuda/regimes.h."""
+    limits = (gpu.threads_per_block, gpu.shared_bytes, gpu.multiprocessors)
+    facts = _C.plan_cuda(sizes, orders, corner, dtype, problem.backward, *limits, regime)
+    if facts is None:
         raise RuntimeError(
             f"{sizes[2]} channels a group are more than fit the shared memory of {gpu.name} ({gpu.shared_bytes} bytes)"
         )
-    if not plan:
-        return CudaPlan(problem, gpu, "nothing to do")
-    regime = _regime(plan.pop("regime"), plan)
-    found = plan.pop("gradient", None)
-    gradient = None if found is None else GradientPlan(**found)
-    if gradient is not None:
-        plan["launches"] += gradient.launches
-        plan["scratch_bytes"] += gradient.scratch_bytes
-    part = plan.pop("tensor", None)
-    tensor = None if part is None else TensorPlan(**part)
-    return CudaPlan(problem, gpu, regime, **plan, gradient=gradient, tensor=tensor, tf32=switches_allow_tf32())
-
-
-# SolveRegime of csrc/cuda/device_limits.h.
-LANES, TENSOR = 1, 2
-
-
-def _regime(code: int, plan: dict[str, Any]) -> str:
-    """The SolveRegime in words, and where the folded weights are."""
-    where = "shared memory" if plan["weights_in_shared"] else "global memory"
-    if code == TENSOR:
-        if plan["tensor"]["resident_steps"] and not plan["weights_in_shared"]:
-            where = "shared and global memory"
-        pixels = "whole images" if plan["tensor"]["whole_images"] else "a ring of diagonals"
-        return f"tensor cores, {pixels}, weights in {where}"
-    pixels = "images in a block" if plan["tiles"] == (1, 1) else "tiles"
-    return f"rows as lanes, {pixels}" if code == LANES else f"{pixels}, weights in {where}"
+    tf32 = switches_allow_tf32()
+    for part in ("tensor", "gradient"):
+        found = facts.pop(part, None)
+        if found is not None and found.get("tensor_cores", True):
+            found["products"] = "TF32" if tf32 else "3xTF32"
+        facts[part] = None if found is None else Facts(found)
+    return Plan({**facts, "tf32": tf32}, problem, gpu)
 
 
 def _check_shape(shape: Sequence[int]) -> tuple[int, int, int, int]:
@@ -449,11 +302,15 @@ def _kernel_size(kernel: int | Sequence[int], channels: int, groups: int) -> tup
 
 
 def _bytes(count: int) -> str:
-    return (
-        f"{count} bytes" if count < KIB else f"{count / KIB:.1f} KiB" if count < KIB**2 else f"{count / KIB**2:.1f} MiB"
-    )
+    for unit, size in (("MiB", KIB**2), ("KiB", KIB)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"
 
 
-def _table(problem: Problem, rows: dict[str, object]) -> str:
-    width = max(map(len, rows))
-    return "\n".join([str(problem), *(f"  {name:<{width}}  {value}" for name, value in rows.items())])
+def _text(name: str, value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, tuple):
+        return " × ".join(map(str, value))
+    return _bytes(value) if isinstance(value, int) and name.endswith("bytes") else str(value)

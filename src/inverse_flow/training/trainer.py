@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -178,10 +179,15 @@ class Trainer:
                     log.close()
 
     def result(self) -> ImageFlow:
-        """The model with the best weights: those of the best validation, else the averaged ones."""
-        model = self.averaged_model
+        """A copy of the model with the best weights: those of the best validation, else the averaged ones.
+
+        It is in evaluation mode, and learns what the trained model learns, should it be trained on.
+        """
+        model = copy.deepcopy(self.averaged_model)
         if self.best is not None:
             model.load_state_dict(self.best.weights)
+        for parameter, trained in zip(model.parameters(), self.model.parameters(), strict=True):
+            parameter.requires_grad_(trained.requires_grad)
         return model
 
     def state(self) -> Checkpoint:

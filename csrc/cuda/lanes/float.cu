@@ -1,0 +1,10 @@
+// The solve of float images in the regime "lanes": one file an image type, so that they compile side by side.
+#include "launch.cuh"
+
+namespace inverse_flow {
+
+const char* launch_lanes_float(const SolveProblem& problem, const LanesPlan& plan, void* stream) {
+  return run_lanes<float>(problem, plan, stream);
+}
+
+}  // namespace inverse_flow
