@@ -1,0 +1,80 @@
+"""Every layer is captured whole by ``torch.compile`` and ``torch.export``, for any batch, and trained afterwards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from .test_battery import CASES, Case, flat
+
+# One of each kind: the others differ in their options alone.
+NAMES = (
+    "inverse_conv_plu", "inverse_conv_four_orders", "actnorm", "conv1x1", "additive_coupling",
+    "affine_coupling_context", "squeeze", "logit", "permute", "split_hidden_context", "checkerboard_context",
+    "linear_spline", "spline_coupling", "householder", "haar_by_channel", "hint_shallow", "hyperbolic",
+    "residual_coupling", "compose", "haar_volume",
+)  # fmt: skip
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the compiler about its own code
+BATCH = torch.export.Dim("batch")
+
+
+class BothWays(nn.Module):
+    """A layer's two directions in one graph."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, ...]:
+        z, logdet = self.layer(x, context)
+        back, inverse_logdet = self.layer.inverse(z, context)
+        return flat(z), logdet, back, inverse_logdet
+
+
+def arguments(case: Case, batch: int) -> tuple[Tensor, ...]:
+    context = case.context(batch, torch.float32)
+    return (case.images(batch, torch.float32), *(() if context is None else (context,)))
+
+
+def gradients(module: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Tensor | None]:
+    """Of a sum that weighs every value differently, in the module's parameters and its first input."""
+    x = inputs[0].clone().requires_grad_()
+    values = torch.cat([value.flatten() for value in module(x, *inputs[1:])])
+    weights = torch.linspace(0.5, 1.5, len(values))
+    wanted = {"x": x, **dict(module.named_parameters())}
+    found = torch.autograd.grad((weights * values).sum(), list(wanted.values()), allow_unused=True)
+    return dict(zip(wanted, found, strict=True))
+
+
+def check(captured: Any, module: nn.Module, case: Case, *, grad: bool) -> None:
+    """What was captured gives the module's values, for another batch too, and its gradients."""
+    for batch in (3, 5):
+        inputs = arguments(case, batch)
+        torch.testing.assert_close(captured(*inputs), module(*inputs))
+    if grad:
+        torch.testing.assert_close(gradients(captured, inputs), gradients(module, inputs))
+
+
+cases = pytest.mark.parametrize("case", [CASES[name] for name in NAMES], ids=NAMES)
+differentiable = torch._C._dispatch_has_kernel_for_dispatch_key("inverse_flow::solve", "Autograd")
+
+
+@cases
+def test_compiled_whole(case: Case) -> None:
+    torch.compiler.reset()
+    module = BothWays(case.layer(torch.float32))
+    check(torch.compile(module, fullgraph=True, dynamic=True, backend="eager"), module, case, grad=False)
+
+
+@cases
+def test_exported_for_any_batch_and_trained_afterwards(case: Case, request: pytest.FixtureRequest) -> None:
+    if not differentiable and "inverse_conv" in request.node.callspec.id:
+        request.applymarker(pytest.mark.xfail(strict=True, reason="the raw operators have no formula for autograd"))
+    module = BothWays(case.layer(torch.float32))
+    inputs = arguments(case, 3)
+    program = torch.export.export(module, inputs, dynamic_shapes=tuple({0: BATCH} for _ in inputs))
+    check(program.module(), module, case, grad=True)
+    check(program.run_decompositions().module(), module, case, grad=False)
