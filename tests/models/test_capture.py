@@ -1,0 +1,87 @@
+"""Models built without values, on the meta device, and given those of another; a classifier compiled and exported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from inverse_flow.models import (
+    ConditionalFlow,
+    FInCFlow,
+    Glow,
+    Hint,
+    InverseConvClassifier,
+    InverseFlow,
+    LabelContext,
+    RealNVP,
+    SummaryNet,
+)
+
+SHAPE = (1, 4, 4)
+SIZE = {"levels": 2, "steps": 1, "hidden": 1}
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "inverse_flow": lambda: InverseFlow(SHAPE, **SIZE),
+    "finc_flow": lambda: FInCFlow(SHAPE, **SIZE, corner="plu"),
+    "glow": lambda: Glow(SHAPE, **SIZE, logit_margin=0.01),
+    "real_nvp": lambda: RealNVP(SHAPE, **SIZE, blocks=1),
+    "hint": lambda: Hint(SHAPE, **{**SIZE, "levels": 1}),
+    "by_label": lambda: ConditionalFlow(Glow(SHAPE, **SIZE, context_channels=2), LabelContext(4, 2)),
+    "by_image": lambda: ConditionalFlow(Glow(SHAPE, **SIZE, context_channels=2), SummaryNet(1, 2, hidden=1)),
+}
+BATCH = torch.export.Dim("batch")
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the compiler about its own code
+
+
+class AllMethods(nn.Module):
+    """What a model can do, in one call; ``forward`` is what ``log_prob`` calls."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, latents: tuple[Tensor, ...], *condition: Tensor) -> tuple[Tensor, ...]:
+        back, logdet = self.model.inverse(latents, *condition)
+        return self.model.log_prob(x, *condition), back, logdet, self.model.sample(2, *(c[:2] for c in condition))
+
+
+def shaken(model: nn.Module) -> nn.Module:
+    """``model`` with nothing left at its initial value."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def arguments(model: nn.Module, batch: int) -> tuple[Tensor, ...]:
+    condition: tuple[Tensor, ...] = ()
+    if isinstance(model, ConditionalFlow):
+        labels = isinstance(model.summary, LabelContext)
+        condition = (torch.arange(batch) % 4 if labels else torch.rand(batch, *SHAPE),)
+    latents = tuple(torch.randn(batch, *shape) for shape in model.latent_shapes)
+    return (torch.rand(batch, *SHAPE), latents, *condition)
+
+
+def test_a_classifier_is_captured_too() -> None:
+    model = InverseConvClassifier(SHAPE, hidden=3).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    program = torch.export.export(model, (torch.rand(3, *SHAPE),), dynamic_shapes=({0: BATCH},), strict=True)
+    x = torch.rand(5, *SHAPE)
+    torch.testing.assert_close(compiled(x), model(x))
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_built_without_values_and_given_those_of_another(make: Callable[[], nn.Module]) -> None:
+    model = shaken(make())
+    with torch.device("meta"):
+        twin = make().eval()
+    twin.load_state_dict(model.state_dict(), assign=True)
+    module, inputs = AllMethods(twin), arguments(model, 3)
+    torch.manual_seed(0)
+    expected = AllMethods(model)(*inputs)
+    torch.manual_seed(0)
+    torch.testing.assert_close(module(*inputs), expected)
