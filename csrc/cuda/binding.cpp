@@ -155,5 +155,7 @@ std::tuple<Tensor, Tensor, Tensor> solve_backward(const Tensor& grad_output, con
 
 STABLE_TORCH_LIBRARY_IMPL(inverse_flow, CUDA, m) {
   m.impl("solve", TORCH_BOX(&inverse_flow::solve));
+  m.impl("solve_eager", TORCH_BOX(&inverse_flow::solve));
   m.impl("solve_backward", TORCH_BOX(&inverse_flow::solve_backward));
+  m.impl("solve_backward_eager", TORCH_BOX(&inverse_flow::solve_backward));
 }

@@ -39,7 +39,7 @@ class Solve(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         output, weight = ctx.saved_tensors
-        _, weight_needed, bias_needed, _ = ctx.needs_input_grad
+        _, weight_needed, bias_needed, *_ = ctx.needs_input_grad
         if weight_needed:
             grads = solve_backward(grad_output, output, weight, ctx.spec)
             return (*grads[:2], grads[2] if bias_needed else None, None)
@@ -191,13 +191,20 @@ def _records_gradients(input: Tensor, weight: Tensor, bias: Tensor | None) -> bo
         input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
         return True
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return torch._C._are_functorch_transforms_active()
+
+
+def _is_traced() -> bool:
+    """Whether a program is being made, that keeps the operator and with it the formula registered below."""
+    return torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
 
 
 def solve(input: Tensor, weight: Tensor, bias: Tensor | None, spec: Spec) -> Tensor:
     """The differentiable solve, in reverse mode and, inside a forward-mode level, in forward mode."""
     if _in_forward_mode():
         return _apply(SolveForwardMode, input, weight, bias, spec)
+    if _is_traced():
+        return ops.traced_solve(input, weight, bias, *spec)
     if _records_gradients(input, weight, bias):
         return _apply(Solve, input, weight, bias, spec)
     return ops.solve(input, weight, bias, *spec)
@@ -207,6 +214,26 @@ def solve_backward(grad_output: Tensor, output: Tensor, weight: Tensor, spec: Sp
     """The gradients of :func:`solve`, themselves differentiable in both modes."""
     if _in_forward_mode():
         return _apply(SolveBackwardForwardMode, grad_output, output, weight, spec)
+    if _is_traced():
+        return ops.traced_solve_backward(grad_output, output, weight, *spec)
     if _records_gradients(grad_output, output, weight):
         return _apply(SolveBackward, grad_output, output, weight, spec)
     return ops.solve_backward(grad_output, output, weight, *spec)
+
+
+def _register_formula(operator: str, function: type[torch.autograd.Function]) -> None:
+    """Gives the operator itself the derivatives of the Function around it, whose last argument is the Spec."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *tensors, orders, corner, transposed, allow_tf32 = inputs
+        function.setup_context(ctx, (*tensors, Spec(tuple(orders), corner, transposed, allow_tf32)), output)
+
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *found, _ = function.backward(ctx, *grads)
+        return (*found, *(None for _ in Spec._fields))
+
+    torch.library.register_autograd(operator, backward, setup_context=setup_context)
+
+
+_register_formula("inverse_flow::solve", Solve)
+_register_formula("inverse_flow::solve_backward", SolveBackward)

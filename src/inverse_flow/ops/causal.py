@@ -8,6 +8,7 @@ gradients, so this file is also what sampling runs.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
 
 import torch
@@ -85,6 +86,11 @@ def _padding(order: int, kernel_h: int, kernel_w: int) -> tuple[int, int, int, i
     return left, right, top, bottom
 
 
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+    # The meta device has none.
+    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
+
+
 def convolve(input: Tensor, weight: Tensor, spec: Spec) -> Tensor:
     """A(w) x, or A(w)ᵀ x where ``spec`` is transposed, reading every entry of ``weight`` whatever the corner kind.
 
@@ -96,7 +102,7 @@ def convolve(input: Tensor, weight: Tensor, spec: Spec) -> Tensor:
         return convolve(input.to(weight.dtype), weight, spec).to(input.dtype)
     groups, (kernel_h, kernel_w) = len(spec.orders), weight.shape[2:]
     runs = _runs(spec.orders, weight.shape[1])
-    with torch.autocast(input.device.type, enabled=False):
+    with _without_autocast(input.device.type):
         if not spec.transposed:
             padded = [F.pad(input[:, channels], _padding(order, kernel_h, kernel_w)) for order, channels in runs]
             return F.conv2d(padded[0] if len(runs) == 1 else torch.cat(padded, 1), weight, groups=groups)
@@ -113,7 +119,7 @@ def convolve_mixed(input: Tensor, weight: Tensor, bias: Tensor | None, orders: O
     """
     kernel_h, kernel_w = weight.shape[2:]
     runs = _runs(orders, len(weight) // len(orders))
-    with torch.autocast(input.device.type, enabled=False):
+    with _without_autocast(input.device.type):
         full = F.conv2d(input, weight, bias, padding=(kernel_h - 1, kernel_w - 1))
     # What lies on the other side of the order's own padding is too much.
     return _crop(full, input, runs, [_padding(_opposite(order), kernel_h, kernel_w) for order, _ in runs])

@@ -13,12 +13,18 @@ from inverse_flow.ops.checks import check_arguments
 from inverse_flow.ops.spec import Orders
 
 # Looked up once, and called without a wrapper: small solves are short. Their schemas are in csrc/ops.cpp.
-solve: Callable[..., Tensor] = torch.ops.inverse_flow.solve.default
+solve: Callable[..., Tensor] = torch.ops.inverse_flow.solve_eager.default
 """``solve(input, weight, bias, *spec)``: A(w)⁻¹ (input − bias), or A(w)⁻ᵀ (input − bias)."""
 
-solve_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.inverse_flow.solve_backward.default
+solve_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.inverse_flow.solve_backward_eager.default
 """``solve_backward(grad_output, output, weight, *spec)``: the gradients of :func:`solve` for (input, weight, bias),
 from its output."""
+
+traced_solve: Callable[..., Tensor] = torch.ops.inverse_flow.solve.default
+"""The same with a formula of its derivatives (see :mod:`inverse_flow.ops.autograd`): what exported and compiled
+programs keep, and what ``torch.ops.inverse_flow.solve`` is to others."""
+
+traced_solve_backward: Callable[..., tuple[Tensor, Tensor, Tensor]] = torch.ops.inverse_flow.solve_backward.default
 
 
 def switches_allow_tf32() -> bool:
@@ -42,6 +48,7 @@ def allows_tf32(images: Tensor) -> bool:
 
 
 @torch.library.register_fake("inverse_flow::solve")
+@torch.library.register_fake("inverse_flow::solve_eager")
 def _(
     input: Tensor,
     weight: Tensor,
@@ -57,6 +64,7 @@ def _(
 
 
 @torch.library.register_fake("inverse_flow::solve_backward")
+@torch.library.register_fake("inverse_flow::solve_backward_eager")
 def _(
     grad_output: Tensor,
     output: Tensor,
