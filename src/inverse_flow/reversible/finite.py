@@ -15,9 +15,12 @@ class NonFiniteError(FloatingPointError):
     """A layer gave a NaN or an infinity. ``path`` names it: ``flow.get_submodule(error.path)``."""
 
     def __init__(self, path: str, what: str) -> None:
-        super().__init__(f"{path}: {what}")
+        super().__init__(path, what)  # all arguments, which is what pickle makes it from again
         self.path = path
         self.what = what
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.what}"
 
 
 @contextmanager

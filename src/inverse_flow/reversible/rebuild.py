@@ -27,9 +27,13 @@ class ReconstructionError(RuntimeError):
     """
 
     def __init__(self, message: str, path: str, error: float) -> None:
-        super().__init__(message)
+        super().__init__(message, path, error)  # all arguments, which is what pickle makes it from again
+        self.message = message
         self.path = path
         self.error = error
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class Rebuilding(NamedTuple):
