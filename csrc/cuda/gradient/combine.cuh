@@ -1,6 +1,6 @@
 // Adds up what the splits of the weight gradient left in the workspace, in a fixed order, and rounds once.
 //
-// Some lanes of a warp, a power of two, own an entry of the gradient: each adds every so manieth split, in order, and
+// Some lanes of a warp, a power of two, own an entry of the gradient: each adds its share of the splits, in order, and
 // then they add up by halves, with shuffles. More lanes where there are more splits, so that a lane has about eight
 // loads, all under way at once. No barriers. Bytes: the partial sums once. Entries that the solve never read are
 // exactly 0: what the corner kind leaves out, and taps beyond the image.

@@ -78,7 +78,7 @@ struct LanesPlan {
   int32_t channel_pitch;    // floats of a pixel in shared memory
   int32_t rows;             // of a band
   int32_t bands;            // of an image, or of a tile
-  int32_t band_warps;       // warps of an image, or of a tile: each sweeps every so manieth band
+  int32_t band_warps;       // warps of an image, or of a tile, which take its bands in turn
   int32_t images_per_warp;  // whole images side by side in a warp; 1 if an image has several bands
   int32_t images;           // whole images of a block; 1 when an image has several tiles
   int32_t sweep_warps;

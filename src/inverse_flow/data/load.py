@@ -29,10 +29,10 @@ def load(
         source: ``"embedded"`` for the Fashion-MNIST slice of the package; a folder with idx or idx.gz files, or one
             with such a ``raw`` folder in it; the CIFAR-10 python archive or a folder that holds it; an npz file, see
             :func:`load_slice`; a folder of images, see :func:`load_image_folder`.
-        size: of a folder of images, see there.
-        crop: of a folder of images, see there.
-        seed: of a folder of images, see there.
-        skip_bad_images: of a folder of images, see there.
+        size: for a folder of images: the height and width to which they are resized.
+        crop: for a folder of images: cut a centred square out of each before resizing.
+        seed: for a folder of images: of the choice of test images.
+        skip_bad_images: for a folder of images: leave out what cannot be read, instead of refusing the folder.
 
     Raises:
         FileNotFoundError: there is none of these.
