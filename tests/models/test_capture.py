@@ -1,4 +1,4 @@
-"""Models built without values, on the meta device, and given those of another; a classifier compiled and exported."""
+"""Every model is captured whole by ``torch.compile`` and ``torch.export``: forward, inverse, sampling and density."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of the compiler about its o
 
 
 class AllMethods(nn.Module):
-    """What a model can do, in one call; ``forward`` is what ``log_prob`` calls."""
+    """What a model can do, in one graph; ``forward`` is what ``log_prob`` calls."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -63,6 +63,48 @@ def arguments(model: nn.Module, batch: int) -> tuple[Tensor, ...]:
         condition = (torch.arange(batch) % 4 if labels else torch.rand(batch, *SHAPE),)
     latents = tuple(torch.randn(batch, *shape) for shape in model.latent_shapes)
     return (torch.rand(batch, *SHAPE), latents, *condition)
+
+
+def check(captured: Callable[..., tuple[Tensor, ...]], module: AllMethods, *batches: int) -> None:
+    """What was captured gives what the model gives, for every batch, and its gradients."""
+    for batch in batches:
+        inputs = arguments(module.model, batch)
+        found = []
+        for function in (captured, module):
+            torch.manual_seed(0)
+            results = function(*inputs)
+            loss = sum(result.square().sum() for result in results if result.requires_grad)
+            found.append((results, torch.autograd.grad(loss, list(module.parameters()), allow_unused=True)))
+        (*values, samples), grads = found[0]
+        (*expected, expected_samples), expected_grads = found[1]
+        torch.testing.assert_close(values, expected)
+        torch.testing.assert_close(grads, expected_grads)
+        assert samples.shape == expected_samples.shape  # the compiler may draw the latents in another order
+        assert torch.isfinite(samples).all()
+
+
+models = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+
+
+@models
+def test_compiled_whole_and_trained(make: Callable[[], nn.Module]) -> None:
+    torch.compiler.reset()
+    module = AllMethods(shaken(make()))
+    check(torch.compile(module, fullgraph=True, backend="aot_eager"), module, 3)
+
+
+@models
+def test_exported_for_any_batch(make: Callable[[], nn.Module]) -> None:
+    module = AllMethods(shaken(make()))
+    x, latents, *condition = arguments(module.model, 3)
+    shapes = [{0: BATCH}, tuple({0: BATCH} for _ in latents), *([({0: BATCH},)] if condition else [])]
+    program = torch.export.export(module, (x, latents, *condition), dynamic_shapes=tuple(shapes), strict=True)
+    decomposed = program.run_decompositions().module()
+    inputs = arguments(module.model, 5)
+    torch.manual_seed(0)
+    expected = module(*inputs)
+    torch.manual_seed(0)
+    torch.testing.assert_close(decomposed(*inputs), expected)
 
 
 def test_a_classifier_is_captured_too() -> None:

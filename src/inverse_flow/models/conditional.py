@@ -61,7 +61,7 @@ class LabelContext(nn.Module):
         TypeError: labels that are no integers.
         ValueError: options that do not exist; labels that are not (B,); on the CPU a label outside 0 … classes − 1.
             On a GPU that one stops the program by an assertion of PyTorch, since looking would need a
-            synchronisation.
+            synchronisation; in compiled and exported programs PyTorch's own lookup refuses it.
     """
 
     config_type = LabelConfig
@@ -79,7 +79,8 @@ class LabelContext(nn.Module):
         if labels.dim() != 1:
             raise ValueError(f"class labels must be (B,), got shape {tuple(labels.shape)}")
         classes = self.config.classes
-        if labels.device.type == "cpu" and bool(((labels < 0) | (labels >= classes)).any()):
+        seen = labels.device.type == "cpu" and not torch.compiler.is_compiling()
+        if seen and bool(((labels < 0) | (labels >= classes)).any()):
             raise ValueError(f"labels must lie in 0 … {classes - 1}, got {labels.min().item()} … {labels.max().item()}")
         context: Tensor = self.embedding(labels.long())
         return context.unflatten(1, (-1, *(self.config.size or ())))
