@@ -40,12 +40,28 @@ class Spec(NamedTuple):
         return Spec(self.orders * times, self.corner, self.transposed, self.allow_tf32)
 
 
+# The descriptions of one group, made beforehand: small solves are short.
+_ONE_GROUP = {
+    (order, corner): Spec((order_code,), corner_code)
+    for order, order_code in ORDERS.items()
+    for corner, corner_code in CORNERS.items()
+}
+
+
 def make_spec(order: OrderNames, groups: int, corner: str, allow_tf32: bool = False) -> Spec:
     """The description in codes of a plain solve given in names.
 
     Raises:
         ValueError: a name that does not exist, or names for another number of groups.
     """
+    if (
+        type(groups) is int
+        and groups == 1
+        and not allow_tf32
+        and isinstance(order, str)
+        and (order, corner) in _ONE_GROUP
+    ):
+        return _ONE_GROUP[order, corner]
     if corner not in CORNERS:
         raise ValueError(f"corner must be one of {', '.join(CORNERS)}, got {corner!r}")
     if not isinstance(groups, int) or groups < 1:
