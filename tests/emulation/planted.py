@@ -31,7 +31,7 @@ PLANTED = {
         """const int found = (image * plan.tile_h + row) * plan.row_stride + column;
     for (int u = 0; u < kPack; ++u) {
       const bool is_left = PLANTED && first_output + u >= channels;
-      packed.value[u] = is_left ? x[(found * plan.channel_packs + pack) * kPack + u] : z[u];
+      packed.value[u] = is_left ? x[(found * taps.channel_packs + pack) * kPack + u] : z[u];
     }""",
     ),
     "missing barrier of the gradient": Mistake(
