@@ -170,6 +170,7 @@ def _train_once(rank: int, folder: Path) -> None:
     (*_, last), logdet = parallel(images(8, 1, 4, 4)[rank::2])
     (last.square().sum() - logdet.sum()).backward()
     torch.save([*model.parameters(), *(parameter.grad for parameter in model.parameters())], folder / f"{rank}.pt")
+    distributed.barrier()  # PyTorch may hang when a group ends while its thread still clears up after a reduction
     distributed.destroy_process_group()
 
 

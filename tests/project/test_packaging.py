@@ -285,7 +285,7 @@ def test_cuda_torch_builds_both_modules(run_setup: RunSetup, tmp_path: Path) -> 
     assert {"torch_cuda", "c10_cuda", "cudart"} <= set(cuda["libraries"])
     assert "-DUSE_CUDA" in cuda["cxx"]
     assert set(cuda["sources"]) == {
-        str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cuda").iterdir() if path.suffix in (".cpp", ".cu")
+        str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cuda").rglob("*.c*") if path.suffix in (".cpp", ".cu")
     }
 
 

@@ -652,6 +652,7 @@ def train_in_process(rank: int, folder: str) -> None:
         z, logdet = parallel(x[rank : rank + 1], context[rank : rank + 1])
         (z.square().sum() + logdet.sum()).backward()
         torch.save([parameter.grad for parameter in chain.parameters()], f"{folder}/{rank}.pt")
+        dist.barrier()  # PyTorch may hang when a group ends while its thread still clears up after a reduction
     finally:
         dist.destroy_process_group()
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from inverse_flow.flows.base import (
@@ -65,13 +66,13 @@ class ActNorm(FlowLayer):
         self.bias = nn.Parameter(torch.zeros(channels, device=device, dtype=dtype))
         self.log_scale = nn.Parameter(torch.zeros(channels, device=device, dtype=dtype))
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool, device=device))
-        # Reading the buffer would make every step wait for the device, so it is read once and remembered.
-        self._known_initialized = False
-        self._warned = False
+        # Reading the buffer would make every step wait for the device, so it is read once and remembered; in a dict, as what
+        # the layer knows of itself is no state, and a changed attribute would be.
+        self._knows = {"initialized": False, "warned": False}
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_images(self, x, self.channels)
-        if not self._known_initialized:
+        if not self._knows["initialized"]:
             self._see(x, forward=True)
         compute = logdet_dtype(x.dtype)
         bias, log_scale = self._per_channel(x, compute)
@@ -80,7 +81,7 @@ class ActNorm(FlowLayer):
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_images(self, z, self.channels)
-        if not self._known_initialized:
+        if not self._knows["initialized"]:
             self._see(z, forward=False)
         compute = logdet_dtype(z.dtype)
         bias, log_scale = self._per_channel(z, compute)
@@ -115,10 +116,10 @@ class ActNorm(FlowLayer):
             # A backward pass may run layers again, forward too; it must not change them.
             if not x.is_meta and torch._C._current_graph_task_id() == -1:
                 self._initialize(x)
-        elif not self.training and not self._warned and _may_wait_for(x):
-            self._known_initialized = self._was_initialized()
-            if not self._known_initialized:
-                self._warned = True
+        elif not self.training and not self._knows["warned"] and _may_wait_for(x):
+            self._knows["initialized"] = self._was_initialized()
+            if not self._knows["initialized"]:
+                self._knows["warned"] = True
                 warnings.warn(NOT_INITIALIZED, stacklevel=3)
 
     def _was_initialized(self) -> bool:
@@ -141,13 +142,13 @@ class ActNorm(FlowLayer):
             self.bias.copy_(-mean)
             self.log_scale.copy_(torch.where(constant, torch.ones_like(spread), spread).log().neg())
         self.initialized.fill_(True)
-        self._known_initialized = True
+        self._knows["initialized"] = True
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         # The buffer may have changed. It is read now, so that a loaded model is captured without looking at values.
-        self._known_initialized = not self.initialized.is_meta and bool(self.initialized)
-        self._warned = False
+        known = not self.initialized.is_meta and bool(self.initialized)
+        self._knows = {"initialized": known, "warned": False}
 
 
 def _may_wait_for(x: Tensor) -> bool:
@@ -157,6 +158,7 @@ def _may_wait_for(x: Tensor) -> bool:
     return not (
         torch.compiler.is_compiling()
         or x.is_meta
+        or isinstance(x, FakeTensor)
         or torch._C._are_functorch_transforms_active()
         or (x.is_cuda and torch.cuda.is_current_stream_capturing())
     )

@@ -103,5 +103,7 @@ def connect(device: str) -> Iterator[tuple[Workers, str]]:
     distributed.init_process_group("nccl" if cuda else "gloo")
     try:
         yield Workers(distributed.get_rank(), distributed.get_world_size()), device
+        # PyTorch may hang when a group ends while its thread still clears up after a reduction of the gradients.
+        distributed.barrier()
     finally:
         distributed.destroy_process_group()
