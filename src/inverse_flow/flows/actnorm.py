@@ -66,7 +66,7 @@ class ActNorm(FlowLayer):
         self.bias = nn.Parameter(torch.zeros(channels, device=device, dtype=dtype))
         self.log_scale = nn.Parameter(torch.zeros(channels, device=device, dtype=dtype))
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool, device=device))
-        # Reading the buffer would make every step wait for the device, so it is read once and remembered; in a dict, as what
+        # Reading the buffer would make every step wait for the device, so it is read once and kept; in a dict, as what
         # the layer knows of itself is no state, and a changed attribute would be.
         self._knows = {"initialized": False, "warned": False}
 
