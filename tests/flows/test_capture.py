@@ -59,7 +59,6 @@ def check(captured: Any, module: nn.Module, case: Case, *, grad: bool) -> None:
 
 
 cases = pytest.mark.parametrize("case", [CASES[name] for name in NAMES], ids=NAMES)
-differentiable = torch._C._dispatch_has_kernel_for_dispatch_key("inverse_flow::solve", "Autograd")
 
 
 @cases
@@ -70,9 +69,7 @@ def test_compiled_whole(case: Case) -> None:
 
 
 @cases
-def test_exported_for_any_batch_and_trained_afterwards(case: Case, request: pytest.FixtureRequest) -> None:
-    if not differentiable and "inverse_conv" in request.node.callspec.id:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="the raw operators have no formula for autograd"))
+def test_exported_for_any_batch_and_trained_afterwards(case: Case) -> None:
     module = BothWays(case.layer(torch.float32))
     inputs = arguments(case, 3)
     program = torch.export.export(module, inputs, dynamic_shapes=tuple({0: BATCH} for _ in inputs))
