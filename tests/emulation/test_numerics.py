@@ -73,14 +73,26 @@ def weight_of_growth(case: Case, target: float) -> np.ndarray:
     return round_to(at(high), "float")
 
 
+def plain_error(case: Case, data: Data) -> float:
+    """The largest error of the plain recurrence for multiples of y. Each rounds in its own way: of one, ill-conditioned
+    weights make a draw of luck, and another one on every processor.
+    """
+    weight = torch.tensor(data.weight, dtype=torch.float32)
+    errors = []
+    for scale in range(1, 24, 2):
+        y = torch.tensor(scale * data.y, dtype=torch.float32)
+        plain = plain_recurrence(y, weight, corner=CORNERS[case.corner]).double().numpy()
+        exact = oracle_solve(case, y.double().numpy(), data.weight, False)
+        errors.append(np.abs(round_to(plain / scale, case.image_type) - exact / scale).max())
+    return float(max(errors))
+
+
 def assert_exact(case: Case, data: Data) -> Run:
     """The rule of tests/tolerance.py."""
     exact = oracle_solve(case, data.y, data.weight, False)
     assert np.isfinite(encode(exact, case.image_type).astype(np.float64)).all()
-    single = (torch.tensor(array, dtype=torch.float32) for array in (data.y, data.weight))
-    plain = plain_recurrence(*single, corner=CORNERS[case.corner]).double().numpy()
     rounding = 0.0 if case.image_type == "float" else 2 * UNIT_ROUNDOFF[case.image_type] * np.abs(exact).max()
-    allowed = 2 * np.abs(round_to(plain, case.image_type) - exact).max() + rounding
+    allowed = 2 * plain_error(case, data) + rounding
     done = run(case, data)
     assert done.facts["regime"] == [case.forced_regime]
     error = np.abs(done.outputs[0][0] - exact).max()
