@@ -36,7 +36,8 @@ def test_a_large_batch_has_images_as_lanes() -> None:
     assert plan.lanes in LANES
     assert plan.steps == 32 * 16
     assert plan.units * plan.lanes >= 100
-    assert plan.units % 2 == 0
+    # As many pieces for either thread, unless each is a vector already.
+    assert plan.units % 2 == 0 or plan.lanes == LANES[0]
     assert plan.workers == plan.threads == 2
 
 
