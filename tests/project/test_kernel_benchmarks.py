@@ -164,7 +164,7 @@ def test_fits_find_the_line(scripts: Any) -> None:
 def pattern(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The pattern's threads, one after the other on the CPU."""
     if CXX is None:
-        pytest.skip("no g++")
+        pytest.skip("the build of the pattern needs a C++ compiler (g++)")
     folder = tmp_path_factory.mktemp("pattern")
     source = folder / "pattern.cpp"
     source.write_text(
