@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from inverse_flow.data import ImageData
-from inverse_flow.flows.sampling import reconstruction_error
+from inverse_flow.flows.latents import reconstruction_error
 from inverse_flow.models import ImageFlow
 from inverse_flow.training.batches import EVALUATION, generator
 from inverse_flow.training.config import TrainConfig
