@@ -4,10 +4,10 @@
 // A thread owns kSide x kSide channel pairs (16 bytes of channels each way) and a strip: one row of taps, kTapColumns
 // columns of them. It walks along a segment of a row of the tile with the last kTapColumns packs of right in registers:
 // two loads from shared memory, of a pack of left and a pack of right, serve kSide^2 kTapColumns multiply-adds: 48 in
-// float32, so 32 bytes a lane for 48 cycles of a warp's multiply-adds over four schedulers; neither waits for the
+// float32, so 32 bytes per lane for 48 cycles of a warp's multiply-adds over four schedulers; neither waits for the
 // other. Teams of threads take every teams-th segment. Sums are kept a tile at a time before they join the total, which
 // keeps float32 rounding small.
-// Barriers: one a tile (it is complete, the one before was used), after the last tile, two for each halving of the
+// Barriers: one per tile (it is complete, the one before was used), after the last tile, two for each halving of the
 // teams, and after the sums are gathered.
 #pragma once
 

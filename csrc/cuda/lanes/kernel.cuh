@@ -1,5 +1,5 @@
-// The regime "lanes": the solve of few channels a group. A warp sweeps a band of rows, a few lanes on each row, without
-// a barrier a step.
+// The regime "lanes": the solve of few channels per group. A warp sweeps a band of rows, a few lanes on each row,
+// without a barrier per step.
 //
 //   fold     every block makes the folded weights in shared memory.
 //   prepare  z_p = M^-1 (y_p - bias) of the block's pixels, into shared memory; a thread owns a pixel, or, where the
@@ -8,20 +8,20 @@
 //   sweep    the lanes of a row own its output channels and keep their weights in registers. At step s row r is at
 //            column s - r, so what it needs of the row above was solved a step ago. A pixel is added, as soon as it is
 //            known, to the sums of all columns that it reaches: a lane keeps kTaps - 1 of them an output. x overwrites
-//            z. One lane a row: the left neighbour is in its registers, the row above comes by shuffle, and of the rows
-//            further up the lane above had it a step ago; the first row of a band reads them from shared memory.
+//            z. One lane per row: the left neighbour is in its registers, the row above comes by shuffle, and of the
+//            rows further up the lane above had it a step ago; the first row of a band reads them from shared memory.
 //            A warp that has swept its band goes on with one further down, if there are more bands than warps.
-//            Several lanes a row: they read all neighbours from shared memory, 16 bytes at a time.
+//            Several lanes per row: they read all neighbours from shared memory, 16 bytes at a time.
 //   store    a thread owns a pixel, or four, again.
 // Shared memory: [folded weights: tap, input channel, output channel] [bias] [a pixel of zeros] [image, row, column,
 // channel], with the margin's rows and columns in front.
 // Barriers: after the fold (its scratch lies where z will), after prepare, after the sweep; if an image has several
-// bands, after each phase of kPhase steps: the band below reads rows that the phase wrote; and of several lanes a row
+// bands, after each phase of kPhase steps: the band below reads rows that the phase wrote; and of several lanes per row
 // those of a warp before each step: it reads what the step before wrote.
 // Blocks of one image wait for each other's tiles: a block takes a ticket, tickets follow the anti-diagonals of tiles,
 // so a tile that is waited for is one that a running block already has. Flags say which tiles are in global memory.
-// Bytes: y in and x out once. A step of a warp: (kTaps^2 - 1) x kChannels multiply-adds an output of a lane, and a
-// store; one lane a row: kTaps loads and (kTaps - 1) x kChannels shuffles; several: a load, and kTaps for every 4
+// Bytes: y in and x out once. A step of a warp: (kTaps^2 - 1) x kChannels multiply-adds per output of a lane, and a
+// store; one lane per row: kTaps loads and (kTaps - 1) x kChannels shuffles; several: a load, and kTaps for every 4
 // channels of a pixel.
 #pragma once
 
@@ -171,10 +171,10 @@ __device__ void read_column(const float* weights, int c, float (&column)[S::kCha
   }
 }
 
-// A thread moves kPixels neighbours of a row between global and shared memory: one access a channel there (of a single
-// pixel also one of several channels), one a pixel and 16 bytes here. Lanes write, or read, their pixels in different
-// orders, so that they meet different banks.
-//                 lane      0             1             2             3        (3 or 4 channels: 16 bytes a pixel,
+// A thread moves kPixels neighbours of a row between global and shared memory: one access per channel there (of a
+// single pixel also one of several channels), one per pixel and 16 bytes here. Lanes write, or read, their pixels in
+// different orders, so that they meet different banks.
+//                 lane      0             1             2             3        (3 or 4 channels: 16 bytes per pixel,
 //   access 0, pixel     0   .   .   .  4   .   .   .   .  9   .   .   .  13 ..   8 of them are all banks)
 //   access 1, pixel     .   1   .   .  .   5   .   .   8   .  .   .   12 ..
 // With one channel or two, as many more lanes have the same order; with 5 to 8 two lanes share a bank.
