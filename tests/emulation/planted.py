@@ -139,7 +139,8 @@ PLANTED = {
     "lanes: a shuffle across images": Mistake(
         "lanes/kernel.cuh",
         "above_[a - 1][c] = reads_above_ ? pixel[c] : above_[a - 1][c];",
-        "above_[a - 1][c] = reads_above_ && !(PLANTED && threadIdx.x % kWarp / kLanes > 0) ? pixel[c] : above_[a - 1][c];",
+        "above_[a - 1][c] = reads_above_ && !(PLANTED && threadIdx.x % kWarp / kLanes > 0) ? pixel[c]"
+        " : above_[a - 1][c];",
     ),
     "lanes: a shuffle from the wrong lane": Mistake(
         "lanes/kernel.cuh", "solved_[c], kLanes);", "solved_[c], PLANTED ? 2 : kLanes);"
