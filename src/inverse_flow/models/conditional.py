@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from inverse_flow.flows import Flow, Squeeze
 from inverse_flow.flows.base import Shape
 from inverse_flow.flows.conditioner import CONVOLUTIONS, check_dimensions
+from inverse_flow.flows.flattened import Flattened
 from inverse_flow.models.config import SQUEEZE_FACTOR, FlowConfig
 from inverse_flow.models.flows import KINDS, ImageFlow
 
@@ -229,6 +230,10 @@ class ConditionalFlow(nn.Module):
     def inverse(self, latents: Sequence[Tensor], observation: Tensor) -> tuple[Tensor, Tensor]:
         """Latents to data: (x, log|det ∂x/∂latents|)."""
         return self.flow.inverse(latents, self._context(observation))
+
+    def flatten(self) -> Flattened:
+        """This flow as a layer from data to one vector of latents, (B, D), and back; its context is the observation."""
+        return Flattened(self)
 
     def log_prob(self, x: Tensor, observation: Tensor) -> Tensor:
         """(B,) conditional log-densities in nats."""
