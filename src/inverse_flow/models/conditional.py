@@ -16,6 +16,7 @@ from inverse_flow.flows.conditioner import CONVOLUTIONS, check_dimensions
 from inverse_flow.flows.flattened import Flattened
 from inverse_flow.models.config import SQUEEZE_FACTOR, FlowConfig
 from inverse_flow.models.flows import KINDS, ImageFlow
+from inverse_flow.ops.bijection import Bijection
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # in typing from Python 3.11 on
@@ -193,7 +194,7 @@ class ConditionalConfig:
         return cls(values["kind"], flow, values["summary_kind"], summary)
 
 
-class ConditionalFlow(nn.Module):
+class ConditionalFlow(Bijection):
     """p(x | observation) = the flow's p(x | c) with c = summary(observation), both trained together.
 
     The methods are those of :class:`~inverse_flow.flows.Flow` and take the raw observation, one row per example, where
