@@ -1,19 +1,21 @@
 """When does an inverse convolution blow up in training, and what stops it?
 
-    python benchmarks/stability.py                                        the embedded slice
-    python benchmarks/stability.py --data slice.npz --json benchmarks/results/stability.json --plot docs/images/stability
+    python benchmarks/stability.py                                                     the embedded slice
+    python benchmarks/stability.py --data slice.npz \
+        --json benchmarks/results/stability.json --plot docs/images/stability
 
-Two models are trained by maximum likelihood in a plain loop with Adam, as one writes it oneself: one inverse convolution
-and one ActNorm on smooth images (those of the data, enlarged), and an InverseFlow on the images as they are. Each at
-several learning rates, and in four ways:
+Two models are trained by maximum likelihood in a plain loop with Adam, as one writes it oneself: one inverse
+convolution and one ActNorm on smooth images (those of the data, enlarged), and an InverseFlow on the images as they
+are. Each at several learning rates, and in four ways:
 
 - free: nothing limits anything;
 - clipped: the gradient's norm is clipped, after a linear warm-up of the learning rate, as the trainer does it;
 - limited: the gain is limited after every step (``inverse_flow.limit_gain_``), and nothing else;
 - row sums: the layers are built with ``max_row_sum``, and nothing else.
 
-Recorded are the loss, the largest gain ‖A⁻¹‖∞ of the inverse convolutions, and the largest norm of the gradient of one's
-taps. A run counts as blown up when its loss is above 20 bits per dimension, or no number, after it has been below 10.
+Recorded are the loss, the largest gain ‖A⁻¹‖∞ of the inverse convolutions, and the largest norm of the gradient of
+one's taps. A run counts as blown up when its loss is above 20 bits per dimension, or no number, after it has been
+below 10.
 """
 
 from __future__ import annotations
@@ -88,7 +90,12 @@ def run(name: str, way: str, rate: float, seed: int, images: Tensor, settings: a
         loss.backward()
         if step % settings.every == 0:
             norms = [float(layer.weight.grad.norm()) for layer in layers if layer.weight.grad is not None]
-            found = {"steps": step, "bits_per_dim": bits, "gradient": max(norms), "gain": max(gains(flow, shape).values())}
+            found = {
+                "steps": step,
+                "bits_per_dim": bits,
+                "gradient": max(norms),
+                "gain": max(gains(flow, shape).values()),
+            }
             for key, value in found.items():
                 entry[key].append(value)
         if way == "clipped":
@@ -175,7 +182,12 @@ def main(given: Sequence[str] | None = None) -> int:
                 report.set(summary=summarize(runs), runs=runs, minutes=sum(entry["seconds"] for entry in runs) / 60)
     print()
     columns = {"": "{model}", "rate": "{learning_rate:g}", "way": "{way}", "blew up": "{blown_up} of {seeds}"}
-    columns |= {"at step": "{first}", "lowest bits/dim": "{lowest:.2f}", "last": "{last:.2f}", "largest gain": "{gain:.3g}"}
+    columns |= {
+        "at step": "{first}",
+        "lowest bits/dim": "{lowest:.2f}",
+        "last": "{last:.2f}",
+        "largest gain": "{gain:.3g}",
+    }
     columns |= {"largest gradient": "{gradient:.2g}", "steps limited": "{limited}"}
     Table(columns).add(*summarize(runs))
     print(f"{sum(entry['seconds'] for entry in runs) / 60:.1f} minutes")

@@ -164,7 +164,7 @@ class InverseConv2d(nn.Module):
 
     def _weight(self) -> Tensor:
         """The weight to hand to the functional layer."""
-        weight = self.weight
+        weight: Tensor = self.weight
         if self.corner == "plu":
             weight = with_corner_taps(weight, self._plu(), self.spec.orders)
         return weight if self.max_row_sum is None else limit_row_sums(weight, self.spec, self.max_row_sum)

@@ -1,17 +1,18 @@
 r"""How far inverse convolutions may carry their input: a report, and a limit for training.
 
-A solve is a recurrence, so what one pixel holds runs on over the image. The impulse response h of A(w)⁻¹, what the solve makes
-of a single 1 in the corner where the order begins, says all of it: every other pixel sees a part of the same response. So
+A solve is a recurrence, so what one pixel holds runs on over the image. The impulse response h of A(w)⁻¹, what the
+solve makes of a single 1 where the order begins, says all of it: a 1 at another pixel gives a part of the same
+response. So
 
 .. math:: \|A^{-1}\|_\infty = \max_o \sum_c \sum_p |h_{oc}(p)|
 
 is exact, and takes one solve of C / groups images. Taps damped by their distance from the corner tap,
-:math:`W_\delta \to \gamma^{|\delta|} W_\delta` with :math:`|\delta|` the sum of the steps along the axes, are the similarity
-:math:`D A D^{-1}` with :math:`D = \operatorname{diag}(\gamma^{|p|})`: h(p) becomes :math:`\gamma^{|p|} h(p)`, while M, and
-with it the log-determinant, stays. So the response that shows a gain to be too large also gives the γ that brings it to the
-limit.
+:math:`W_\delta \to \gamma^{|\delta|} W_\delta` with :math:`|\delta|` the sum of the steps along the axes, are the
+similarity :math:`D A D^{-1}` with :math:`D = \operatorname{diag}(\gamma^{|p|})`: h(p) becomes
+:math:`\gamma^{|p|} h(p)`, while M, and with it the log-determinant, stays. So the response that shows a gain to be
+too large also gives the γ that brings it to the limit.
 
-See docs/stability.md.
+docs/stability.md says when gains grow, and how to read a report.
 """
 
 from __future__ import annotations
@@ -108,7 +109,9 @@ class StabilityReport:
     @property
     def warnings(self) -> tuple[str, ...]:
         """A sentence a layer that has some."""
-        return tuple(f"{_name(layer.path)} has {' and '.join(layer.warnings)}" for layer in self.layers if layer.warnings)
+        return tuple(
+            f"{_name(layer.path)} has {' and '.join(layer.warnings)}" for layer in self.layers if layer.warnings
+        )
 
     def to_list(self) -> list[dict[str, Any]]:
         """Plain values for JSON, which has no infinite numbers: None stands for them."""
@@ -124,7 +127,9 @@ class StabilityReport:
         rows = [head, *(_cells(layer) for layer in self.layers)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [
-            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
+            "  ".join(
+                [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+            )
             for row in rows
         ]
         return "\n".join([*lines, *(f"warning: {text}" for text in self.warnings)])
@@ -186,9 +191,9 @@ def limit_gain_(
 
     .. math:: W_\delta \to \gamma^{|\delta|} W_\delta
 
-    with one γ < 1 for each such layer, and \|δ\| the number of steps from the corner tap. M and the log-determinant stay,
-    and so does every bit of the other layers. To be called after each optimizer step, as the gradient is clipped before
-    it:
+    with one γ < 1 for each such layer, and |δ| the number of steps from the corner tap. M and the log-determinant
+    stay, and so does every bit of the other layers. To be called after each optimizer step, as the gradient is clipped
+    before it:
 
     ```python
     optimizer.step()
@@ -269,8 +274,8 @@ def _largest_sum(values: Tensor) -> float:
 def _response(
     layer: InverseConv2d, weight: Tensor, sizes: Sizes, operator: Callable[..., Tensor] = inverse_conv2d
 ) -> Tensor:
-    """(C, *sizes): Σ_c |h_oc(p)|, what the operator makes of a 1 in input channel c of every group at once, at the pixel
-    where the group's order begins."""
+    """(C, *sizes): Σ_c |h_oc(p)|, what the operator makes of a 1 in input channel c of every group at once, at the
+    pixel where the group's order begins."""
     channels, groups = layer.channels, layer.groups
     members, pixels = channels // groups, math.prod(sizes)
     device = weight.device
@@ -295,8 +300,8 @@ def _damping(path: str, layer: InverseConv2d, weight: Tensor, response: Tensor, 
         sums = _sums_by_distance(layer, response)
         if not float(sums[:, 0].amax()) <= limit:
             raise ValueError(
-                f"{_name(path)}: ‖M⁻¹‖∞ of its corner tap is {float(sums[:, 0].amax()):.3g}, which damping leaves as it "
-                f"is: the limit must be above that, got {limit:g}"
+                f"{_name(path)}: ‖M⁻¹‖∞ of its corner tap is {float(sums[:, 0].amax()):.3g}, which damping does not "
+                f"change: the limit must be above that, got {limit:g}"
             )
         gain = float(sums.sum(1).amax())
         if math.isfinite(gain) and gain >= limit:
@@ -468,4 +473,3 @@ def _cells(layer: LayerStability) -> tuple[str, ...]:
     numbers = (layer.gain, layer.gain_at_twice, layer.norm, layer.condition, layer.row_sum, layer.bound)
     size = " × ".join(map(str, layer.image_size))
     return (_name(layer.path), size, *("∞" if number == math.inf else f"{number:.3g}" for number in numbers))
-

@@ -398,7 +398,7 @@ def test_the_largest_gain_is_logged_at_evaluations(tmp_path: Path) -> None:
     assert [report.largest_gain for report in read_log(tmp_path / "log.csv")] == [r.largest_gain for r in reports]
 
 
-@pytest.mark.parametrize("parts", [None, PartsConfig("across", 2, "simultaneous")], ids=["end to end", "by parts"])
+@pytest.mark.parametrize("parts", [None, PartsConfig("across", 1, "simultaneous")], ids=["end to end", "by parts"])
 def test_a_limit_on_the_gain_holds_after_every_step(parts: PartsConfig | None) -> None:
     config = replace(CONFIG, max_gain=1.5, learning_rate=0.1, warmup_steps=0, parts=parts)
     trainer, seen = Trainer(amplify(model(), 300), images(), config), []
