@@ -22,6 +22,7 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 
@@ -419,14 +420,11 @@ def _sizes_seen(model: nn.Module, shape: Sizes, context: Tensor | None) -> dict[
         return {}
     found: dict[str, Sizes] = {}
 
-    def recording(path: str, axes: int, run: Callable[..., Any]) -> Callable[..., Any]:
-        def recorded(x: Tensor, *others: Any, **named: Any) -> Any:
-            # A layer that several scales share is measured on the largest.
-            sizes = tuple(x.shape[-axes:])
-            found[path] = max(found.get(path, sizes), sizes, key=math.prod)
-            return run(x, *others, **named)
-
-        return recorded
+    def record(path: str, layer: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """A hook before either direction. A layer that several scales share is measured on the largest."""
+        x = (*given, *named.values())[0]
+        sizes = tuple(x.shape[-len(layer.kernel_size) :])
+        found[path] = max(found.get(path, sizes), sizes, key=math.prod)
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     like = next((t for t in chain(model.parameters(), model.buffers()) if t.is_floating_point()), torch.empty(0))
@@ -438,9 +436,7 @@ def _sizes_seen(model: nn.Module, shape: Sizes, context: Tensor | None) -> dict[
             layer._forward_hooks.clear()
             layer._forward_pre_hooks.clear()
             if isinstance(layer, InverseConv2d):
-                for direction in ("forward", "inverse"):
-                    run = recording(path, len(layer.kernel_size), getattr(layer, direction))
-                    setattr(layer, direction, run)
+                layer.register_forward_pre_hook(partial(record, path), with_kwargs=True)
         with mode, torch.no_grad():
             images = torch.zeros(1, *shape, dtype=like.dtype, device=like.device)
             twin(images) if context is None else twin(images, context[:1].to(like.device))
