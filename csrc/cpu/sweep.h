@@ -48,7 +48,7 @@ struct Weights {
   // [block][input channel][output channel of the block]; null when M = I. Of a general M the inverse. Of a unit
   // triangular one the inverses of the blocks on the diagonal, and -M elsewhere, since blocks are substituted.
   const T* corner;
-  const T* bias;  // one a channel, or null
+  const T* bias;  // one per channel, or null
 };
 
 // An image tensor seen by one group: `data` at batch 0, channel 0 of the group, the mirrored pixel (0, 0); strides of
@@ -73,7 +73,7 @@ struct Problem {
   bool with_gradient;
 };
 
-// How rows as lanes are swept. The rows of an image are cut into bands, a lane a row. A line is one band, or `joined`
+// How rows as lanes are swept. The rows of an image are cut into bands, a lane per row. A line is one band, or `joined`
 // ones: a lane that is through with its row goes on with that of a next band, and between the two it passes as many
 // zeros as the taps reach to the left. So it does between the planes of a volume.
 struct RowsPlan {

@@ -67,7 +67,7 @@ Tensor run_solve(const Tensor& input, const Tensor& weight, const std::optional<
   const int64_t state_bytes = element_bytes(element_type(wide_type));
   const std::optional<SolvePlan> plan = plan_solve(shape, state_bytes, limits);
   STD_TORCH_CHECK(plan.has_value(), "inverse_flow: ", shape.channels,
-                  " channels a group are more than fit this GPU's shared memory (", limits.shared_bytes, " bytes)");
+                  " channels per group are more than fit this GPU's shared memory (", limits.shared_bytes, " bytes)");
 
   const bool is_half = type != wide_type;
   const Tensor weight_memory = as_contiguous(weight);

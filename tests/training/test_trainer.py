@@ -218,7 +218,7 @@ def test_every_image_keeps_its_context() -> None:
     assert len(seen) == 12
     assert max(seen) < 1 / 256
     assert sum(report.validation is not None for report in reports) == 3
-    with pytest.raises(ValueError, match="one row an image: 16, got 3"):
+    with pytest.raises(ValueError, match="one row per image: 16, got 3"):
         Batches(images()[:16], CONFIG, means[:3])
 
 

@@ -11,7 +11,7 @@ namespace inverse_flow {
 // Every launch returns the text of an error, or null.
 struct SolveProblem {
   Shape shape;
-  const int64_t* orders;  // one a group
+  const int64_t* orders;  // one per group
   ElementType image_type;
   const void* input;
   Strides input_strides;

@@ -41,7 +41,7 @@ class ActNorm(FlowLayer):
     counts as initialised. ``inverse`` never initialises, nor does a run of the layer within a backward pass. The
     buffer ``initialized`` remembers it and travels with ``state_dict``.
 
-    A batch with fewer than two values a channel has no spread and initialises nothing: the layer stays as it is and
+    A batch with fewer than two values per channel has no spread and initialises nothing: the layer stays as it is and
     waits for the next one. A constant channel is centred and keeps scale 1.
 
     Args:

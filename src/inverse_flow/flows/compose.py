@@ -163,7 +163,7 @@ class Flow(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """``n`` samples, without gradient. ``temperature`` scales the standard deviation of the latents; a context
-        has one row a sample.
+        has one row per sample.
         """
         return self.inverse(self._sample_latents(n, context, temperature, generator), context)[0]
 
@@ -208,7 +208,7 @@ class Flow(nn.Module):
         if context is None:
             return
         if context.shape[0] != batch:
-            raise ValueError(f"the context must have one row an example: {batch}, got {context.shape[0]}")
+            raise ValueError(f"the context must have one row per example: {batch}, got {context.shape[0]}")
         if not self.uses_context:
             raise ValueError(
                 "no layer of this flow uses a context, and one was given: leave it out, or build the flow for it"

@@ -195,7 +195,7 @@ class ConditionalConfig:
 class ConditionalFlow(nn.Module):
     """p(x | observation) = the flow's p(x | c) with c = summary(observation), both trained together.
 
-    The methods are those of :class:`~inverse_flow.flows.Flow` and take the raw observation, one row an example, where
+    The methods are those of :class:`~inverse_flow.flows.Flow` and take the raw observation, one row per example, where
     a flow takes its context: labels for a :class:`LabelContext`, images or volumes for a :class:`SummaryNet`, or
     whatever a network of your own turns into a context. With a :class:`Glow` or :class:`Hint` this is the conditional
     Glow and the conditional HINT of InvertibleNetworks.jl (Orozco et al., 2023, arXiv 2312.13480).

@@ -168,7 +168,7 @@ def _as_logdet(path: str, layer: nn.Module, logdet: Any, x: Any) -> Tensor:
         logdet = logdet.expand(batch.shape[0])
     if logdet.dim() != 1 or logdet.shape[0] != batch.shape[0]:
         raise ValueError(
-            f"{path}: the log-determinant of {type(layer).__name__} must have one entry an example, "
+            f"{path}: the log-determinant of {type(layer).__name__} must have one entry per example, "
             f"({batch.shape[0]},), got shape {tuple(logdet.shape)}"
         )
     return logdet

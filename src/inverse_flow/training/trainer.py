@@ -61,7 +61,7 @@ class Trainer:
         config: see :class:`TrainConfig`.
         folder: of the run; None to write nothing.
         extra: plain values of your own to keep in the checkpoint.
-        context: one row an image, for a conditional model; None for no context.
+        context: one row per image, for a conditional model; None for no context.
         method: how a batch becomes an update, see :mod:`inverse_flow.training.method`; None for the one that the
             configuration asks for.
         workers: the processes that train together, see :class:`Workers`. Each is given all the images.
@@ -378,4 +378,4 @@ def _check(model: ImageFlow, images: Tensor, context: Tensor | None) -> None:
     if channels != given:
         raise ValueError(f"the model takes a context of {channels} channels, got {given}")
     if context is not None and len(context) != len(images):
-        raise ValueError(f"the context must have one row an image: {len(images)}, got {len(context)}")
+        raise ValueError(f"the context must have one row per image: {len(images)}, got {len(context)}")
