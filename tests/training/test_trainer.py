@@ -164,7 +164,7 @@ def test_a_run_that_gets_no_better_ends(tmp_path: Path) -> None:
     assert trainer.stop is Stop.PATIENCE
     assert reports[-1].step == trainer.best.step + 2 * config.evaluate_every
     assert run(Trainer.resume(checkpoint.load(tmp_path), images())) == []
-    learning = Trainer(model(), images(), replace(CONFIG, steps=40, patience=2, learning_rate=1e-2))
+    learning = Trainer(model(), images(), replace(CONFIG, steps=40, patience=4, learning_rate=1e-2))
     assert run(learning)[-1].step == 40
 
 
