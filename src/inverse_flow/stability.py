@@ -45,8 +45,8 @@ LARGE_GROWTH = 1.5
 
 # How close to its limit a gain counts as on it: about what rounding the taps to float32 moves a gain of 100.
 ON_THE_LIMIT = 1e-5
-# Halvings that find a γ: all of a float64's digits.
-HALVINGS = 60
+# Newton's steps to a γ: at most so many, until one is as small as this.
+MOST_STEPS, SMALL_STEP = 100, 1e-14
 # Impulse responses of so many bytes are computed at a time.
 CHUNK_BYTES = 64 * 2**20
 
@@ -314,15 +314,23 @@ def _damping(path: str, layer: InverseConv2d, weight: Tensor, response: Tensor, 
 
 
 def _root(sums: Tensor, limit: float) -> float:
-    """The largest γ with max_o Σ_k γᵏ sums[o, k] ≤ limit."""
-    sums = sums.cpu()
+    """The γ ≤ 1 with max_o Σ_k γᵏ sums[o, k] = limit, where γ = 1 gives more.
+
+    The logarithm of the sum is convex in log γ, so that Newton's steps come from above, and soon: it is nearly linear
+    where a response explodes.
+    """
+    logs = sums.cpu().log()
     distances = torch.arange(sums.shape[1], dtype=sums.dtype)
-    least, most = 0.0, 1.0
-    for _ in range(HALVINGS):
-        middle = (least + most) / 2
-        fits = float((sums @ middle**distances).amax()) <= limit
-        least, most = (middle, most) if fits else (least, middle)
-    return least
+    log_factor = 0.0
+    for _ in range(MOST_STEPS):
+        terms = logs + log_factor * distances
+        totals = terms.logsumexp(1)
+        row = terms[totals.argmax()]
+        step = float((totals.amax() - math.log(limit)) / (row.softmax(0) * distances).sum())
+        log_factor -= step
+        if step < SMALL_STEP:
+            break
+    return math.exp(log_factor)
 
 
 def _sums_by_distance(layer: InverseConv2d, response: Tensor) -> Tensor:
