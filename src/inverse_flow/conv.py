@@ -18,6 +18,7 @@ from inverse_flow.functional import (
     inverse_conv3d,
 )
 from inverse_flow.ops.backpropagate import backpropagate
+from inverse_flow.ops.bijection import Bijection
 from inverse_flow.ops.causal import corner_taps, effective_weight, with_corner_taps
 from inverse_flow.ops.checks import FLOAT_DTYPES, shape_of_images
 from inverse_flow.ops.library import allows_tf32
@@ -32,7 +33,7 @@ __all__ = ["InverseConv1d", "InverseConv2d", "InverseConv3d", "InverseConvNd"]
 INITIAL_GAIN = 0.1
 
 
-class InverseConvNd(nn.Module):
+class InverseConvNd(Bijection):
     """What :class:`InverseConv1d`, :class:`InverseConv2d` and :class:`InverseConv3d` have in common: all but the number
     of axes of an image, ``dimensions``, and the functions of that number."""
 

@@ -36,9 +36,9 @@ def prepare_sampling(flow: Flow) -> Flow:
     Runs of layers that are linear at every pixel (ActNorm, 1×1 convolutions, permutations) become one 1×1 convolution
     each, formed in float64 and rounded once. Where an inverse convolution comes before one, the two are a single plain
     convolution on the way back; other inverse convolutions keep their complete weight. So sampling is the conditioner
-    networks and one plain convolution a step, with neither factorisations nor masks. On a CPU the networks' weights are
-    laid out channels last, which makes them faster. Density and latents come out as before, up to rounding, and so does
-    the direction from data to latent.
+    networks and one plain convolution per step, with neither factorisations nor masks. On a CPU the networks' weights
+    are laid out channels last, which makes them faster. Density and latents come out as before, up to rounding, and so
+    does the direction from data to latent.
 
     The copy shares nothing with ``flow``: training on leaves it as it is, and after that another one is needed. It is
     in evaluation mode, and no gradient reaches its weights.

@@ -98,12 +98,13 @@ class Problem:
         return f"{what} of ({shape}), {kernel}, {groups}, {orders}, {self.corner} corner, {dtype}"
 
     def operator_sizes(self) -> tuple[int, ...]:
-        """What the operator is given: (batch, groups, channels a group, height, width, kernel_h, kernel_w). Signals are
-        images of one row, and residue classes images of a batch; see :mod:`inverse_flow.ops.views`."""
+        """What the operator is given: (batch, groups, channels a group, depth, height, width, kernel_d, kernel_h,
+        kernel_w). Signals are images of one row, and residue classes images of a batch; see
+        :mod:`inverse_flow.ops.views`."""
         images = self.batch * math.prod(self.dilation)
         sizes = [-(-size // step) for size, step in zip(self.sizes, self.dilation, strict=True)]
-        rows = [1] * (2 - len(sizes))
-        return (images, self.groups, self.channels // self.groups, *rows, *sizes, *rows, *self.kernel_size)
+        ones = [1] * (3 - len(sizes))
+        return (images, self.groups, self.channels // self.groups, *ones, *sizes, *ones, *self.kernel_size)
 
 
 @dataclass(frozen=True)
