@@ -19,7 +19,7 @@ from inverse_flow.functional import (
 )
 from inverse_flow.ops.backpropagate import backpropagate
 from inverse_flow.ops.bijection import Bijection
-from inverse_flow.ops.causal import corner_taps, effective_weight, with_corner_taps
+from inverse_flow.ops.causal import corner_taps, effective_weight, limit_row_sums, with_corner_taps
 from inverse_flow.ops.checks import FLOAT_DTYPES, shape_of_images
 from inverse_flow.ops.library import allows_tf32
 from inverse_flow.ops.spec import ORDERS, OrderNames, Steps, each_axis, make_spec
@@ -54,6 +54,7 @@ class InverseConvNd(Bijection):
         order: OrderNames | None = None,
         corner: str = "unit_triangular",
         bias: bool = True,
+        max_row_sum: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -69,6 +70,8 @@ class InverseConvNd(Bijection):
             raise ValueError(f"channels ({channels}) must be divisible by groups ({groups})")
         if corner not in ("identity", "unit_triangular", "plu"):
             raise ValueError(f"corner must be identity, unit_triangular or plu, got {corner!r}")
+        if max_row_sum is not None and not 0 < max_row_sum < 1:
+            raise ValueError(f"max_row_sum must be between 0 and 1, or None, got {max_row_sum!r}")
         if dtype is not None and dtype not in FLOAT_DTYPES:
             raise TypeError(f"dtype must be float32, float64, bfloat16 or float16, got {dtype}")
 
@@ -76,6 +79,7 @@ class InverseConvNd(Bijection):
         self.groups = groups
         self.order = order if isinstance(order, str) else tuple(order)
         self.corner = corner
+        self.max_row_sum = max_row_sum
         # A "plu" corner is multiplied out first, and all of the product is read.
         read = "general" if corner == "plu" else corner
         self.spec = make_spec(order, groups, read, self.dimensions)
@@ -140,9 +144,10 @@ class InverseConvNd(Bijection):
 
     def _weight(self) -> Tensor:
         """The weight to hand to the functional layer."""
-        if self.corner != "plu":
-            return self.weight
-        return with_corner_taps(self.weight, self._plu(), self.spec.orders)
+        weight: Tensor = self.weight
+        if self.corner == "plu":
+            weight = with_corner_taps(weight, self._plu(), self.spec.orders)
+        return weight if self.max_row_sum is None else limit_row_sums(weight, self.spec, self.max_row_sum)
 
     def _plu(self) -> Tensor:
         """M = P·L·(U + diag(s)) of every group: (groups, C / groups, C / groups)."""
@@ -171,7 +176,8 @@ class InverseConvNd(Bijection):
     def extra_repr(self) -> str:
         text = f"{self.channels}, kernel_size={self.kernel_size}, groups={self.groups}, order={self.order!r}"
         dilation = f", dilation={self.dilation}" if max(self.dilation) > 1 else ""
-        return f"{text}{dilation}, corner={self.corner!r}, bias={self.bias is not None}"
+        text = f"{text}{dilation}, corner={self.corner!r}, bias={self.bias is not None}"
+        return text if self.max_row_sum is None else f"{text}, max_row_sum={self.max_row_sum}"
 
 
 class InverseConv1d(InverseConvNd):
@@ -208,6 +214,10 @@ class InverseConv2d(InverseConvNd):
             log-det 0; ``"plu"``: M = P·L·(U + diag(s)) with P fixed, L, U and log|s| learnt, the sign of s fixed,
             and log-det −H·W·Σ log|s|.
         bias: learn b, of shape (C,), initialised to 0.
+        max_row_sum: κ, 0 < κ < 1: each row of the folded taps W′_δ = M⁻¹ W_δ is scaled by min(1, κ / s_o), where s_o is
+            the sum of its magnitudes over inputs and taps δ ≠ 0, so that ‖A⁻¹‖∞ ≤ ‖M⁻¹‖∞ / (1 − κ) for images of
+            every size. That excludes filters which healthy layers want; docs/stability.md says what it costs. None to
+            leave the taps free.
         device, dtype: of the parameters.
 
     Parameters and buffers:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inverse_flow.ops.spec import GENERAL, UNIT_TRIANGULAR, Orders, Spec
+from inverse_flow.ops.spec import GENERAL, IDENTITY, UNIT_TRIANGULAR, Orders, Spec
 
 # PyTorch's convolutions and their adjoints, by the number of dimensions.
 CONVOLUTIONS: dict[int, tuple[Any, Any]] = {
@@ -90,6 +90,33 @@ def effective_weight(weight: Tensor, spec: Spec) -> Tensor:
     unit = torch.eye(taps.shape[-1], dtype=taps.dtype, device=taps.device)
     whole = taps.tril(-1) + unit if spec.corner == UNIT_TRIANGULAR else unit.expand_as(taps)
     return with_corner_taps(weight, whole, spec.orders)
+
+
+def folded_taps(weight: Tensor, spec: Spec) -> Tensor:
+    """W′_δ = M⁻¹ W_δ of every tap but the corner, with zeros in the place of that, in float32 at least."""
+    whole = effective_weight(weight, spec).to(torch.promote_types(weight.dtype, torch.float32))
+    corners = corner_taps(whole, spec.orders)
+    taps = with_corner_taps(whole, torch.zeros_like(corners), spec.orders)
+    if spec.corner == IDENTITY:
+        return taps
+    columns = taps.unflatten(0, (len(spec.orders), -1)).flatten(2)
+    if spec.corner == UNIT_TRIANGULAR:
+        folded = torch.linalg.solve_triangular(corners, columns, upper=False, unitriangular=True)
+    else:
+        folded = torch.linalg.solve_ex(corners, columns).result  # looks at no value, so that a GPU need not wait
+    return folded.reshape(taps.shape)
+
+
+def limit_row_sums(weight: Tensor, spec: Spec, most: float) -> Tensor:
+    """``weight`` with each row o of the folded taps scaled by min(1, ``most`` / s_o), s_o = Σ |W′_oδ| over inputs and
+    taps δ ≠ 0. The corner tap stays, and so does every bit where no row sum is larger."""
+    taps = folded_taps(weight, spec)
+    sums = taps.abs().flatten(1).sum(1)
+    surplus = taps.flatten(1) * (1 - most / sums.clamp(min=most))[:, None]
+    corners = corner_taps(effective_weight(weight, spec), spec.orders).to(taps.dtype)
+    with _without_autocast(weight.device.type):
+        unfolded = corners @ surplus.unflatten(0, (len(spec.orders), -1))
+    return (weight - unfolded.reshape(weight.shape)).to(weight.dtype)
 
 
 def per_channel(values: Tensor, images: Tensor) -> Tensor:
