@@ -345,13 +345,13 @@ def _sums_by_distance(layer: InverseConv2d, response: Tensor) -> Tensor:
 def _damped(layer: InverseConv2d, weight: Tensor, factor: float) -> Tensor:
     """γ^|δ| W_δ"""
     orders, kernel = layer.spec.orders, layer.kernel_size
-    steps = torch.stack([_distances(corner_index(order, *kernel), kernel) for order in orders]).to(weight)
+    steps = torch.stack([_distances(corner_index(order, kernel), kernel) for order in orders]).to(weight)
     return (weight.unflatten(0, (len(orders), -1)) * (factor**steps)[:, None, None]).flatten(0, 1)
 
 
 def _start(order: int, sizes: Sizes) -> Sizes:
     """The pixel where an order begins, opposite to where its corner tap lies in the window."""
-    return tuple(size - 1 - index for size, index in zip(sizes, corner_index(order, *sizes), strict=True))
+    return tuple(size - 1 - index for size, index in zip(sizes, corner_index(order, sizes), strict=True))
 
 
 def _flat(index: Sizes, sizes: Sizes) -> int:
