@@ -50,13 +50,18 @@ class Scratch {
 
 // One group of an image tensor in the coordinates in which its solve starts at the top left.
 template <class IO>
-Image<IO> mirrored_group(const Shape& shape, IO* data, Strides stride, int64_t group, int64_t flips) {
+Image<IO> mirrored_group(const Shape& shape, IO* data, Strides stride, int64_t group, int32_t flips) {
   Image<IO> image{data + group * shape.channels * stride.channel, stride, data, data + 1};
   const auto span = [&](int64_t count, int64_t step) { (step < 0 ? image.begin : image.end) += (count - 1) * step; };
   span(shape.batch, stride.batch);
   span(shape.groups * shape.channels, stride.channel);
+  span(shape.depth, stride.plane);
   span(shape.height, stride.row);
   span(shape.width, stride.column);
+  if (flips & kMirrorPlanes) {
+    image.data += (shape.depth - 1) * stride.plane;
+    image.stride.plane = -stride.plane;
+  }
   if (flips & kMirrorRows) {
     image.data += (shape.height - 1) * stride.row;
     image.stride.row = -stride.row;
@@ -79,7 +84,7 @@ void run(const Shape& shape, const std::vector<int64_t>& orders, const Prepared<
 
   std::vector<Problem<IO, T>> problems;
   for (int64_t g = 0; g < shape.groups; ++g) {
-    const int64_t flips = orders[g] ^ (shape.transposed ? kOppositeCorner : 0);
+    const int32_t flips = solved_order(static_cast<int32_t>(orders[g]), shape.transposed);
     const auto view = [&](const Tensor& tensor) {
       return mirrored_group<const IO>(shape, static_cast<const IO*>(tensor.const_data_ptr()), strides_of(tensor), g,
                                       flips);
@@ -272,8 +277,8 @@ std::tuple<Tensor, Tensor, Tensor> solve_backward(const Tensor& grad_output, con
   check_same_images(grad_output, output);
   const Tensor grad_input = new_image_like(grad_output);
   const ScalarType type = weight.scalar_type();
-  const Tensor grad_weight =
-      new_tensor(weight, {channel_count(shape), shape.channels, shape.kernel_h, shape.kernel_w}, type);
+  const auto weight_sizes = weight.sizes();
+  const Tensor grad_weight = new_tensor(weight, {weight_sizes.begin(), weight_sizes.end()}, type);
   const Tensor grad_bias = new_tensor(weight, {channel_count(shape)}, type);
   for_types(grad_output.scalar_type(), [&](auto io, auto acc) {
     solve_backward_as<decltype(io), decltype(acc)>(shape, orders, grad_output, output, weight, grad_input, grad_weight,

@@ -27,7 +27,7 @@ struct Plan {
     see("workers", workers);
     see("lanes", lanes);
     see("units", units * shape.groups * (by_rows ? shape.batch : 1));
-    see("steps", by_rows ? band_steps(shape, lanes) : shape.height * shape.width);
+    see("steps", by_rows ? band_steps(shape, lanes) : shape.pixels());
     see("joined", by_rows && rows.joined);
   }
 };
@@ -51,26 +51,36 @@ inline RowsPlan plan_rows(const Shape& shape, bool with_gradient, int64_t band, 
   const int64_t apart = band_period(shape) / threads - band;
   plan.stretch = stretch(threads > 1 ? apart / 2 : apart);
   // A line of several threads' gradients would depend on who claimed which band.
-  plan.joined =
-      plan.bands > 1 && joined_lines_fit(shape, band, plan.stretch, threads) && !(with_gradient && threads > 1);
-  if (!plan.joined) plan.stretch = stretch(threads > 1 ? steps / threads - band : steps + kStretch - 1);
-  // Of a window as long as a band, summing the lanes at the end is little beside the products.
-  plan.window = with_gradient ? (steps + plan.stretch - 1) / plan.stretch * plan.stretch : plan.stretch;
+  // Nor does a volume join bands: between them it would have to pass as many empty planes as the taps reach back.
+  plan.joined = plan.bands > 1 && shape.depth == 1 && joined_lines_fit(shape, band, plan.stretch, threads) &&
+                !(with_gradient && threads > 1);
+  // A band of a volume is long: a small part of it is enough to be behind.
+  const int64_t share = shape.depth > 1 ? 8 * threads : threads;
+  if (!plan.joined) plan.stretch = stretch(threads > 1 ? steps / share - band : steps + kStretch - 1);
+  // Of a window as long as a band of a plane, summing the lanes at the end is little beside the products; and of one as
+  // long as what the taps reach back, so is moving that to its front.
+  int64_t window = with_gradient ? shape.width + band - 1 : 0;
+  if (shape.depth > 1) window = std::max(window, reached_steps(shape));
+  plan.window = std::max((window + plan.stretch - 1) / plan.stretch, int64_t{1}) * plan.stretch;
   return plan;
 }
 
 inline Plan make_plan(const Shape& shape, bool with_gradient, int64_t min_lanes, int64_t max_lanes, int64_t state_bytes,
                       int64_t threads) {
   const auto pieces = [](int64_t total, int64_t piece) { return (total + piece - 1) / piece; };
-  const int64_t band = shape.height > min_lanes ? max_lanes : min_lanes;
+  // Steps of min_lanes-wide vectors each thread would run.
+  const int64_t by_images = pieces(pieces(shape.batch, min_lanes) * shape.groups, threads) * shape.pixels();
+  // Bands of one image overlap but for a start-up of one band's width each, so one image fills at most this many.
+  const auto busy_with = [&](int64_t band) {
+    const int64_t per_image = std::min(pieces(shape.height, band), band_steps(shape, band) / (band + kStretch));
+    return std::min(threads, shape.batch * shape.groups * std::max<int64_t>(1, per_image));
+  };
+  int64_t band = shape.height > min_lanes ? max_lanes : min_lanes;
+  if (shape.depth > 1 && busy_with(min_lanes) > busy_with(band)) band = min_lanes;
   const int64_t bands = pieces(shape.height, band);
   const int64_t jobs_by_rows = shape.groups * shape.batch * bands;
-  // Steps of min_lanes-wide vectors each thread would run.
-  const int64_t by_images = pieces(pieces(shape.batch, min_lanes) * shape.groups, threads) * shape.height * shape.width;
-  // Bands of one image overlap but for a start-up of one band's width each, so one image fills at most this many.
-  const int64_t per_image = std::max<int64_t>(1, std::min(bands, band_steps(shape, band) / (band + kStretch)));
-  const int64_t busy = std::min(threads, shape.batch * shape.groups * per_image);
-  const RowsPlan rows = plan_rows(shape, with_gradient, band, state_bytes, busy);
+  const int64_t busy = busy_with(band);
+  const RowsPlan rows = plan_rows(shape, with_gradient, band, state_bytes, std::min(busy, bands));
   const int64_t steps = rows.joined ? pieces(jobs_by_rows, busy) * band_period(shape) + band
                                     : pieces(jobs_by_rows, busy) * band_steps(shape, band);
   if (steps * (band / min_lanes) < by_images) {

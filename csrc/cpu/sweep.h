@@ -5,6 +5,8 @@
 //   images as lanes    a line is an image row, a step a column, a lane an image
 //   rows as lanes      a line is a band of rows, a step an anti-diagonal of the band, a lane a row of it
 //
+// A volume is swept plane after plane; with rows as lanes a line goes through the same rows of all planes.
+//
 // so one micro-kernel serves both; they differ in where a tap's source lies and in how a lane maps to memory.
 #pragma once
 
@@ -72,8 +74,8 @@ struct Problem {
 };
 
 // How rows as lanes are swept. The rows of an image are cut into bands, a lane per row. A line is one band, or `joined`
-// ones: a lane that is through with its row goes on with that of a next band, `period` steps after it began, and
-// between the two it passes as many zeros as the taps reach to the left.
+// ones: a lane that is through with its row goes on with that of a next band, and between the two it passes as many
+// zeros as the taps reach to the left. So it does between the planes of a volume.
 struct RowsPlan {
   int64_t lanes;    // rows of a band
   int64_t bands;    // of an image
@@ -123,21 +125,33 @@ struct Kernels {
   void (*rows)(const Problem<IO, T>&, const Bands<T>&, int64_t band, void* scratch, Gradients<T>);
 };
 
-// Steps of a line that is one band, and from the start of a band to that of the next one of its line.
-inline int64_t band_steps(const Shape& shape, int64_t lanes) { return shape.width + lanes - 1; }
-inline int64_t band_period(const Shape& shape) { return shape.width + shape.kernel_w - 1; }
-// Elements of a band's halo: [row, the last one first][channel][column].
-inline int64_t halo_size(const Shape& shape) { return (shape.kernel_h - 1) * shape.width * shape.channels; }
+// Steps from the start of a plane of a band to that of the next one; from there to that of the next band of its line;
+// and those for which a lane is at its row, in all planes.
+inline int64_t plane_period(const Shape& shape) { return shape.width + shape.kernel_w - 1; }
+inline int64_t band_period(const Shape& shape) { return shape.depth * plane_period(shape); }
+inline int64_t row_steps(const Shape& shape) { return band_period(shape) - (shape.kernel_w - 1); }
+// Steps of a line that is one band.
+inline int64_t band_steps(const Shape& shape, int64_t lanes) { return row_steps(shape) + lanes - 1; }
+// How many steps back the taps reach.
+inline int64_t reached_steps(const Shape& shape) {
+  const int64_t planes = shape.kernel_d < shape.depth ? shape.kernel_d : shape.depth;
+  return (planes - 1) * plane_period(shape) + shape.kernel_h + shape.kernel_w - 2;
+}
+// Elements of a band's halo: [row, the last one first][channel][step].
+inline int64_t halo_size(const Shape& shape) { return (shape.kernel_h - 1) * row_steps(shape) * shape.channels; }
 
-// The (p, q) of the taps in sweep order, without the corner tap: the farthest first, so that what a step needs of its
-// direct predecessor comes last and the steps overlap.
+// The planes a, rows p and columns q that the taps reach back, in sweep order, without the corner tap: the farthest
+// plane first, and in a plane the farthest tap, so that what a step needs of its direct predecessor comes last and the
+// steps overlap.
 struct TapPosition {
-  int64_t p, q;
+  int64_t a, p, q;
 };
 inline void tap_order(const Shape& shape, TapPosition* order) {
-  for (int64_t distance = shape.kernel_h + shape.kernel_w - 2; distance > 0; --distance) {
-    const int64_t farthest = distance < shape.kernel_h ? distance : shape.kernel_h - 1;
-    for (int64_t p = farthest; p >= 0 && distance - p < shape.kernel_w; --p) *order++ = {p, distance - p};
+  for (int64_t a = shape.kernel_d - 1; a >= 0; --a) {
+    for (int64_t distance = shape.kernel_h + shape.kernel_w - 2; distance >= (a > 0 ? 0 : 1); --distance) {
+      const int64_t farthest = distance < shape.kernel_h ? distance : shape.kernel_h - 1;
+      for (int64_t p = farthest; p >= 0 && distance - p < shape.kernel_w; --p) *order++ = {a, p, distance - p};
+    }
   }
 }
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from inverse_flow.flows.base import FlowLayer, Shape, check_floating, input_shape, output_shape
+from inverse_flow.flows.flattened import Flattened
 from inverse_flow.flows.prior import StandardNormal
 from inverse_flow.ops.bijection import Bijection
 from inverse_flow.reversible.chain import Link, links_of
@@ -133,6 +134,10 @@ class Flow(Bijection):
         self._check_context(latents[-1].shape[0], context)
         (x,), logdet = run(self.links(inverse=True), tuple(latents), context, self.rebuilding)
         return x, logdet
+
+    def flatten(self) -> Flattened:
+        """This flow as a layer from data to one vector of latents, (B, D), and back; it shares the parameters."""
+        return Flattened(self)
 
     def links(self, inverse: bool) -> list[Link]:
         """(path, layer, direction) of each layer, in the order in which they run."""
