@@ -29,8 +29,9 @@ def of_others() -> list[Any]:
 
 
 def may_use_others(modules: Iterable[nn.Module]) -> bool:
-    """Whether a module may draw from :func:`of_others`. PyTorch's and ours do not, unless their hooks do; and to ask for
-    these states takes longer than a small layer.
+    """Whether a module may draw from :func:`of_others`: PyTorch's and ours do not, unless their hooks do.
+
+    It is asked since reading these states takes longer than a small layer.
     """
     return any(_is_foreign(type(m)) or m._forward_hooks or m._forward_pre_hooks for m in modules)
 
