@@ -45,7 +45,9 @@ def run_code(page: Path, changes: Mapping[str, str] | None = None) -> dict[str, 
     return names
 
 
-@pytest.mark.parametrize("page", [DOCS / "index.md", DOCS / "layer.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [DOCS / "index.md", DOCS / "layer.md", DOCS / "stability.md"], ids=lambda page: page.name
+)
 def test_code_runs(page: Path) -> None:
     run_code(page)
 
