@@ -175,8 +175,8 @@ def test_errors_say_what_was_given(options: dict, message: str) -> None:
 
 
 def test_an_image_shape_without_channels_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"must be \(C, H, W\), got \(8, 8\)"):
-        InverseFlow((8, 8))
+    with pytest.raises(ValueError, match=r"must be \(C, L\), \(C, H, W\) or \(C, D, H, W\), got \(8,\)"):
+        InverseFlow((8,))
 
 
 def test_the_first_layer_squeezes() -> None:
