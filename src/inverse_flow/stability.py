@@ -35,7 +35,7 @@ from inverse_flow.ops.causal import corner_index, corner_taps, effective_weight,
 
 __all__ = ["LayerStability", "Limited", "StabilityReport", "gains", "limit_gain_", "stability_report"]
 
-# Gains of healthy training are 2 to 12, and the one layer of docs/stability.md blows up from about 65.
+# In the runs of docs/stability.md the gains of a flow stay below 9. A single layer that goes on to blow up is past 50.
 LARGE_GAIN = 50.0
 # An error of rounding, 6e-8 in float32, may then grow to 6e-4 of the result.
 LARGE_CONDITION = 1e4
@@ -81,7 +81,7 @@ class LayerStability(NamedTuple):
     @property
     def warnings(self) -> tuple[str, ...]:
         """What is unhealthy about it; nothing follows from the row sum."""
-        growth = self.gain_at_twice / self.gain
+        growth = self.gain_at_twice / self.gain if math.isfinite(self.gain) else 1.0
         # Written so that a NaN warns.
         found = {
             f"a gain of {self.gain:.3g}, above {LARGE_GAIN:g}": self.gain <= LARGE_GAIN,
@@ -114,9 +114,12 @@ class StabilityReport:
         )
 
     def to_list(self) -> list[dict[str, Any]]:
-        """Plain values for JSON, which has no infinite numbers: None stands for them."""
+        """Plain values for JSON, where None stands for a number that is not finite."""
         return [
-            {name: None if value in (math.inf, -math.inf) else value for name, value in layer._asdict().items()}
+            {
+                name: value if name in ("path", "image_size") or math.isfinite(value) else None
+                for name, value in layer._asdict().items()
+            }
             for layer in self.layers
         ]
 
@@ -457,7 +460,7 @@ def _sizes_seen(model: nn.Module, shape: Sizes, context: Tensor | None) -> dict[
     except (TypeError, ValueError):
         raise  # the model says what it does not take
     except Exception as error:
-        raise RuntimeError(f"{what}, which failed: {str(error).splitlines()[0]}; {ADVICE}") from error
+        raise RuntimeError(f"{what}, which failed: {error or type(error).__name__}; {ADVICE}") from error
     if not found:
         raise RuntimeError(f"{what}, and no inverse convolution ran; {ADVICE}")
     return {path: found[path] for path, _ in model.named_modules() if path in found}
