@@ -42,7 +42,7 @@ LARGE_CONDITION = 1e4
 # On an image of twice the size. A response that has faded within the image gives 1, one that lasts 2.
 LARGE_GROWTH = 1.5
 
-# How close to its limit a gain counts as on it: about what rounding the taps to float32 moves a gain of 100.
+# How close to its limit a gain counts as on it: rounding the taps to float32 moves a gain of 100 by less.
 ON_THE_LIMIT = 1e-5
 # Newton's steps to a γ: at most so many, until one is as small as this.
 MOST_STEPS, SMALL_STEP = 100, 1e-14
@@ -65,7 +65,7 @@ class LayerStability(NamedTuple):
         gain_at_twice: that for images of twice the size along every axis.
         norm: ‖A‖∞, the same of the other direction.
         condition: ‖A⁻¹‖∞ · ‖A‖∞, how much a relative error may grow.
-        row_sum: s = max_o Σ |W′_δ| over inputs and taps δ ≠ 0, with W′_δ = M⁻¹ W_δ. Above 1 in most healthy layers.
+        row_sum: s = max_o Σ |W′_δ| over inputs and taps δ ≠ 0, with W′_δ = M⁻¹ W_δ. May well be above 1.
         bound: ‖M⁻¹‖∞ / (1 − s) where s < 1, which no image size takes the gain above; else infinite.
     """
 
@@ -81,7 +81,7 @@ class LayerStability(NamedTuple):
     @property
     def warnings(self) -> tuple[str, ...]:
         """What is unhealthy about it; nothing follows from the row sum."""
-        growth = self.gain_at_twice / self.gain
+        growth = self.gain_at_twice / self.gain if math.isfinite(self.gain) else 1.0
         # Written so that a NaN warns.
         found = {
             f"a gain of {self.gain:.3g}, above {LARGE_GAIN:g}": self.gain <= LARGE_GAIN,
@@ -114,9 +114,12 @@ class StabilityReport:
         )
 
     def to_list(self) -> list[dict[str, Any]]:
-        """Plain values for JSON, which has no infinite numbers: None stands for them."""
+        """Plain values for JSON, where None stands for a number that is not finite."""
         return [
-            {name: None if value in (math.inf, -math.inf) else value for name, value in layer._asdict().items()}
+            {
+                name: value if name in ("path", "image_size") or math.isfinite(value) else None
+                for name, value in layer._asdict().items()
+            }
             for layer in self.layers
         ]
 
@@ -457,7 +460,7 @@ def _sizes_seen(model: nn.Module, shape: Sizes, context: Tensor | None) -> dict[
     except (TypeError, ValueError):
         raise  # the model says what it does not take
     except Exception as error:
-        raise RuntimeError(f"{what}, which failed: {str(error).splitlines()[0]}; {ADVICE}") from error
+        raise RuntimeError(f"{what}, which failed: {error or type(error).__name__}; {ADVICE}") from error
     if not found:
         raise RuntimeError(f"{what}, and no inverse convolution ran; {ADVICE}")
     return {path: found[path] for path, _ in model.named_modules() if path in found}

@@ -109,6 +109,25 @@ def test_a_signal_is_an_image_of_one_row_and_residue_classes_a_batch() -> None:
     assert "kernel 3 × 2 dilated by 2 × 3" in str(dilated)
 
 
+def test_a_volume_is_planes_on_a_gpu() -> None:
+    plane = cuda((3, 4, 30, 31), 3, corner="unit_triangular")
+    for orders, runs in [("front_top_left", 1), (["front_top_left", "back_top_left"], 2)]:
+        groups = 1 if isinstance(orders, str) else 2
+        volume = cuda((3, 4 * groups, 9, 30, 31), 3, groups=groups, order=orders, corner="unit_triangular")
+        assert (volume.planes, volume.launches, volume.convolutions) == (9, 9 * runs * plane.launches, 8 * runs)
+        assert (volume.regime, volume.tile, volume.tf32) == (plane.regime, plane.tile, plane.tf32)
+    assert cuda((3, 4, 9, 30, 31), (1, 3, 3)).convolutions == 0
+    assert cuda((3, 4, 9, 30, 31), 3, backward=True).convolutions == 9
+    assert str(volume).startswith(
+        "solve of (3, 8, 9, 30, 31), kernel 3 × 3 × 3, 2 groups, front_top_left back_top_left"
+    )
+
+
+def test_a_volume_is_one_solve_on_a_cpu() -> None:
+    assert cpu((9, 4, 5, 6, 7), 3, threads=1).steps >= 5 * 6 * 7
+    assert cpu((9, 4, 5, 6, 7), 3, dilation=(1, 2, 1)).facts == cpu((18, 4, 5, 3, 7), 3).facts
+
+
 def test_an_image_of_one_block_is_one_launch() -> None:
     plan = cuda((100, 8, 32, 32), 5, corner="unit_triangular")
     assert plan.regime == "images in a block, weights in shared memory"
