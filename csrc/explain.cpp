@@ -58,7 +58,7 @@ py::dict plan_cpu_as(const Shape& shape, int64_t threads, bool backward) {
     return see.facts;
   }
   const cpu::Kernels<IO, T>& kernels = cpu::isa_in_use().kernels;
-  const cpu::Plan plan = cpu::make_plan(shape, backward, kernels.min_lanes, kernels.max_lanes, sizeof(T), threads);
+  const cpu::Plan plan = cpu::make_plan(shape, backward, kernels, threads);
   plan.visit(shape, see);
   cpu::Problem<IO, T> problem{};
   problem.shape = shape;

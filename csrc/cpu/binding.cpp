@@ -19,6 +19,7 @@
 
 #include "../checks.h"
 #include "../tensors.h"
+#include "blocks.h"
 #include "isa.h"
 #include "plan.h"
 #include "prepare.h"
@@ -70,12 +71,18 @@ Image<IO> mirrored_group(const Shape& shape, IO* data, Strides stride, int64_t g
 
 // Solves all groups; with `other` also adds up the weight and bias gradients (contiguous, zeroed).
 template <class IO, class T>
-void run(const Shape& shape, const std::vector<int64_t>& orders, const Prepared<T>& prepared, const Tensor& input,
+void run(const Shape& shape, const std::vector<int64_t>& orders, const T* weight, const T* bias, const Tensor& input,
          const Tensor& output, const Tensor* other, T* weight_gradient, T* bias_gradient) {
   const bool with_gradient = other != nullptr;
-  const Kernels<IO, T>& kernels = isa_in_use().kernels;
-  const Plan plan = make_plan(shape, with_gradient, kernels.min_lanes, kernels.max_lanes, sizeof(T),
-                              torch::stable::get_num_threads());
+  const KernelSet& set = isa_in_use().kernels;
+  const Kernels<IO, T>& kernels = set;
+  const Plan plan = make_plan(shape, with_gradient, kernels, torch::stable::get_num_threads());
+  const Prepared<T> prepared = plan.regime == Regime::kOutputs
+                                   ? prepare_blocks(shape, orders, weight, bias, plan.outputs.block,
+                                                    kernels.vector_lanes, set.prepare)
+                                   : prepare(shape, orders, weight, bias, set.prepare);
+  // A singular M is an error of an empty batch, too.
+  if (shape.batch == 0) return;
 
   std::vector<Problem<IO, T>> problems;
   for (int64_t g = 0; g < shape.groups; ++g) {
@@ -106,7 +113,7 @@ void run(const Shape& shape, const std::vector<int64_t>& orders, const Prepared<
   const int64_t jobs = plan.jobs;
   const Scratch scratch(plan.workers, bytes);
 
-  if (plan.by_rows) {
+  if (plan.regime == Regime::kRows) {
     const int64_t halo = halo_elements(shape, plan);
     const Scratch halos(1, jobs * halo * sizeof(T));
     std::unique_ptr<std::atomic<int64_t>[]> steps_done(new std::atomic<int64_t>[jobs]);
@@ -126,9 +133,12 @@ void run(const Shape& shape, const std::vector<int64_t>& orders, const Prepared<
     });
   } else {
     const int64_t units = shape.groups * plan.units;
-    const int64_t vectors = (shape.batch + kernels.min_lanes - 1) / kernels.min_lanes;
+    const bool by_outputs = plan.regime == Regime::kOutputs;
+    // Images of a batch that stay together.
+    const int64_t together = by_outputs ? 1 : kernels.min_lanes;
+    const int64_t parts = (shape.batch + together - 1) / together;
     const auto first_image = [&](int64_t unit) {
-      return std::min(shape.batch, vectors * unit / plan.units * kernels.min_lanes);
+      return std::min(shape.batch, parts * unit / plan.units * together);
     };
     torch::stable::parallel_for(0, jobs, 1, [&](int64_t begin, int64_t end) {
       for (int64_t job = begin; job < end; ++job) {
@@ -136,9 +146,13 @@ void run(const Shape& shape, const std::vector<int64_t>& orders, const Prepared<
           const int64_t group = i / plan.units;
           const int64_t first = first_image(i % plan.units);
           const int64_t count = first_image(i % plan.units + 1) - first;
-          const int64_t lanes = count <= kernels.min_lanes ? kernels.min_lanes : plan.lanes;
           const int64_t set = job + group;  // unique: both grow along the units
           group_of_set[set] = group;
+          if (by_outputs) {
+            kernels.outputs(problems[group], plan.outputs, first, count, scratch.piece(begin), gradients(set));
+            continue;
+          }
+          const int64_t lanes = count <= kernels.min_lanes ? kernels.min_lanes : plan.lanes;
           kernels.images(problems[group], first, count, lanes, scratch.piece(begin), gradients(set));
         }
       }
@@ -221,8 +235,7 @@ void solve_as(const Shape& shape, const std::vector<int64_t>& orders, const Tens
   const StateValues<T> w(weight, weight_count(shape));
   std::optional<StateValues<T>> b;
   if (bias) b.emplace(*bias, channel_count(shape));
-  const Prepared<T> prepared = prepare(shape, orders, w.data(), b ? b->data() : nullptr, isa_in_use().kernels.prepare);
-  if (shape.batch > 0) run<IO, T>(shape, orders, prepared, input, output, nullptr, nullptr, nullptr);
+  run<IO, T>(shape, orders, w.data(), b ? b->data() : nullptr, input, output, nullptr, nullptr, nullptr);
 }
 
 template <class IO, class T>
@@ -230,12 +243,9 @@ void solve_backward_as(const Shape& shape, const std::vector<int64_t>& orders, c
                        const Tensor& output, const Tensor& weight, const Tensor& grad_input, const Tensor& grad_weight,
                        const Tensor& grad_bias) {
   const StateValues<T> w(weight, weight_count(shape));
-  const Prepared<T> prepared = prepare<T>(shape, orders, w.data(), nullptr, isa_in_use().kernels.prepare);
   const StateSums<T> weight_sums(grad_weight, weight_count(shape));
   const StateSums<T> bias_sums(grad_bias, channel_count(shape));
-  if (shape.batch > 0) {
-    run<IO, T>(shape, orders, prepared, grad_output, grad_input, &output, weight_sums.data(), bias_sums.data());
-  }
+  run<IO, T>(shape, orders, w.data(), nullptr, grad_output, grad_input, &output, weight_sums.data(), bias_sums.data());
   weight_sums.finish();
   bias_sums.finish();
 }

@@ -33,7 +33,7 @@ int64_t invert(std::vector<double>& matrix, int64_t n, const PrepareKernels& ker
     for (int64_t k = 0; k < n; ++k) unit[k] *= scale;
     for (int64_t row = 0; row < n; ++row) factors[row] = std::exchange(matrix[row * n + column], 0.0);
     unit[column] = std::exchange(factors[column], 0.0);
-    kernels.subtract_rows(matrix.data(), unit, factors.data(), n);
+    kernels.subtract_rows(matrix.data(), unit, factors.data(), n, n);
   }
   // Rows were exchanged on the way: the columns of the inverse are, in the opposite order.
   for (int64_t column = n - 1; column >= 0; --column) {
@@ -102,11 +102,19 @@ void solve_chunk(const double* matrix, const double* inverse_blocks, double* rig
 
 }  // namespace
 
+void invert_corner(std::vector<double>& matrix, int64_t n, int64_t first_channel, const PrepareKernels& kernels) {
+  const int64_t column = invert(matrix, n, kernels);
+  if (column < 0) return;
+  throw std::runtime_error("the corner tap is singular: channel " + std::to_string(first_channel + column) +
+                           " depends linearly on the channels before it in its group");
+}
+
 template <class T>
 Weights<T> Prepared<T>::group(const Shape& shape, int64_t group) const {
-  const int64_t pairs = shape.channels * shape.channels;
-  return {taps.data() + group * pairs * (shape.taps() - 1), corner.empty() ? nullptr : corner.data() + group * pairs,
-          bias.empty() ? nullptr : bias.data() + group * shape.channels};
+  const auto part = [&](const std::vector<T>& values) {
+    return values.empty() ? nullptr : values.data() + group * (static_cast<int64_t>(values.size()) / shape.groups);
+  };
+  return {part(taps), part(corner), part(bias), part(blocks), block_steps};
 }
 
 template <class T>
@@ -117,7 +125,7 @@ Prepared<T> prepare(const Shape& shape, const std::vector<int64_t>& orders, cons
   const int64_t window = shape.taps();
   const bool identity = shape.corner == kIdentity || (shape.corner == kUnitTriangular && n == 1);
 
-  Prepared<T> prepared;
+  Prepared<T> prepared{};
   prepared.taps.resize(shape.groups * pairs * (window - 1));
   if (!identity) prepared.corner.resize(shape.groups * pairs);
   if (bias) prepared.bias.assign(bias, bias + shape.groups * n);
@@ -159,11 +167,7 @@ Prepared<T> prepare(const Shape& shape, const std::vector<int64_t>& orders, cons
       constexpr bool kExact = std::is_same_v<T, double>;
       std::vector<double> matrix;
       if (kExact) matrix = inverse;
-      const int64_t column = invert(inverse, n, kernels);
-      if (column >= 0) {
-        throw std::runtime_error("the corner tap is singular: channel " + std::to_string(g * n + column) +
-                                 " depends linearly on the channels before it in its group");
-      }
+      invert_corner(inverse, n, g * n, kernels);
       if (shape.transposed) {
         transpose(matrix, kExact ? n : 0);
         transpose(inverse, n);

@@ -5,7 +5,10 @@
 //   images as lanes    a line is an image row, a step a column, a lane an image
 //   rows as lanes      a line is a band of rows, a step an anti-diagonal of the band, a lane a row of it
 //
-// so one micro-kernel serves both; they differ in where a tap's source lies and in how a lane maps to memory.
+// so one micro-kernel serves both; they differ in where a tap's source lies and in how a lane maps to memory. A signal,
+// which is an image of one row, has a regime of its own where the others have too few lanes:
+//
+//   outputs as lanes   all channels of a block of steps are solved at once, by a matrix of what they depend on
 #pragma once
 
 #include <atomic>
@@ -25,6 +28,9 @@ constexpr int64_t kSlabBytes = 192 * 1024;
 
 // Most lanes a line can have: 2 AVX-512 vectors of float.
 constexpr int64_t kMaxLanes = 32;
+
+// Vectors of outputs that are summed together with outputs as lanes.
+constexpr int kTileVectors = 2;
 
 // Output channels a micro-kernel keeps in registers: 6 x 2 accumulators, 2 sources and a weight fill the 16 of AVX2.
 constexpr int64_t kOutputBlock = 6;
@@ -47,6 +53,11 @@ struct Weights {
   // triangular one the inverses of the blocks on the diagonal, and -M elsewhere, since blocks are substituted.
   const T* corner;
   const T* bias;  // one a channel, or null
+  // Of outputs as lanes instead of taps and corner: what the outputs of a block of so many steps, [step][channel], are of
+  // the (kernel_w - 1) * channels values of x in front of it and, behind those, of the block's own y - bias. In tiles of
+  // at most kTileVectors vectors of outputs, the last vector filled up with zeros: [tile][input][output of the tile].
+  const T* block;
+  int64_t block_steps;
 };
 
 // An image tensor seen by one group: `data` at batch 0, channel 0 of the group, the mirrored pixel (0, 0); strides of
@@ -82,6 +93,12 @@ struct RowsPlan {
   bool joined;
 };
 
+// How outputs as lanes are swept.
+struct OutputsPlan {
+  int64_t block;    // steps that are solved at once
+  int64_t signals;  // that are swept together at most
+};
+
 // The bands of all images, which lines claim in order, and what passes from a band to the one below it.
 template <class T>
 struct Bands {
@@ -114,13 +131,19 @@ struct Kernels {
   // A line has one of these two numbers of lanes.
   int64_t min_lanes;
   int64_t max_lanes;
+  // With outputs as lanes: the lanes of a vector, and the most signals that are swept together.
+  int64_t vector_lanes;
+  int64_t most_signals;
   // Bytes of 64-byte-aligned scratch a call needs.
   size_t (*images_scratch)(const Problem<IO, T>&, int64_t lanes);
   size_t (*rows_scratch)(const Problem<IO, T>&, const RowsPlan&);
+  size_t (*outputs_scratch)(const Problem<IO, T>&, const OutputsPlan&);
   // Images first .. first + count of one group; count <= lanes.
   void (*images)(const Problem<IO, T>&, int64_t first, int64_t count, int64_t lanes, void* scratch, Gradients<T>);
   // A line that begins with `band`; if lines are joined, it claims bands of the same image as long as there are any.
   void (*rows)(const Problem<IO, T>&, const Bands<T>&, int64_t band, void* scratch, Gradients<T>);
+  // Signals first .. first + count of one group; count <= plan.signals.
+  void (*outputs)(const Problem<IO, T>&, const OutputsPlan&, int64_t first, int64_t count, void* scratch, Gradients<T>);
 };
 
 // Steps of a line that is one band, and from the start of a band to that of the next one of its line.
@@ -143,8 +166,8 @@ inline void tap_order(const Shape& shape, TapPosition* order) {
 
 // What preparing a general M does many times, in float64.
 struct PrepareKernels {
-  // Row i of the n x n matrix -= factors[i] * row.
-  void (*subtract_rows)(double* matrix, const double* row, const double* factors, int64_t n);
+  // Row i of the matrix -= factors[i] * row.
+  void (*subtract_rows)(double* matrix, const double* row, const double* factors, int64_t rows, int64_t columns);
   // row -= factor * other, `n` values, for a row kept as the sum of two numbers, row + low: as exact as arithmetic of
   // twice the digits.
   void (*subtract_row_exactly)(double* row, double* low, const double* other, double factor, int64_t n);

@@ -87,6 +87,7 @@ constexpr int64_t kMaxVectors = kMinVectors<T> > 2 ? kMinVectors<T> : 2;
 #include "packing.h"
 #include "solve_steps.h"
 #include "sweep_images.h"
+#include "sweep_outputs.h"
 #include "sweep_rows.h"
 
 template <class IO, class T>
@@ -110,22 +111,34 @@ static void rows(const Problem<IO, T>& problem, const Bands<T>& bands, int64_t b
 }
 
 template <class IO, class T>
+static void outputs(const Problem<IO, T>& problem, const OutputsPlan& plan, int64_t first, int64_t count, void* scratch,
+                    Gradients<T> gradients) {
+  with_width<kMostSignals>(count, [&](auto signals) {
+    sweep_outputs<IO, T, decltype(signals)::value>(problem, plan, first, scratch, gradients);
+  });
+}
+
+template <class IO, class T>
 static Kernels<IO, T> kernels() {
   return {kMinVectors<T> * kVectorLanes<T>,
           kMaxVectors<T> * kVectorLanes<T>,
+          kVectorLanes<T>,
+          kMostSignals,
           &images_scratch<IO, T>,
           &rows_scratch<IO, T>,
+          &outputs_scratch<IO, T>,
           &images<IO, T>,
-          &rows<IO, T>};
+          &rows<IO, T>,
+          &outputs<IO, T>};
 }
 
-static void subtract_rows(double* matrix, const double* row, const double* factors, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
+static void subtract_rows(double* matrix, const double* row, const double* factors, int64_t rows, int64_t columns) {
+  for (int64_t i = 0; i < rows; ++i) {
     const double factor = factors[i];
     if (factor == 0) continue;
-    double* const to = matrix + i * n;
+    double* const to = matrix + i * columns;
 #pragma GCC ivdep
-    for (int64_t k = 0; k < n; ++k) to[k] -= factor * row[k];
+    for (int64_t k = 0; k < columns; ++k) to[k] -= factor * row[k];
   }
 }
 

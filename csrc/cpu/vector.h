@@ -46,6 +46,17 @@ INVERSE_FLOW_INLINE Vector<T> where_held(Vector<T> v, Vector<T> mask) {
   return (Vector<T>)((Bits)v & (Bits)mask);
 }
 
+// All bits set in the lanes from `first` on.
+template <class T>
+INVERSE_FLOW_INLINE Vector<T> from_lane(int64_t first) {
+  typename VectorOf<T>::bits lane, bound;
+  for (int i = 0; i < kVectorLanes<T>; ++i) {
+    lane[i] = i;
+    bound[i] = first;
+  }
+  return (Vector<T>)(lane >= bound);
+}
+
 // Groups of eight, the unit of packing: eight pixels of one lane against one pixel of eight lanes.
 typedef float Float8 __attribute__((vector_size(32)));
 typedef double Double8 __attribute__((vector_size(64)));
