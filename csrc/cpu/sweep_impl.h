@@ -111,14 +111,6 @@ static void rows(const Problem<IO, T>& problem, const Bands<T>& bands, int64_t b
 }
 
 template <class IO, class T>
-static void outputs(const Problem<IO, T>& problem, const OutputsPlan& plan, int64_t first, int64_t count, void* scratch,
-                    Gradients<T> gradients) {
-  with_width<kMostSignals>(count, [&](auto signals) {
-    sweep_outputs<IO, T, decltype(signals)::value>(problem, plan, first, scratch, gradients);
-  });
-}
-
-template <class IO, class T>
 static Kernels<IO, T> kernels() {
   return {kMinVectors<T> * kVectorLanes<T>,
           kMaxVectors<T> * kVectorLanes<T>,
@@ -129,7 +121,7 @@ static Kernels<IO, T> kernels() {
           &outputs_scratch<IO, T>,
           &images<IO, T>,
           &rows<IO, T>,
-          &outputs<IO, T>};
+          &sweep_outputs<IO, T>};
 }
 
 static void subtract_rows(double* matrix, const double* row, const double* factors, int64_t rows, int64_t columns) {

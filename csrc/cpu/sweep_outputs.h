@@ -237,9 +237,9 @@ static size_t outputs_scratch(const Problem<IO, T>& problem, const OutputsPlan& 
   return OutputsScratch<T>(problem.shape, problem.with_gradient, plan, nullptr).bytes;
 }
 
-template <class IO, class T, int kSignals>
-static void sweep_outputs(const Problem<IO, T>& problem, const OutputsPlan& plan, int64_t first_signal, void* memory,
-                          Gradients<T> gradients) {
+template <class IO, class T>
+static void sweep_outputs(const Problem<IO, T>& problem, const OutputsPlan& plan, int64_t first_signal, int64_t signals,
+                          void* memory, Gradients<T> gradients) {
   constexpr int64_t n = kVectorLanes<T>;
   const Shape& shape = problem.shape;
   const Weights<T>& weights = problem.weights;
@@ -248,7 +248,7 @@ static void sweep_outputs(const Problem<IO, T>& problem, const OutputsPlan& plan
   const OutputsScratch<T> scratch(shape, problem.with_gradient, plan, memory);
   const int64_t reach = scratch.front * channels;
   // Nothing comes before a signal.
-  for (int64_t r = 0; r < kSignals; ++r) {
+  for (int64_t r = 0; r < signals; ++r) {
     __builtin_memset(scratch.x + r * scratch.x_signal - reach, 0, reach * sizeof(T));
     for (int64_t c = 0; c < channels && problem.with_gradient; ++c) {
       T* const row = scratch.rows + r * scratch.row_signal + c * scratch.row;
@@ -267,7 +267,7 @@ static void sweep_outputs(const Problem<IO, T>& problem, const OutputsPlan& plan
     };
     const auto rows_of = [&](int64_t r) { return scratch.rows + (problem.with_gradient ? r * scratch.row_signal : 0); };
     bool finite = true;
-    for (int64_t r = 0; r < kSignals; ++r) {
+    for (int64_t r = 0; r < signals; ++r) {
       T* const y = scratch.y + r * scratch.y_signal;
       T* const rows = channels > 1 ? rows_of(r) : y;
       for (int64_t c = 0; c < channels; ++c) {
@@ -277,10 +277,13 @@ static void sweep_outputs(const Problem<IO, T>& problem, const OutputsPlan& plan
       if (channels > 1) interleave(rows, scratch.row, channels, padded, y);
       finite = finite && all_finite(y, padded * channels);
     }
-    const auto solve = finite ? &solve_blocks<T, kSignals, false> : &solve_blocks<T, kSignals, true>;
-    solve(weights.block, channels, block * channels, reach, blocks, scratch.y, scratch.y_signal, scratch.x,
-          scratch.x_signal);
-    for (int64_t r = 0; r < kSignals; ++r) {
+    with_width<kMostSignals>(signals, [&](auto count) {
+      constexpr int kSignals = decltype(count)::value;
+      const auto solve = finite ? &solve_blocks<T, kSignals, false> : &solve_blocks<T, kSignals, true>;
+      solve(weights.block, channels, block * channels, reach, blocks, scratch.y, scratch.y_signal, scratch.x,
+            scratch.x_signal);
+    });
+    for (int64_t r = 0; r < signals; ++r) {
       T* const x = scratch.x + r * scratch.x_signal;
       T* const rows = channels > 1 ? rows_of(r) : x;
       if (channels > 1) separate(x, channels, padded, rows, scratch.row);
@@ -299,11 +302,11 @@ static void sweep_outputs(const Problem<IO, T>& problem, const OutputsPlan& plan
     if (problem.with_gradient) {
       for (int64_t t = 0; t < shape.taps(); ++t) {
         const auto [p, q] = t + 1 < shape.taps() ? scratch.order[t] : TapPosition{0, 0};
-        Span<T>* const spans = scratch.spans + t * kSignals;
-        for (int64_t r = 0; r < kSignals; ++r) {
+        Span<T>* const spans = scratch.spans + t * signals;
+        for (int64_t r = 0; r < signals; ++r) {
           spans[r] = {scratch.rows + r * scratch.row_signal - q, scratch.other + r * scratch.other_signal};
         }
-        scratch.tap_spans[t] = {spans, p == 0 ? kSignals : 0, round_up(count, n) / n};
+        scratch.tap_spans[t] = {spans, p == 0 ? signals : 0, round_up(count, n) / n};
       }
       outer_sums<T, 1>(scratch.tap_spans, shape.taps(), channels, {scratch.row, n, scratch.other_row, n},
                        gradients.weight);
@@ -312,7 +315,7 @@ static void sweep_outputs(const Problem<IO, T>& problem, const OutputsPlan& plan
     const auto keep = [&](T* at, int64_t values, int64_t passed) {
       __builtin_memmove(at - values, at - values + passed, values * sizeof(T));
     };
-    for (int64_t r = 0; r < kSignals; ++r) {
+    for (int64_t r = 0; r < signals; ++r) {
       keep(scratch.x + r * scratch.x_signal, reach, scratch.stretch * channels);
       for (int64_t c = 0; c < channels && channels > 1 && problem.with_gradient; ++c) {
         keep(scratch.rows + r * scratch.row_signal + c * scratch.row, scratch.front, scratch.stretch);
