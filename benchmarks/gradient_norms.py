@@ -171,7 +171,7 @@ def summarize(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
-    """A panel for each model and learning rate: a line a layer, darker towards the latents."""
+    """A panel for each model and learning rate: a line per layer, darker towards the latents."""
     models = list(dict.fromkeys(entry["model"] for entry in runs))
     rates = list(dict.fromkeys(entry["learning_rate"] for entry in runs))
     figure = new_figure(3.6 * len(rates), 2.6 * len(models))

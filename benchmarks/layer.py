@@ -81,7 +81,7 @@ LIMIT_SIDE, LIMIT_BYTES = 512, 64 * 2**20
 
 
 def machine_limits(dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """Multiply-adds and bytes a second, with as many threads as PyTorch has now."""
+    """Multiply-adds and bytes per second, with as many threads as PyTorch has now."""
     matrix = torch.randn(LIMIT_SIDE, LIMIT_SIDE, device=device, dtype=dtype)
     source = torch.empty(LIMIT_BYTES // dtype.itemsize, device=device, dtype=dtype).fill_(1)
     copy = torch.empty_like(source)

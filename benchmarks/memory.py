@@ -240,7 +240,7 @@ def print_bytes(rows: Sequence[dict[str, Any]], key: str) -> dict[str, float]:
         line = {f"K{count}": value / GIB for count, value in values.items()}
         lines.append({"method": name, "each": each, "mib": each / 2**20, **line})
     columns = {f"K={count}": f"{{K{count}:.3f}}" for count in steps}
-    Table({"GiB": "{method}", **columns, "MiB a step": "{mib:.4f}"}).add(*lines)
+    Table({"GiB": "{method}", **columns, "MiB per step": "{mib:.4f}"}).add(*lines)
     return {line["method"]: line["each"] for line in lines}
 
 

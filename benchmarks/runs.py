@@ -15,7 +15,7 @@ from torch import Tensor
 
 from inverse_flow.data import ImageData, load
 from inverse_flow.flows import Flow, prepare_sampling
-from inverse_flow.flows.sampling import reconstruction_error
+from inverse_flow.flows.latents import reconstruction_error
 from inverse_flow.models import KINDS, FlowConfig, ImageFlow
 from inverse_flow.training import Stop, TrainConfig, bits_per_dim, checkpoint, dequantize
 from inverse_flow.training.dequantization import VariationalDequantization

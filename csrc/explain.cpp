@@ -20,12 +20,14 @@ namespace inverse_flow {
 
 namespace {
 
-// (batch, groups, channels a group, height, width, kernel_h, kernel_w)
-using Sizes = std::array<int64_t, 7>;
+// (batch, groups, channels a group, depth, height, width, kernel_d, kernel_h, kernel_w)
+using Sizes = std::array<int64_t, 9>;
 
 Shape shape_of(const Sizes& sizes, int64_t corner, bool backward) {
   // The backward pass is first of all the transposed solve.
-  return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], static_cast<Corner>(corner), backward};
+  return {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4],
+          sizes[5], sizes[6], sizes[7], sizes[8], static_cast<Corner>(corner),
+          backward};
 }
 
 // Takes a plan's facts into a dict: several values as a tuple, "part.name" into a dict of the part.

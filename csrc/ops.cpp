@@ -1,4 +1,4 @@
-// Operator schemas, nothing else. `orders` has one entry a group (see Order in params.h), so its length is the
+// Operator schemas, nothing else. `orders` has one entry per group (see Order in params.h), so its length is the
 // number of groups; `corner` is a Corner of params.h. With `allow_tf32` the tensor cores of a GPU may round the factors
 // of float32 products to TF32; the CPU never does.
 //

@@ -8,13 +8,14 @@
 
 namespace inverse_flow {
 
-// The corner of the image that a group pads, and recurs, from. Bit 0 mirrors the columns, bit 1 the rows, so
-// every order is the top-left recurrence on a mirrored image, and the transposed solve of an order is the solve
-// from the opposite corner (order ^ kOppositeCorner).
-enum Order : int32_t { kTopLeft = 0, kTopRight = 1, kBottomLeft = 2, kBottomRight = 3 };
+// The corner of the image that a group pads, and recurs, from. Bit 0 mirrors the columns, bit 1 the rows, bit 2 the
+// planes of a volume, so every order is the top-left recurrence on a mirrored image, and the transposed solve of an
+// order is the solve from the opposite corner (order ^ kOppositeCorner). Mirroring the only plane of an image changes
+// nothing.
 constexpr int32_t kMirrorColumns = 1;
 constexpr int32_t kMirrorRows = 2;
-constexpr int32_t kOppositeCorner = kMirrorColumns | kMirrorRows;
+constexpr int32_t kMirrorPlanes = 4;
+constexpr int32_t kOppositeCorner = kMirrorColumns | kMirrorRows | kMirrorPlanes;
 
 // What is read of the corner tap M, the one that meets the output pixel itself.
 enum Corner : int32_t {
@@ -23,25 +24,29 @@ enum Corner : int32_t {
   kGeneral = 2,         // all of it; must be invertible
 };
 
-// x = A(w)^-1 (y - bias), or A(w)^-T (y - bias) when `transposed`.
+// x = A(w)^-1 (y - bias), or A(w)^-T (y - bias) when `transposed`. An image is a volume of one plane.
 struct Shape {
   int64_t batch;
   int64_t groups;
   int64_t channels;  // per group
+  int64_t depth;
   int64_t height;
   int64_t width;
+  int64_t kernel_d;
   int64_t kernel_h;
   int64_t kernel_w;
   Corner corner;
   bool transposed;
 
-  int64_t taps() const { return kernel_h * kernel_w; }
+  int64_t pixels() const { return depth * height * width; }
+  int64_t taps() const { return kernel_d * kernel_h * kernel_w; }
 };
 
-// Element strides of an NCHW tensor.
+// Element strides of a tensor of images or volumes.
 struct Strides {
   int64_t batch;
   int64_t channel;
+  int64_t plane;
   int64_t row;
   int64_t column;
 };
@@ -51,8 +56,12 @@ INVERSE_FLOW_HOST_DEVICE constexpr int32_t solved_order(int32_t order, bool tran
   return transposed ? order ^ kOppositeCorner : order;
 }
 
-// Row of a kernel_h x kernel_w window of the tap that reaches p rows away from the output pixel, in a group of the
-// given order; likewise columns. Each is its own inverse. (0, 0) is the corner tap.
+// Row of a window of the tap that reaches p rows away from the output pixel, in a group of the given order; likewise
+// planes and columns. Each is its own inverse. (0, 0, 0) is the corner tap.
+template <typename Index>
+INVERSE_FLOW_HOST_DEVICE constexpr Index tap_plane(Index kernel_d, int32_t order, Index a) {
+  return (order & kMirrorPlanes) ? a : kernel_d - 1 - a;
+}
 template <typename Index>
 INVERSE_FLOW_HOST_DEVICE constexpr Index tap_row(Index kernel_h, int32_t order, Index p) {
   return (order & kMirrorRows) ? p : kernel_h - 1 - p;
@@ -63,8 +72,9 @@ INVERSE_FLOW_HOST_DEVICE constexpr Index tap_column(Index kernel_w, int32_t orde
 }
 
 // Offset, inside one channel pair's window, of that tap.
-INVERSE_FLOW_HOST_DEVICE inline int64_t tap_offset(const Shape& shape, int32_t order, int64_t p, int64_t q) {
-  return tap_row(shape.kernel_h, order, p) * shape.kernel_w + tap_column(shape.kernel_w, order, q);
+INVERSE_FLOW_HOST_DEVICE inline int64_t tap_offset(const Shape& shape, int32_t order, int64_t a, int64_t p, int64_t q) {
+  return (tap_plane(shape.kernel_d, order, a) * shape.kernel_h + tap_row(shape.kernel_h, order, p)) * shape.kernel_w +
+         tap_column(shape.kernel_w, order, q);
 }
 
 }  // namespace inverse_flow

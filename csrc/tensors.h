@@ -7,9 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
-#include <initializer_list>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -41,21 +39,21 @@ Tensor new_strided(const Tensor& like, const Sizes& sizes, const NewStrides& str
 }
 
 // Uninitialized and contiguous, on the device of `like`.
-inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
-  const std::vector<int64_t> shape(sizes);
-  std::vector<int64_t> strides(shape.size(), 1);
-  for (size_t d = shape.size() - 1; d > 0; --d) strides[d - 1] = strides[d] * std::max<int64_t>(shape[d], 1);
-  return new_strided(like, shape, strides, type);
+inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType type) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size() - 1; d > 0; --d) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
+  return new_strided(like, sizes, strides, type);
 }
 
 // Whether the image's elements lie side by side in some order of its dimensions.
-inline bool is_dense(const std::array<int64_t, 4>& sizes, const std::array<int64_t, 4>& strides) {
+template <class Sizes, class OfSizes>
+bool is_dense(const Sizes& sizes, const OfSizes& strides) {
   int64_t expected = 1;
   size_t left = 0;
   for (const int64_t size : sizes) left += size > 1;
   for (bool found = true; left > 0 && found; left -= found) {
     found = false;
-    for (size_t d = 0; d < 4 && !found; ++d) {
+    for (size_t d = 0; d < sizes.size() && !found; ++d) {
       if (sizes[d] <= 1 || strides[d] != expected) continue;
       expected *= sizes[d];
       found = true;
@@ -68,13 +66,11 @@ inline bool is_dense(const std::array<int64_t, 4>& sizes, const std::array<int64
 inline Tensor new_image_like(const Tensor& image) {
   const auto sizes = image.sizes();
   const auto strides = image.strides();
-  const std::array<int64_t, 4> shape{sizes[0], sizes[1], sizes[2], sizes[3]};
-  const std::array<int64_t, 4> steps{strides[0], strides[1], strides[2], strides[3]};
-  if (is_dense(shape, steps)) return new_strided(image, shape, steps, image.scalar_type());
+  if (is_dense(sizes, strides)) return new_strided(image, sizes, strides, image.scalar_type());
   try {
     return torch::stable::empty_like(image);
   } catch (const std::runtime_error&) {
-    no_room(shape, image.scalar_type());
+    no_room(sizes, image.scalar_type());
   }
 }
 

@@ -51,13 +51,18 @@ class Scratch {
 
 // One group of an image tensor in the coordinates in which its solve starts at the top left.
 template <class IO>
-Image<IO> mirrored_group(const Shape& shape, IO* data, Strides stride, int64_t group, int64_t flips) {
+Image<IO> mirrored_group(const Shape& shape, IO* data, Strides stride, int64_t group, int32_t flips) {
   Image<IO> image{data + group * shape.channels * stride.channel, stride, data, data + 1};
   const auto span = [&](int64_t count, int64_t step) { (step < 0 ? image.begin : image.end) += (count - 1) * step; };
   span(shape.batch, stride.batch);
   span(shape.groups * shape.channels, stride.channel);
+  span(shape.depth, stride.plane);
   span(shape.height, stride.row);
   span(shape.width, stride.column);
+  if (flips & kMirrorPlanes) {
+    image.data += (shape.depth - 1) * stride.plane;
+    image.stride.plane = -stride.plane;
+  }
   if (flips & kMirrorRows) {
     image.data += (shape.height - 1) * stride.row;
     image.stride.row = -stride.row;
@@ -77,16 +82,16 @@ void run(const Shape& shape, const std::vector<int64_t>& orders, const T* weight
   const KernelSet& set = isa_in_use().kernels;
   const Kernels<IO, T>& kernels = set;
   const Plan plan = make_plan(shape, with_gradient, kernels, torch::stable::get_num_threads());
-  const Prepared<T> prepared = plan.regime == Regime::kOutputs
-                                   ? prepare_blocks(shape, orders, weight, bias, plan.outputs.block,
-                                                    kernels.vector_lanes, set.prepare)
-                                   : prepare(shape, orders, weight, bias, set.prepare);
+  const Prepared<T> prepared =
+      plan.regime == Regime::kOutputs
+          ? prepare_blocks(shape, orders, weight, bias, plan.outputs.block, kernels.block_lanes, set.prepare)
+          : prepare(shape, orders, weight, bias, set.prepare);
   // A singular M is an error of an empty batch, too.
   if (shape.batch == 0) return;
 
   std::vector<Problem<IO, T>> problems;
   for (int64_t g = 0; g < shape.groups; ++g) {
-    const int64_t flips = orders[g] ^ (shape.transposed ? kOppositeCorner : 0);
+    const int32_t flips = solved_order(static_cast<int32_t>(orders[g]), shape.transposed);
     const auto view = [&](const Tensor& tensor) {
       return mirrored_group<const IO>(shape, static_cast<const IO*>(tensor.const_data_ptr()), strides_of(tensor), g,
                                       flips);
@@ -137,9 +142,7 @@ void run(const Shape& shape, const std::vector<int64_t>& orders, const T* weight
     // Images of a batch that stay together.
     const int64_t together = by_outputs ? 1 : kernels.min_lanes;
     const int64_t parts = (shape.batch + together - 1) / together;
-    const auto first_image = [&](int64_t unit) {
-      return std::min(shape.batch, parts * unit / plan.units * together);
-    };
+    const auto first_image = [&](int64_t unit) { return std::min(shape.batch, parts * unit / plan.units * together); };
     torch::stable::parallel_for(0, jobs, 1, [&](int64_t begin, int64_t end) {
       for (int64_t job = begin; job < end; ++job) {
         for (int64_t i = units * job / jobs; i < units * (job + 1) / jobs; ++i) {
@@ -282,8 +285,8 @@ std::tuple<Tensor, Tensor, Tensor> solve_backward(const Tensor& grad_output, con
   check_same_images(grad_output, output);
   const Tensor grad_input = new_image_like(grad_output);
   const ScalarType type = weight.scalar_type();
-  const Tensor grad_weight =
-      new_tensor(weight, {channel_count(shape), shape.channels, shape.kernel_h, shape.kernel_w}, type);
+  const auto weight_sizes = weight.sizes();
+  const Tensor grad_weight = new_tensor(weight, {weight_sizes.begin(), weight_sizes.end()}, type);
   const Tensor grad_bias = new_tensor(weight, {channel_count(shape)}, type);
   for_types(grad_output.scalar_type(), [&](auto io, auto acc) {
     solve_backward_as<decltype(io), decltype(acc)>(shape, orders, grad_output, output, weight, grad_input, grad_weight,

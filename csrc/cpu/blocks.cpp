@@ -3,13 +3,16 @@
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
+#include <utility>
 
 namespace inverse_flow::cpu {
 
 namespace {
 
-// Largest sum of sizes of the outputs of a block, of inputs of size one, up to which a block is solved at once.
-constexpr double kMostGrowth = 1e6;
+// Up to which condition several steps of a block are solved at once. Sums in float64 have 29 digits more than float32
+// images; those of float64 images have none, and must not be worse than the plain recurrence's by themselves.
+template <class T>
+constexpr double kMostCondition = std::is_same_v<T, double> ? 16 : 1 << 20;
 
 // The recurrence of one group over a block of steps, run on the columns of the identity: what the block's outputs are
 // of each value that they depend on. Those are the values of the steps in front of the block, whose taps reach into
@@ -44,6 +47,13 @@ class BlockResponse {
         }
       }
     }
+    for (int64_t o = 0; o < channels; ++o) {
+      double sum = 0;
+      for (int64_t q = 0; q < kernel; ++q) {
+        for (int64_t c = 0; c < channels; ++c) sum += std::abs(tap(q, o, c));
+      }
+      tap_sum_ = std::max(tap_sum_, sum);
+    }
     values_ = right_;
     solve(values_);
     if (!refine) return;
@@ -52,18 +62,22 @@ class BlockResponse {
     for (size_t i = 0; i < values_.size(); ++i) values_[i] += right_[i];
   }
 
+  int64_t outputs() const { return outputs_; }
   int64_t columns() const { return columns_; }
   double at(int64_t output, int64_t column) const { return values_[output * columns_ + column]; }
 
-  // Whether the sum of sizes of a row is `most` at most.
-  bool is_bounded_by(double most) const {
+  // Bounds what rounding an output once, in a sum of the block, is to rounding it in the plain recurrence: the largest
+  // sum of sizes of a row, of the values that outputs are made of right-hand sides by, times that of the taps.
+  // Not a number, or infinite, where the recurrence is.
+  double condition() const {
+    double outputs = 0;
     for (int64_t o = 0; o < outputs_; ++o) {
       double sum = 0;
-      for (int64_t i = 0; i < columns_; ++i) sum += std::abs(at(o, i));
-      // Written so that a NaN is not.
-      if (!(sum <= most)) return false;
+      for (int64_t i = before_; i < columns_; ++i) sum += std::abs(at(o, i));
+      if (!std::isfinite(sum)) return sum;
+      outputs = std::max(outputs, sum);
     }
-    return true;
+    return outputs * tap_sum_;
   }
 
  private:
@@ -108,37 +122,46 @@ class BlockResponse {
   }
 
   int64_t channels_, outputs_, before_, columns_;
-  int64_t steps_;              // taps that reach from one step of a block to another, the corner tap among them
-  std::vector<double> taps_;   // [input channel][step back][output channel]
+  double tap_sum_ = 0;
+  int64_t steps_;             // taps that reach from one step of a block to another, the corner tap among them
+  std::vector<double> taps_;  // [input channel][step back][output channel]
   std::vector<double> inverse_;
   std::vector<double> right_, values_;  // [output][column]
   const PrepareKernels& kernels_;
 };
 
+// Appends the matrix in the layout of Weights::step and Weights::block.
+template <class S>
+void append_tiles(const BlockResponse& response, int64_t lanes, std::vector<S>& to) {
+  const int64_t padded = (response.outputs() + lanes - 1) / lanes * lanes;
+  for (int64_t first = 0; first < padded; first += kTileVectors * lanes) {
+    const int64_t last = std::min(first + kTileVectors * lanes, padded);
+    for (int64_t column = 0; column < response.columns(); ++column) {
+      for (int64_t o = first; o < last; ++o) {
+        to.push_back(o < response.outputs() ? static_cast<S>(response.at(o, column)) : S(0));
+      }
+    }
+  }
+}
+
 }  // namespace
 
 template <class T>
 Prepared<T> prepare_blocks(const Shape& shape, const std::vector<int64_t>& orders, const T* weight, const T* bias,
-                           int64_t block, int64_t lanes, const PrepareKernels& kernels) {
+                           int64_t block, const BlockLanes& lanes, const PrepareKernels& kernels) {
   const int64_t n = shape.channels;
-  const int64_t kernel = shape.kernel_w;
-  const int64_t outputs = block * n;
-  const int64_t vectors = (outputs + lanes - 1) / lanes;
-  const int64_t size = vectors * lanes * (outputs + (kernel - 1) * n);
   const bool identity = shape.corner == kIdentity || (shape.corner == kUnitTriangular && n == 1);
 
-  Prepared<T> prepared;
-  prepared.blocks.resize(shape.groups * size);
+  Prepared<T> prepared{};
   prepared.block_steps = block;
   if (bias) prepared.bias.assign(bias, bias + shape.groups * n);
-  T* to = prepared.blocks.data();
   for (int64_t g = 0; g < shape.groups; ++g) {
     const T* const from = weight + g * n * n * shape.taps();
+    // The transposed solve swaps output and input.
     const auto tap = [&](int64_t q, int64_t o, int64_t c) -> double {
       if (shape.transposed) std::swap(o, c);
-      // Of the corner tap, q = 0, what its kind reads.
       if (q == 0 && (identity || (shape.corner == kUnitTriangular && c >= o))) return o == c ? 1 : 0;
-      return from[(o * n + c) * shape.taps() + tap_offset(shape, orders[g], 0, q)];
+      return from[(o * n + c) * shape.taps() + tap_offset(shape, orders[g], 0, 0, q)];
     };
     std::vector<double> inverse;
     if (!identity) {
@@ -148,24 +171,22 @@ Prepared<T> prepare_blocks(const Shape& shape, const std::vector<int64_t>& order
       }
       invert_corner(inverse, n, g * n, kernels);
     }
-    const BlockResponse response(n, kernel, block, tap, inverse, std::is_same_v<T, double>, kernels);
-    if (block > 1 && !response.is_bounded_by(kMostGrowth)) {
+    const BlockResponse response(n, shape.kernel_w, block, tap, inverse, std::is_same_v<T, double>, kernels);
+    if (block == 1) {
+      append_tiles(response, lanes.step, prepared.steps);
+    } else if (response.condition() <= kMostCondition<T>) {
+      append_tiles(response, lanes.block, prepared.blocks);
+    } else {
+      // Too large, or not a number.
       return prepare_blocks(shape, orders, weight, bias, 1, lanes, kernels);
-    }
-    for (int64_t tile = 0; tile < vectors; tile += kTileVectors) {
-      const int64_t first = tile * lanes;
-      const int64_t last = std::min(tile + kTileVectors, vectors) * lanes;
-      for (int64_t column = 0; column < response.columns(); ++column) {
-        for (int64_t o = first; o < last; ++o) *to++ = o < outputs ? static_cast<T>(response.at(o, column)) : T(0);
-      }
     }
   }
   return prepared;
 }
 
 template Prepared<float> prepare_blocks(const Shape&, const std::vector<int64_t>&, const float*, const float*, int64_t,
-                                        int64_t, const PrepareKernels&);
+                                        const BlockLanes&, const PrepareKernels&);
 template Prepared<double> prepare_blocks(const Shape&, const std::vector<int64_t>&, const double*, const double*,
-                                         int64_t, int64_t, const PrepareKernels&);
+                                         int64_t, const BlockLanes&, const PrepareKernels&);
 
 }  // namespace inverse_flow::cpu

@@ -11,10 +11,12 @@
 
 namespace inverse_flow::cpu {
 
+inline int64_t pieces(int64_t total, int64_t piece) { return (total + piece - 1) / piece; }
+
 enum class Regime { kImages, kRows, kOutputs };
 
-// How the work is cut up. Lanes are images where that fills the vectors and the threads, else the rows of a band. The
-// lanes of a signal are the outputs of a block of steps, unless images as lanes take less.
+// How the work is cut up. Lanes are images where that fills the vectors and the threads, else the rows of a band; of a
+// signal, which has one row, the outputs of a block of steps.
 struct Plan {
   Regime regime;
   RowsPlan rows;        // of rows as lanes
@@ -28,17 +30,16 @@ struct Plan {
   // Calls see(name, value) for every fact of the plan that inverse_flow.explain tells.
   template <class See>
   void visit(const Shape& shape, const See& see) const {
+    constexpr const char* names[] = {"images as lanes", "rows as lanes", "outputs as lanes"};
     const bool by_rows = regime == Regime::kRows;
-    const bool by_outputs = regime == Regime::kOutputs;
-    see("regime", by_rows ? "rows as lanes" : by_outputs ? "outputs as lanes" : "images as lanes");
+    const int64_t block = regime == Regime::kOutputs ? outputs.block : 1;
+    see("regime", names[static_cast<int>(regime)]);
     see("workers", workers);
     see("lanes", lanes);
     see("units", units * shape.groups * (by_rows ? shape.batch : 1));
-    see("steps", by_rows      ? band_steps(shape, lanes)
-                 : by_outputs ? (shape.width + outputs.block - 1) / outputs.block
-                              : shape.height * shape.width);
+    see("steps", by_rows ? band_steps(shape, lanes) : pieces(shape.pixels(), block));
     see("joined", by_rows && rows.joined);
-    see("block", by_outputs ? outputs.block : 1);
+    see("block", block);
   }
 };
 
@@ -61,67 +62,84 @@ inline RowsPlan plan_rows(const Shape& shape, bool with_gradient, int64_t band, 
   const int64_t apart = band_period(shape) / threads - band;
   plan.stretch = stretch(threads > 1 ? apart / 2 : apart);
   // A line of several threads' gradients would depend on who claimed which band.
-  plan.joined =
-      plan.bands > 1 && joined_lines_fit(shape, band, plan.stretch, threads) && !(with_gradient && threads > 1);
-  if (!plan.joined) plan.stretch = stretch(threads > 1 ? steps / threads - band : steps + kStretch - 1);
-  // Of a window as long as a band, summing the lanes at the end is little beside the products.
-  plan.window = with_gradient ? (steps + plan.stretch - 1) / plan.stretch * plan.stretch : plan.stretch;
+  // Nor does a volume join bands: between them it would have to pass as many empty planes as the taps reach back.
+  plan.joined = plan.bands > 1 && shape.depth == 1 && joined_lines_fit(shape, band, plan.stretch, threads) &&
+                !(with_gradient && threads > 1);
+  // A band of a volume is long: a small part of it is enough to be behind.
+  const int64_t share = shape.depth > 1 ? 8 * threads : threads;
+  if (!plan.joined) plan.stretch = stretch(threads > 1 ? steps / share - band : steps + kStretch - 1);
+  // Of a window as long as a band of a plane, summing the lanes at the end is little beside the products; and of one as
+  // long as what the taps reach back, so is moving that to its front.
+  int64_t window = with_gradient ? shape.width + band - 1 : 0;
+  if (shape.depth > 1) window = std::max(window, reached_steps(shape));
+  plan.window = std::max((window + plan.stretch - 1) / plan.stretch, int64_t{1}) * plan.stretch;
   return plan;
 }
 
-inline int64_t pieces(int64_t total, int64_t piece) { return (total + piece - 1) / piece; }
-
-// Units of a group that the threads share evenly, at least so many, at most `most`.
+// Units of a group that the threads share evenly: at least so many, at most `most`.
 inline int64_t even_units(const Shape& shape, int64_t least, int64_t most, int64_t threads) {
   return shape.groups % threads == 0 ? least : std::min(most, pieces(least, threads) * threads);
 }
 
-// Multiply-adds of a vector in the time that a block waits for the one before it: it reads what that one has stored,
-// and sums it.
+// Costs are counted in multiply-adds of a vector. Packing and unpacking a value costs about as much as so many; a block
+// waits as long for the one before it, since it reads what that one stored, and sums it.
+constexpr int64_t kImagesPacking = 1;
+constexpr int64_t kOutputsPacking = 3;
 constexpr int64_t kBlockWait = 48;
 
-// Multiply-adds of a vector that a piece of so many signals takes.
+// What a unit of so many signals costs with outputs as lanes.
 inline int64_t outputs_cost(const Shape& shape, int64_t block, int64_t signals, int64_t lanes) {
   const int64_t columns = (shape.kernel_w - 1 + block) * shape.channels;
   const int64_t vectors = pieces(block * shape.channels, lanes);
-  // Every multiply-add of one signal loads its weights for itself, and a value; two are loaded in the time of two.
+  // A multiply-add of one signal alone loads both of its factors, which takes twice as long.
   const int64_t products = columns * vectors * std::max<int64_t>(signals, 2);
-  // The matrix is a recurrence in float64, over all columns.
+  // The matrix of a block is a recurrence in float64, over all columns.
   const int64_t prepared = 2 * columns * vectors * shape.channels * std::min(block, shape.kernel_w);
-  return pieces(shape.width, block) * std::max(products, kBlockWait) + prepared;
+  return pieces(shape.width, block) *
+             (std::max(products, kBlockWait) + kOutputsPacking * signals * block * shape.channels) +
+         prepared;
+}
+
+// What a line of so many lanes costs per step with images as lanes. A vector of few channels waits for its own sums.
+inline int64_t images_cost(const Shape& shape, int64_t lanes) {
+  return shape.channels * (std::max<int64_t>(shape.channels, 2) * shape.taps() + kImagesPacking * lanes);
 }
 
 template <class IO, class T>
 Plan make_plan(const Shape& shape, bool with_gradient, const Kernels<IO, T>& kernels, int64_t threads) {
   const int64_t min_lanes = kernels.min_lanes;
   const int64_t max_lanes = kernels.max_lanes;
-  const int64_t band = shape.height > min_lanes ? max_lanes : min_lanes;
+  // Steps of min_lanes-wide vectors each thread would run.
+  const int64_t by_images = pieces(pieces(shape.batch, min_lanes) * shape.groups, threads) * shape.pixels();
+  // Bands of one image overlap but for a start-up of one band's width each, so one image fills at most this many.
+  const auto busy_with = [&](int64_t band) {
+    const int64_t per_image = std::min(pieces(shape.height, band), band_steps(shape, band) / (band + kStretch));
+    return std::max<int64_t>(std::min(threads, shape.batch * shape.groups * std::max<int64_t>(1, per_image)), 1);
+  };
+  int64_t band = shape.height > min_lanes ? max_lanes : min_lanes;
+  if (shape.depth > 1 && busy_with(min_lanes) > busy_with(band)) band = min_lanes;
   const int64_t bands = pieces(shape.height, band);
   const int64_t jobs_by_rows = shape.groups * shape.batch * bands;
-  // Steps of min_lanes-wide vectors each thread would run.
-  const int64_t by_images = pieces(pieces(shape.batch, min_lanes) * shape.groups, threads) * shape.height * shape.width;
-  // Bands of one image overlap but for a start-up of one band's width each, so one image fills at most this many.
-  const int64_t per_image = std::max<int64_t>(1, std::min(bands, band_steps(shape, band) / (band + kStretch)));
-  const int64_t busy = std::max<int64_t>(std::min(threads, shape.batch * shape.groups * per_image), 1);
-  const RowsPlan rows = plan_rows(shape, with_gradient, band, sizeof(T), busy);
+  const int64_t busy = busy_with(band);
+  const RowsPlan rows = plan_rows(shape, with_gradient, band, sizeof(T), std::min(busy, bands));
   const int64_t steps = rows.joined ? pieces(jobs_by_rows, busy) * band_period(shape) + band
                                     : pieces(jobs_by_rows, busy) * band_steps(shape, band);
   const int64_t by_rows = steps * (band / min_lanes);
-  if (shape.height == 1 && shape.batch > 0) {
-    const int64_t n = kernels.vector_lanes;
+  if (shape.depth == 1 && shape.height == 1 && shape.batch > 0) {
     const int64_t units = even_units(shape, pieces(shape.batch, kernels.most_signals), shape.batch, threads);
     OutputsPlan outputs{1, pieces(shape.batch, units)};
-    int64_t least = outputs_cost(shape, 1, outputs.signals, n);
-    for (int64_t block = 2; block * shape.channels <= kTileVectors * n; ++block) {
-      const int64_t cost = outputs_cost(shape, block, outputs.signals, n);
+    int64_t least = outputs_cost(shape, 1, outputs.signals, kernels.block_lanes.step);
+    for (int64_t block = 2; block * shape.channels <= kTileVectors * kernels.block_lanes.block; ++block) {
+      const int64_t cost = outputs_cost(shape, block, outputs.signals, kernels.block_lanes.block);
       if (cost >= least) continue;
       least = cost;
       outputs.block = block;
     }
-    const int64_t products = shape.channels * shape.channels * shape.kernel_w;
     const char* force = getenv("FORCE");
-    if (force ? *force == 'o' : least * pieces(shape.groups * units, threads) < std::min(by_images, by_rows) * products) {
-      if (const char* b = getenv("BLOCK")) outputs.block = atoi(b);
+    if (const char* b = getenv("BLOCK")) outputs.block = atoi(b);
+    if (force ? *force == 'o'
+              : pieces(shape.groups * units, threads) * least <
+                    std::min(by_images, by_rows) * images_cost(shape, min_lanes)) {
       const int64_t jobs = std::min(threads, shape.groups * units);
       return {Regime::kOutputs, {}, outputs, outputs.block * shape.channels, units, jobs, jobs, jobs + shape.groups};
     }

@@ -111,10 +111,10 @@ void invert_corner(std::vector<double>& matrix, int64_t n, int64_t first_channel
 
 template <class T>
 Weights<T> Prepared<T>::group(const Shape& shape, int64_t group) const {
-  const auto part = [&](const std::vector<T>& values) {
+  const auto part = [&](const auto& values) {
     return values.empty() ? nullptr : values.data() + group * (static_cast<int64_t>(values.size()) / shape.groups);
   };
-  return {part(taps), part(corner), part(bias), part(blocks), block_steps};
+  return {part(taps), part(corner), part(bias), part(steps), part(blocks), block_steps};
 }
 
 template <class T>
@@ -134,7 +134,7 @@ Prepared<T> prepare(const Shape& shape, const std::vector<int64_t>& orders, cons
   tap_order(shape, order.data());
   for (int64_t g = 0; g < shape.groups; ++g) {
     const T* from = weight + g * pairs * window;
-    const int64_t corner = tap_offset(shape, orders[g], 0, 0);
+    const int64_t corner = tap_offset(shape, orders[g], 0, 0, 0);
     // Element (output o, input c) of a tap; the transposed solve swaps the two.
     const auto given = [&](int64_t o, int64_t c, int64_t offset) {
       return from[(shape.transposed ? c * n + o : o * n + c) * window + offset];
@@ -143,7 +143,7 @@ Prepared<T> prepare(const Shape& shape, const std::vector<int64_t>& orders, cons
       T* to = prepared.taps.data() + g * pairs * (window - 1);
       for_output_blocks(n, [&](int64_t first, int64_t width) {
         for (int64_t t = 0; t < window - 1; ++t) {
-          const int64_t offset = tap_offset(shape, orders[g], order[t].p, order[t].q);
+          const int64_t offset = tap_offset(shape, orders[g], order[t].a, order[t].p, order[t].q);
           for (int64_t c = 0; c < n; ++c) {
             for (int64_t o = first; o < first + width; ++o) *to++ = static_cast<T>(-at(o, c, offset));
           }
@@ -187,7 +187,9 @@ Prepared<T> prepare(const Shape& shape, const std::vector<int64_t>& orders, cons
       const int64_t chunks = taps > 0 ? (n + chunk_channels - 1) / chunk_channels : 0;
       const int64_t most_columns = (chunk_channels * taps + kProductColumns - 1) / kProductColumns * kProductColumns;
       std::vector<int64_t> offsets(taps);
-      for (int64_t t = 0; t < taps; ++t) offsets[t] = tap_offset(shape, orders[g], order[t].p, order[t].q);
+      for (int64_t t = 0; t < taps; ++t) {
+        offsets[t] = tap_offset(shape, orders[g], order[t].a, order[t].p, order[t].q);
+      }
       const auto fold = [&](int64_t begin, int64_t end) {
         std::vector<double> memory(3 * n * most_columns);
         double* const right = memory.data();
@@ -239,10 +241,10 @@ void add_weight_gradient(const Shape& shape, int64_t order, const T* sums, T* gr
   const int64_t n = shape.channels;
   std::vector<TapPosition> positions(shape.taps());
   tap_order(shape, positions.data());
-  positions.back() = {0, 0};
+  positions.back() = {0, 0, 0};
   for (int64_t t = 0; t < shape.taps(); ++t) {
     const bool corner = t + 1 == shape.taps();
-    const int64_t offset = tap_offset(shape, order, positions[t].p, positions[t].q);
+    const int64_t offset = tap_offset(shape, order, positions[t].a, positions[t].p, positions[t].q);
     for (int64_t u = 0; u < n; ++u) {
       for (int64_t x = 0; x < n; ++x) {
         // A transposed solve belongs to the gradient of a plain one, where u sits on the output side of the weight.

@@ -14,14 +14,15 @@ struct Prepared {
   std::vector<T> corner;  // empty when M = I
   std::vector<T> bias;    // empty without one
   // By prepare_blocks alone, and then without taps and corner.
-  std::vector<T> blocks;
+  std::vector<T> steps;
+  std::vector<double> blocks;
   int64_t block_steps;
   Weights<T> group(const Shape& shape, int64_t group) const;
 };
 
-// `weight` is contiguous, (groups * channels, channels, kernel_h, kernel_w); `bias` has one entry a channel or is null.
-// What is inverted of M, and what the inverse is folded into (see Weights), is computed in float64 and rounded once,
-// and for float64 itself in about twice the digits. Throws std::runtime_error when an M is singular.
+// `weight` is contiguous, (groups * channels, channels, kernel_d, kernel_h, kernel_w); `bias` has one entry per channel
+// or is null. What is inverted of M, and what the inverse is folded into (see Weights), is computed in float64 and
+// rounded once, and for float64 itself in about twice the digits. Throws std::runtime_error when an M is singular.
 template <class T>
 Prepared<T> prepare(const Shape& shape, const std::vector<int64_t>& orders, const T* weight, const T* bias,
                     const PrepareKernels& kernels);

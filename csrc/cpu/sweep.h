@@ -5,6 +5,8 @@
 //   images as lanes    a line is an image row, a step a column, a lane an image
 //   rows as lanes      a line is a band of rows, a step an anti-diagonal of the band, a lane a row of it
 //
+// A volume is swept plane after plane; with rows as lanes a line goes through the same rows of all planes.
+//
 // so one micro-kernel serves both; they differ in where a tap's source lies and in how a lane maps to memory. A signal,
 // which is an image of one row, has a regime of its own where the others have too few lanes:
 //
@@ -52,11 +54,13 @@ struct Weights {
   // [block][input channel][output channel of the block]; null when M = I. Of a general M the inverse. Of a unit
   // triangular one the inverses of the blocks on the diagonal, and -M elsewhere, since blocks are substituted.
   const T* corner;
-  const T* bias;  // one a channel, or null
-  // Of outputs as lanes instead of taps and corner: what the outputs of a block of so many steps, [step][channel], are of
-  // the (kernel_w - 1) * channels values of x in front of it and, behind those, of the block's own y - bias. In tiles of
-  // at most kTileVectors vectors of outputs, the last vector filled up with zeros: [tile][input][output of the tile].
-  const T* block;
+  const T* bias;  // one per channel, or null
+  // Of outputs as lanes instead of taps and corner: what the outputs of a block of so many steps, [step][channel], are
+  // of the (kernel_w - 1) * channels values of x in front of it and, behind those, of the block's own y - bias. In
+  // tiles of at most kTileVectors vectors of outputs, the last vector filled up with zeros: [tile][input][output of the
+  // tile]. Several steps at once sum larger products than one after the other would, and do so in float64.
+  const T* step;        // of blocks of one step, else null
+  const double* block;  // of longer ones, else null
   int64_t block_steps;
 };
 
@@ -82,9 +86,9 @@ struct Problem {
   bool with_gradient;
 };
 
-// How rows as lanes are swept. The rows of an image are cut into bands, a lane a row. A line is one band, or `joined`
-// ones: a lane that is through with its row goes on with that of a next band, `period` steps after it began, and
-// between the two it passes as many zeros as the taps reach to the left.
+// How rows as lanes are swept. The rows of an image are cut into bands, a lane per row. A line is one band, or `joined`
+// ones: a lane that is through with its row goes on with that of a next band, and between the two it passes as many
+// zeros as the taps reach to the left. So it does between the planes of a volume.
 struct RowsPlan {
   int64_t lanes;    // rows of a band
   int64_t bands;    // of an image
@@ -97,6 +101,12 @@ struct RowsPlan {
 struct OutputsPlan {
   int64_t block;    // steps that are solved at once
   int64_t signals;  // that are swept together at most
+};
+
+// Lanes of a vector, in the state type and in float64, that blocks of one step and longer ones are solved in.
+struct BlockLanes {
+  int64_t step;
+  int64_t block;
 };
 
 // The bands of all images, which lines claim in order, and what passes from a band to the one below it.
@@ -132,7 +142,7 @@ struct Kernels {
   int64_t min_lanes;
   int64_t max_lanes;
   // With outputs as lanes: the lanes of a vector, and the most signals that are swept together.
-  int64_t vector_lanes;
+  BlockLanes block_lanes;
   int64_t most_signals;
   // Bytes of 64-byte-aligned scratch a call needs.
   size_t (*images_scratch)(const Problem<IO, T>&, int64_t lanes);
@@ -146,21 +156,33 @@ struct Kernels {
   void (*outputs)(const Problem<IO, T>&, const OutputsPlan&, int64_t first, int64_t count, void* scratch, Gradients<T>);
 };
 
-// Steps of a line that is one band, and from the start of a band to that of the next one of its line.
-inline int64_t band_steps(const Shape& shape, int64_t lanes) { return shape.width + lanes - 1; }
-inline int64_t band_period(const Shape& shape) { return shape.width + shape.kernel_w - 1; }
-// Elements of a band's halo: [row, the last one first][channel][column].
-inline int64_t halo_size(const Shape& shape) { return (shape.kernel_h - 1) * shape.width * shape.channels; }
+// Steps from the start of a plane of a band to that of the next one; from there to that of the next band of its line;
+// and those for which a lane is at its row, in all planes.
+inline int64_t plane_period(const Shape& shape) { return shape.width + shape.kernel_w - 1; }
+inline int64_t band_period(const Shape& shape) { return shape.depth * plane_period(shape); }
+inline int64_t row_steps(const Shape& shape) { return band_period(shape) - (shape.kernel_w - 1); }
+// Steps of a line that is one band.
+inline int64_t band_steps(const Shape& shape, int64_t lanes) { return row_steps(shape) + lanes - 1; }
+// How many steps back the taps reach.
+inline int64_t reached_steps(const Shape& shape) {
+  const int64_t planes = shape.kernel_d < shape.depth ? shape.kernel_d : shape.depth;
+  return (planes - 1) * plane_period(shape) + shape.kernel_h + shape.kernel_w - 2;
+}
+// Elements of a band's halo: [row, the last one first][channel][step].
+inline int64_t halo_size(const Shape& shape) { return (shape.kernel_h - 1) * row_steps(shape) * shape.channels; }
 
-// The (p, q) of the taps in sweep order, without the corner tap: the farthest first, so that what a step needs of its
-// direct predecessor comes last and the steps overlap.
+// The planes a, rows p and columns q that the taps reach back, in sweep order, without the corner tap: the farthest
+// plane first, and in a plane the farthest tap, so that what a step needs of its direct predecessor comes last and the
+// steps overlap.
 struct TapPosition {
-  int64_t p, q;
+  int64_t a, p, q;
 };
 inline void tap_order(const Shape& shape, TapPosition* order) {
-  for (int64_t distance = shape.kernel_h + shape.kernel_w - 2; distance > 0; --distance) {
-    const int64_t farthest = distance < shape.kernel_h ? distance : shape.kernel_h - 1;
-    for (int64_t p = farthest; p >= 0 && distance - p < shape.kernel_w; --p) *order++ = {p, distance - p};
+  for (int64_t a = shape.kernel_d - 1; a >= 0; --a) {
+    for (int64_t distance = shape.kernel_h + shape.kernel_w - 2; distance >= (a > 0 ? 0 : 1); --distance) {
+      const int64_t farthest = distance < shape.kernel_h ? distance : shape.kernel_h - 1;
+      for (int64_t p = farthest; p >= 0 && distance - p < shape.kernel_w; --p) *order++ = {a, p, distance - p};
+    }
   }
 }
 

@@ -2,27 +2,34 @@
 // Included by sweep_impl.h alone, inside its namespace and under its target pragma.
 
 // How an image is cut up: a slab of rows is packed, solved in place and unpacked in one go, and its weight gradient
-// summed. Only where a single row is too large is it packed and solved a stretch at a time.
+// summed. Only where a single row is too large is it packed and solved a stretch at a time. The rows of a volume are
+// counted through all its planes.
 template <class T>
 struct ImagesPlan {
   int64_t rows;     // of a slab
   int64_t stretch;  // columns
+  int64_t ring;     // rows whose state is kept: those of a slab, and those in front of it that the taps reach
 
   ImagesPlan(const Shape& shape, bool with_gradient, int64_t lanes) {
     const int64_t pixel_bytes = shape.channels * lanes * static_cast<int64_t>(sizeof(T)) * (with_gradient ? 2 : 1);
     const int64_t pixels = larger(kSlabBytes / pixel_bytes, kStretch);
-    rows = larger(smaller(pixels / shape.width, shape.height), 1);
+    const int64_t all_rows = shape.depth * shape.height;
+    rows = larger(smaller(pixels / shape.width, all_rows), 1);
     stretch = rows > 1 ? shape.width : smaller(pixels / kStretch * kStretch, shape.width);
+    const int64_t reached =
+        (smaller(shape.kernel_d, shape.depth) - 1) * shape.height + smaller(shape.kernel_h, shape.height) - 1;
+    ring = smaller(rows + reached, all_rows);
   }
 };
 
 template <class T>
 struct ImagesScratch {
-  T* state;  // [kernel_h - 1 rows above the slab, then its rows][column][channel][lane]
+  T* state;  // [row of the ring][column][channel][lane]
   T* other;  // [row of the slab][column][channel][lane]
   T* right;  // [channel][lane]
   TapPosition* order;
-  Tap* taps;  // [column up to kernel_w - 1][tap]
+  Tap* taps;            // [column up to kernel_w - 1][tap]
+  int64_t* tap_counts;  // [column up to kernel_w - 1]
   TapSpans<T>* tap_spans;
   Span<T>* spans;  // [tap][row of the slab]
   size_t bytes;
@@ -32,11 +39,12 @@ struct ImagesScratch {
     const int64_t pixel = shape.channels * lanes;
     const int64_t gradient_rows = with_gradient ? plan.rows : 0;
     Arena arena{static_cast<char*>(memory)};
-    state = arena.take<T>((plan.rows + shape.kernel_h - 1) * shape.width * pixel);
+    state = arena.take<T>(plan.ring * shape.width * pixel);
     other = arena.take<T>(gradient_rows * shape.width * pixel);
     right = arena.take<T>(pixel);
     order = arena.take<TapPosition>(shape.taps());
     taps = arena.take<Tap>(shape.kernel_w * shape.taps());
+    tap_counts = arena.take<int64_t>(shape.kernel_w);
     tap_spans = arena.take<TapSpans<T>>(with_gradient ? shape.taps() : 0);
     spans = arena.take<Span<T>>(gradient_rows * shape.taps());
     bytes = arena.used;
@@ -59,7 +67,6 @@ static void sweep_images(const Problem<IO, T>& problem, int64_t first_image, int
   const ptrdiff_t row_state = shape.width * step_state;
   const ImagesPlan<T> plan(shape, problem.with_gradient, lane_count);
   const ImagesScratch<T> scratch(shape, problem.with_gradient, lane_count, memory);
-  T* const slab = scratch.state + (shape.kernel_h - 1) * row_state;
   const SolveSteps<T, kVectors> solve = solve_steps_of<T, kVectors>(shape);
   tap_order(shape, scratch.order);
 
@@ -70,78 +77,110 @@ static void sweep_images(const Problem<IO, T>& problem, int64_t first_image, int
     lanes.first[l] = 0;
     lanes.last[l] = plan.rows * shape.width;
   }
-  // Calls f(start of each lane, first step, steps, place in the slab) for columns [begin, end) of rows [first, last):
-  // at once where the rows follow each other in memory, else row by row.
+  const int64_t height = shape.height;
+  // Calls f(a row) for rows [first, last) of the volume.
+  struct Row {
+    int64_t index, plane, in_plane, in_ring;
+  };
+  const auto for_rows = [&](int64_t first, int64_t last, auto f) INVERSE_FLOW_INLINED {
+    for (Row row{first, first / height, first % height, first % plan.ring}; row.index < last; ++row.index) {
+      f(row);
+      if (++row.in_plane == height) row = {row.index, row.plane + 1, 0, row.in_ring};
+      if (++row.in_ring == plan.ring) row.in_ring = 0;
+    }
+  };
+  // From a row to one `rows` in front of it.
+  const auto up = [&](const Row& row, int64_t rows) {
+    return (row.in_ring < rows ? plan.ring - rows : -rows) * row_state;
+  };
+  // Calls f(start of each lane, first step, steps, row) for columns [begin, end) of rows [first, last): at once where
+  // the rows follow each other in memory and in the ring, else row by row.
   const auto for_lines = [&](const auto& image, int64_t first, int64_t last, int64_t begin, int64_t end, auto f) {
-    const bool joined = image.stride.row == shape.width * image.stride.column && end - begin == shape.width;
-    const int64_t rows = joined ? last - first : 1;
-    for (int64_t row = first; row < last; row += rows) {
+    const Strides& stride = image.stride;
+    const bool rows_joined = stride.row == shape.width * stride.column && end - begin == shape.width;
+    const bool planes_joined = rows_joined && stride.plane == height * stride.row;
+    int64_t next = first;
+    for_rows(first, last, [&](const Row& row) {
+      if (row.index < next) return;
+      next = rows_joined ? smaller(last, row.index + plan.ring - row.in_ring) : row.index + 1;
+      if (!planes_joined) next = smaller(next, row.index + height - row.in_plane);
       ptrdiff_t start[kMaxLanes];
       for (int64_t l = 0; l < lane_count; ++l) {
-        start[l] = (first_image + l) * image.stride.batch + row * image.stride.row;
+        start[l] = (first_image + l) * stride.batch + row.plane * stride.plane + row.in_plane * stride.row;
       }
-      f(start, begin, rows * (end - begin), (row - first) * row_state + begin * step_state);
-    }
+      f(start, begin, (next - row.index) * (end - begin), row);
+    });
   };
 
-  // Taps that reach above the image or left of it are left out: one list for each column they can reach from.
-  const auto list_taps = [&](int64_t row) {
+  // Taps that reach out of the image are left out: one list for each column they can reach from.
+  const auto list_taps = [&](const Row& row) {
     for (int64_t column = 0; column < smaller(shape.kernel_w, shape.width); ++column) {
-      Tap* list = scratch.taps + column * shape.taps();
+      Tap* const list = scratch.taps + column * shape.taps();
+      int64_t count = 0;
       for (int64_t t = 0; t < tap_count; ++t) {
-        const auto [p, q] = scratch.order[t];
-        if (p <= row && q <= column) *list++ = {-p * row_state - q * step_state, t};
+        const auto [a, p, q] = scratch.order[t];
+        if (a > row.plane || p > row.in_plane || q > column) continue;
+        list[count++] = {up(row, a * height + p) - q * step_state, t};
       }
+      scratch.tap_counts[column] = count;
     }
   };
-  const auto solve_row = [&](int64_t row, int64_t begin, int64_t end, T* state) {
-    const int64_t tap_rows = smaller(row + 1, shape.kernel_h);
+  // Whether the lists of the row before will do: it is not the first from which a tap reaches a plane or a row, or does
+  // not reach around the ring.
+  const auto shares_taps = [&](const Row& row) {
+    const int64_t in_ring = row.in_ring < height ? row.in_ring : row.in_ring % height;
+    return row.in_plane >= shape.kernel_h && in_ring >= shape.kernel_h;
+  };
+  const auto solve_row = [&](int64_t begin, int64_t end, T* state) {
     for (int64_t column = begin; column < end;) {
       const int64_t list = smaller(column, shape.kernel_w - 1);
       const int64_t steps = column < shape.kernel_w - 1 ? 1 : end - column;
       T* at = state + column * step_state;
       solve(problem.weights, shape, steps, at, step_state, lane_count, scratch.taps + list * shape.taps(),
-            tap_rows * (list + 1) - 1, nullptr, scratch.right);
+            scratch.tap_counts[list], nullptr, scratch.right);
       column += steps;
     }
   };
 
-  for (int64_t first = 0; first < shape.height; first += plan.rows) {
-    const int64_t last = smaller(first + plan.rows, shape.height);
-    // The rows above the slab are the last ones of what the buffer held before.
-    if (first > 0)
-      __builtin_memmove(scratch.state, scratch.state + plan.rows * row_state, (slab - scratch.state) * sizeof(T));
+  const int64_t all_rows = shape.depth * shape.height;
+  for (int64_t first = 0; first < all_rows; first += plan.rows) {
+    const int64_t last = smaller(first + plan.rows, all_rows);
     for (int64_t begin = 0; begin < shape.width; begin += plan.stretch) {
       const int64_t end = smaller(begin + plan.stretch, shape.width);
+      const auto state_of = [&](const Row& row) {
+        return scratch.state + row.in_ring * row_state + begin * step_state;
+      };
       for_lines(problem.input, first, last, begin, end,
-                [&](const ptrdiff_t* start, int64_t step, int64_t steps, ptrdiff_t at) {
-                  pack(problem.input, start, lanes, channels, step, steps, problem.weights.bias, slab + at, lane_count,
-                       step_state);
+                [&](const ptrdiff_t* start, int64_t step, int64_t steps, const Row& row) {
+                  pack(problem.input, start, lanes, channels, step, steps, problem.weights.bias, state_of(row),
+                       lane_count, step_state);
                 });
-      for (int64_t row = first; row < last; ++row) {
-        if (row < shape.kernel_h) list_taps(row);
-        solve_row(row, begin, end, slab + (row - first) * row_state);
-      }
+      for_rows(first, last, [&](const Row& row) {
+        if (!shares_taps(row)) list_taps(row);
+        solve_row(begin, end, scratch.state + row.in_ring * row_state);
+      });
       for_lines(problem.output, first, last, begin, end,
-                [&](const ptrdiff_t* start, int64_t step, int64_t steps, ptrdiff_t at) {
-                  unpack(problem.output, start, lanes, channels, step, steps, slab + at, lane_count, step_state);
+                [&](const ptrdiff_t* start, int64_t step, int64_t steps, const Row& row) {
+                  unpack(problem.output, start, lanes, channels, step, steps, state_of(row), lane_count, step_state);
                 });
     }
     if (!problem.with_gradient) continue;
     for_lines(problem.other, first, last, 0, shape.width,
-              [&](const ptrdiff_t* start, int64_t step, int64_t steps, ptrdiff_t at) {
-                pack<IO, T>(problem.other, start, lanes, channels, step, steps, nullptr, scratch.other + at, lane_count,
-                            step_state);
+              [&](const ptrdiff_t* start, int64_t step, int64_t steps, const Row& row) {
+                pack<IO, T>(problem.other, start, lanes, channels, step, steps, nullptr,
+                            scratch.other + (row.index - first) * row_state, lane_count, step_state);
+                subtract_sums(scratch.state + row.in_ring * row_state, channels, lane_count, step_state, steps,
+                              lane_count, gradients.bias);
               });
-    subtract_sums(slab, channels, lane_count, step_state, (last - first) * shape.width, lane_count, gradients.bias);
     for (int64_t t = 0; t <= tap_count; ++t) {
-      const auto [p, q] = t < tap_count ? scratch.order[t] : TapPosition{0, 0};
-      Span<T>* spans = scratch.spans + t * plan.rows;
+      const auto [a, p, q] = t < tap_count ? scratch.order[t] : TapPosition{0, 0, 0};
+      Span<T>* const spans = scratch.spans + t * plan.rows;
       int64_t span_count = 0;
-      for (int64_t row = larger(first, p); row < last && q < shape.width; ++row) {
-        spans[span_count++] = {slab + (row - p - first) * row_state,
-                               scratch.other + (row - first) * row_state + q * step_state};
-      }
+      for_rows(first, last, [&, a = a, p = p, q = q](const Row& row) {
+        if (row.plane < a || row.in_plane < p || q >= shape.width) return;
+        spans[span_count++] = {scratch.state + row.in_ring * row_state + up(row, a * height + p),
+                               scratch.other + (row.index - first) * row_state + q * step_state};
+      });
       scratch.tap_spans[t] = {spans, span_count, shape.width - q};
     }
     outer_sums<T, kVectors>(scratch.tap_spans, tap_count + 1, channels,

@@ -13,7 +13,7 @@
 // A micro-kernel keeps 6 output channels x 2 vectors of lanes in registers: per input channel 2 vector loads and 6
 // broadcasts feed 12 multiply-adds. The state (x, or u) lies as [step][channel][lane], so every tap is a pointer at a
 // fixed distance. Images are packed through 8 x 8 transposes, a slab of rows or a stretch of steps at a time.
-// Operations: taps * C^2 multiply-adds a pixel. Bytes: each image read once and written once; the state stays in L2.
+// Operations: taps * C^2 multiply-adds per pixel. Bytes: each image read once and written once; the state stays in L2.
 //
 // No include guard on purpose. Only the parts of this very code are under the target pragma: the headers before it are
 // shared with code that runs everywhere.
@@ -114,14 +114,14 @@ template <class IO, class T>
 static Kernels<IO, T> kernels() {
   return {kMinVectors<T> * kVectorLanes<T>,
           kMaxVectors<T> * kVectorLanes<T>,
-          kVectorLanes<T>,
+          {kVectorLanes<T>, kVectorLanes<double>},
           kMostSignals,
           &images_scratch<IO, T>,
           &rows_scratch<IO, T>,
           &outputs_scratch<IO, T>,
           &images<IO, T>,
           &rows<IO, T>,
-          &sweep_outputs<IO, T>};
+          &outputs<IO, T>};
 }
 
 static void subtract_rows(double* matrix, const double* row, const double* factors, int64_t rows, int64_t columns) {

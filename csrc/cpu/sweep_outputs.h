@@ -5,7 +5,8 @@
 // outputs, 16 of AVX-512's 32.
 constexpr int kMostSignals = INVERSE_FLOW_VECTOR_BYTES == 64 ? 8 : 6;
 
-// A multiply-add takes as long as eight of them are started in: few sums are cut into parts, which are added in the end.
+// A multiply-add takes as long as eight of them are started in: few sums are cut into parts, which are added in the
+// end.
 template <int kSignals, int kVectors>
 constexpr int kSumParts = kSignals * kVectors < 4 ? 4 / (kSignals * kVectors) : 1;
 
@@ -147,27 +148,41 @@ INVERSE_FLOW_INLINE void for_squares(int64_t channels, int64_t steps, F f) {
   }
 }
 
+// Eight values as S.
+template <class S, class T>
+INVERSE_FLOW_INLINE Eight<S> eight_as(Eight<T> values) {
+  if constexpr (sizeof(S) == sizeof(T)) {
+    return values;
+  } else {
+    return __builtin_convertvector(values, Eight<S>);
+  }
+}
+
 // From [channel][step], rows `stride` apart, to [step][channel]; a multiple of eight steps. Up to seven values behind
 // the last are written too.
-template <class T>
+template <class T, class S>
 static __attribute__((noinline)) void interleave(const T* rows, ptrdiff_t stride, int64_t channels, int64_t steps,
-                                                 T* to) {
+                                                 S* to) {
+  for (int64_t s = 0; s < steps && channels == 1; s += 8) store8(to + s, eight_as<S, T>(load8(rows + s)));
+  if (channels == 1) return;
   for_squares(channels, steps, [&](int64_t first, int64_t s) INVERSE_FLOW_INLINED {
     Eight<T> square[8];
     for (int64_t c = 0; c < 8; ++c) square[c] = load8(rows + smaller(first + c, channels - 1) * stride + s);
     transpose8<T>(square);
     // In this order: what a step has too much belongs to the next ones.
-    for (int64_t i = 0; i < 8; ++i) store8(to + (s + i) * channels + first, square[i]);
+    for (int64_t i = 0; i < 8; ++i) store8(to + (s + i) * channels + first, eight_as<S, T>(square[i]));
   });
 }
 
 // The inverse of `interleave`; up to seven values behind the last are read too.
-template <class T>
-static __attribute__((noinline)) void separate(const T* from, int64_t channels, int64_t steps, T* rows,
+template <class S, class T>
+static __attribute__((noinline)) void separate(const S* from, int64_t channels, int64_t steps, T* rows,
                                                ptrdiff_t stride) {
+  for (int64_t s = 0; s < steps && channels == 1; s += 8) store8(rows + s, eight_as<T, S>(load8(from + s)));
+  if (channels == 1) return;
   for_squares(channels, steps, [&](int64_t first, int64_t s) INVERSE_FLOW_INLINED {
     Eight<T> square[8];
-    for (int64_t i = 0; i < 8; ++i) square[i] = load8(from + (s + i) * channels + first);
+    for (int64_t i = 0; i < 8; ++i) square[i] = eight_as<T, S>(load8(from + (s + i) * channels + first));
     transpose8<T>(square);
     for (int64_t c = 0; c < smaller(8, channels - first); ++c) store8(rows + (first + c) * stride + s, square[c]);
   });
@@ -184,47 +199,42 @@ static __attribute__((noinline)) bool all_finite(const T* values, int64_t count)
   return finite;
 }
 
-// The state of the signals of a piece of work: as [step][channel], which the blocks read, and as [channel][step], which
-// the tensors hold and the gradient sums. Of one channel both are the same.
-template <class T>
+// The state of the signals of a piece of work: as [step][channel], which the blocks read, in the type S that they are
+// computed in, and as [channel][step], which the tensors hold and the gradient sums.
+template <class T, class S>
 struct OutputsScratch {
-  int64_t stretch;  // steps that are packed, solved and unpacked at a time
-  int64_t front;    // steps in front of a stretch that the taps reach
-  ptrdiff_t y_signal, x_signal, row, row_signal, other_row, other_signal;  // distances in the arrays below
-  T* y;      // [signal][step][channel]
-  T* x;      // [signal][step][channel], behind what is in front of the stretch
-  T* rows;   // [signal][channel][step], likewise; without a gradient of one signal, and of more than one channel
-  T* other;  // [signal][channel][step], with a gradient
+  int64_t stretch;                               // steps that are packed, solved and unpacked at a time
+  int64_t front;                                 // steps in front of a stretch that the taps reach
+  ptrdiff_t y_signal, x_signal, row, other_row;  // from a signal, or a channel, to the next
+  S* y;                                          // [signal][step][channel]
+  S* x;                                          // [signal][step][channel], behind what is in front of the stretch
+  T* rows;                                       // [signal][channel][step], likewise; without a gradient of one signal
+  T* other;                                      // [signal][channel][step], with a gradient
   TapPosition* order;
   TapSpans<T>* tap_spans;
   Span<T>* spans;  // [tap][signal]
   size_t bytes;
 
   OutputsScratch(const Shape& shape, bool with_gradient, const OutputsPlan& plan, void* memory) {
-    constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
     const int64_t channels = shape.channels;
-    const int64_t step_bytes = plan.signals * channels * static_cast<int64_t>(sizeof(T)) * (with_gradient ? 4 : 2);
+    const int64_t step_bytes =
+        plan.signals * channels * static_cast<int64_t>(2 * sizeof(S) + with_gradient * 2 * sizeof(T));
     const int64_t unit = plan.block * kStretch;
     stretch = smaller(larger(kSlabBytes / step_bytes / unit, 1) * unit, round_up(shape.width, unit));
     front = shape.kernel_w - 1;
     // Odd numbers of cache lines, so that rows do not share the cache's sets. Squares and vectors run over an end.
-    const auto distance = [&](int64_t values) { return (round_up(values + 2 * kTileVectors * line, 2 * line) + line); };
-    const auto take = [&](Arena& arena, int64_t lead, int64_t values) {
-      const int64_t before = round_up(lead, line);
-      T* const piece = arena.take<T>(before + values);
-      return piece ? piece + before : nullptr;
-    };
+    constexpr int64_t line = 16;
+    const auto distance = [](int64_t values) { return round_up(values + 2 * kTileVectors * line, 2 * line) + line; };
+    const int64_t lead = round_up(front * channels, line);
     y_signal = distance(stretch * channels);
-    x_signal = distance((front + stretch) * channels);
-    row = channels > 1 ? distance(front + stretch) : x_signal;
-    row_signal = channels > 1 ? channels * row : x_signal;
+    x_signal = distance(lead + stretch * channels);
+    row = distance(round_up(front, line) + stretch);
     other_row = distance(stretch);
-    other_signal = channels * other_row;
     Arena arena{static_cast<char*>(memory)};
-    y = take(arena, 0, plan.signals * y_signal);
-    x = take(arena, front * channels, plan.signals * x_signal);
-    rows = channels > 1 ? take(arena, front, (with_gradient ? plan.signals : 1) * row_signal) : x;
-    other = take(arena, 0, with_gradient ? plan.signals * other_signal : 0);
+    y = arena.take<S>(plan.signals * y_signal);
+    x = arena.take<S>(plan.signals * x_signal) + lead;
+    rows = arena.take<T>((with_gradient ? plan.signals : 1) * channels * row) + round_up(front, line);
+    other = arena.take<T>(with_gradient ? plan.signals * channels * other_row : 0);
     order = arena.take<TapPosition>(with_gradient ? shape.taps() : 0);
     tap_spans = arena.take<TapSpans<T>>(with_gradient ? shape.taps() : 0);
     spans = arena.take<Span<T>>(with_gradient ? shape.taps() * plan.signals : 0);
@@ -234,24 +244,26 @@ struct OutputsScratch {
 
 template <class IO, class T>
 static size_t outputs_scratch(const Problem<IO, T>& problem, const OutputsPlan& plan) {
-  return OutputsScratch<T>(problem.shape, problem.with_gradient, plan, nullptr).bytes;
+  // Blocks may turn out to be single steps.
+  return larger(OutputsScratch<T, T>(problem.shape, problem.with_gradient, plan, nullptr).bytes,
+                OutputsScratch<T, double>(problem.shape, problem.with_gradient, plan, nullptr).bytes);
 }
 
-template <class IO, class T>
-static void sweep_outputs(const Problem<IO, T>& problem, const OutputsPlan& plan, int64_t first_signal, int64_t signals,
-                          void* memory, Gradients<T> gradients) {
+template <class IO, class T, class S>
+static void sweep_outputs(const Problem<IO, T>& problem, const S* matrix, const OutputsPlan& plan, int64_t first_signal,
+                          int64_t signals, void* memory, Gradients<T> gradients) {
   constexpr int64_t n = kVectorLanes<T>;
   const Shape& shape = problem.shape;
   const Weights<T>& weights = problem.weights;
   const int64_t channels = shape.channels;
   const int64_t block = weights.block_steps;
-  const OutputsScratch<T> scratch(shape, problem.with_gradient, plan, memory);
+  const OutputsScratch<T, S> scratch(shape, problem.with_gradient, plan, memory);
   const int64_t reach = scratch.front * channels;
   // Nothing comes before a signal.
   for (int64_t r = 0; r < signals; ++r) {
-    __builtin_memset(scratch.x + r * scratch.x_signal - reach, 0, reach * sizeof(T));
+    __builtin_memset(scratch.x + r * scratch.x_signal - reach, 0, reach * sizeof(S));
     for (int64_t c = 0; c < channels && problem.with_gradient; ++c) {
-      T* const row = scratch.rows + r * scratch.row_signal + c * scratch.row;
+      T* const row = scratch.rows + (r * channels + c) * scratch.row;
       __builtin_memset(row - scratch.front, 0, scratch.front * sizeof(T));
     }
   }
@@ -265,33 +277,34 @@ static void sweep_outputs(const Problem<IO, T>& problem, const OutputsPlan& plan
       return image.data + (first_signal + r) * image.stride.batch + c * image.stride.channel +
              begin * image.stride.column;
     };
-    const auto rows_of = [&](int64_t r) { return scratch.rows + (problem.with_gradient ? r * scratch.row_signal : 0); };
+    const auto rows_of = [&](int64_t r) {
+      return scratch.rows + (problem.with_gradient ? r : 0) * channels * scratch.row;
+    };
     bool finite = true;
     for (int64_t r = 0; r < signals; ++r) {
-      T* const y = scratch.y + r * scratch.y_signal;
-      T* const rows = channels > 1 ? rows_of(r) : y;
+      S* const y = scratch.y + r * scratch.y_signal;
+      T* const rows = rows_of(r);
       for (int64_t c = 0; c < channels; ++c) {
         read_row(at(problem.input, r, c), problem.input.stride.column, count, weights.bias ? weights.bias[c] : T(0),
                  rows + c * scratch.row, padded);
       }
-      if (channels > 1) interleave(rows, scratch.row, channels, padded, y);
+      interleave(rows, scratch.row, channels, padded, y);
       finite = finite && all_finite(y, padded * channels);
     }
     with_width<kMostSignals>(signals, [&](auto count) {
       constexpr int kSignals = decltype(count)::value;
-      const auto solve = finite ? &solve_blocks<T, kSignals, false> : &solve_blocks<T, kSignals, true>;
-      solve(weights.block, channels, block * channels, reach, blocks, scratch.y, scratch.y_signal, scratch.x,
+      const auto solve = finite ? &solve_blocks<S, kSignals, false> : &solve_blocks<S, kSignals, true>;
+      solve(matrix, channels, block * channels, reach, blocks, scratch.y, scratch.y_signal, scratch.x,
             scratch.x_signal);
     });
     for (int64_t r = 0; r < signals; ++r) {
-      T* const x = scratch.x + r * scratch.x_signal;
-      T* const rows = channels > 1 ? rows_of(r) : x;
-      if (channels > 1) separate(x, channels, padded, rows, scratch.row);
+      T* const rows = rows_of(r);
+      separate(scratch.x + r * scratch.x_signal, channels, padded, rows, scratch.row);
       for (int64_t c = 0; c < channels; ++c) {
         write_row(rows + c * scratch.row, at(problem.output, r, c), problem.output.stride.column, count);
       }
       if (!problem.with_gradient) continue;
-      T* const other = scratch.other + r * scratch.other_signal;
+      T* const other = scratch.other + r * channels * scratch.other_row;
       for (int64_t c = 0; c < channels; ++c) {
         read_row(at(problem.other, r, c), problem.other.stride.column, count, T(0), other + c * scratch.other_row,
                  round_up(count, n));
@@ -301,25 +314,36 @@ static void sweep_outputs(const Problem<IO, T>& problem, const OutputsPlan& plan
     }
     if (problem.with_gradient) {
       for (int64_t t = 0; t < shape.taps(); ++t) {
-        const auto [p, q] = t + 1 < shape.taps() ? scratch.order[t] : TapPosition{0, 0};
+        const auto [a, p, q] = t + 1 < shape.taps() ? scratch.order[t] : TapPosition{0, 0, 0};
         Span<T>* const spans = scratch.spans + t * signals;
         for (int64_t r = 0; r < signals; ++r) {
-          spans[r] = {scratch.rows + r * scratch.row_signal - q, scratch.other + r * scratch.other_signal};
+          spans[r] = {scratch.rows + r * channels * scratch.row - q, scratch.other + r * channels * scratch.other_row};
         }
-        scratch.tap_spans[t] = {spans, p == 0 ? signals : 0, round_up(count, n) / n};
+        scratch.tap_spans[t] = {spans, a == 0 && p == 0 ? signals : 0, round_up(count, n) / n};
       }
       outer_sums<T, 1>(scratch.tap_spans, shape.taps(), channels, {scratch.row, n, scratch.other_row, n},
                        gradients.weight);
     }
     // What the next stretch reads of this one.
-    const auto keep = [&](T* at, int64_t values, int64_t passed) {
-      __builtin_memmove(at - values, at - values + passed, values * sizeof(T));
+    const auto keep = [&](auto* at, int64_t values, int64_t passed) {
+      __builtin_memmove(at - values, at - values + passed, values * sizeof(*at));
     };
     for (int64_t r = 0; r < signals; ++r) {
       keep(scratch.x + r * scratch.x_signal, reach, scratch.stretch * channels);
-      for (int64_t c = 0; c < channels && channels > 1 && problem.with_gradient; ++c) {
-        keep(scratch.rows + r * scratch.row_signal + c * scratch.row, scratch.front, scratch.stretch);
+      for (int64_t c = 0; c < channels && problem.with_gradient; ++c) {
+        keep(scratch.rows + (r * channels + c) * scratch.row, scratch.front, scratch.stretch);
       }
     }
+  }
+}
+
+template <class IO, class T>
+static void outputs(const Problem<IO, T>& problem, const OutputsPlan& plan, int64_t first, int64_t count, void* scratch,
+                    Gradients<T> gradients) {
+  const Weights<T>& weights = problem.weights;
+  if (weights.block) {
+    sweep_outputs<IO, T, double>(problem, weights.block, plan, first, count, scratch, gradients);
+  } else {
+    sweep_outputs<IO, T, T>(problem, weights.step, plan, first, count, scratch, gradients);
   }
 }

@@ -29,7 +29,7 @@ struct RowsScratch {
     halo = shape.kernel_h - 1;
     const int64_t padded = round_up(halo, 32 / static_cast<int64_t>(sizeof(T)));
     lane_stride = padded + plan.lanes;
-    lead = shape.kernel_h + shape.kernel_w - 2;
+    lead = reached_steps(shape);
     lead_size = lead * shape.channels * lane_stride;
     Arena arena{static_cast<char*>(base)};
     memory = arena.take<T>(lead_size + plan.window * shape.channels * lane_stride);
@@ -54,10 +54,10 @@ static size_t rows_scratch(const Problem<IO, T>& problem, const RowsPlan& plan) 
 struct LineBand {
   int64_t index;  // among all bands
   int64_t image;
-  int64_t row;   // of lane 0
-  int64_t used;  // lanes that have a row
-  int64_t start;
-  int64_t end;  // the first step at which no lane holds a pixel any more
+  int64_t row;    // of lane 0
+  int64_t used;   // lanes that have a row
+  int64_t start;  // of its first plane
+  int64_t end;    // the first step at which no lane holds a pixel any more
 
   LineBand(const Shape& shape, const RowsPlan& plan, int64_t band, int64_t first_step)
       : index(band),
@@ -101,8 +101,8 @@ class RowsSweep {
     __builtin_memset(scratch_.memory, 0, scratch_.lead_size * sizeof(T));
     tap_order(shape_, scratch_.order);
     for (int64_t t = 0; t + 1 < shape_.taps(); ++t) {
-      const auto [p, q] = scratch_.order[t];
-      scratch_.taps[t] = {-(p + q) * step_state_ - p, t};
+      const auto [a, p, q] = scratch_.order[t];
+      scratch_.taps[t] = {-(a * plane_period(shape_) + p + q) * step_state_ - p, t};
     }
   }
 
@@ -144,15 +144,19 @@ class RowsSweep {
     T* const state = first + begin * step_state_;
     pack_bands(problem_.input, begin, end, problem_.weights.bias, state, scratch_.lane_stride);
     solve(begin, end, first);
+    for_planes(begin, end, [&](const LinePlane& plane) {
+      const int64_t from = larger(begin, plane.start);
+      const int64_t to = smaller(end, plane.end);
+      if (from >= to) return;
+      ptrdiff_t start[kMaxLanes];
+      const Lanes lanes = lanes_of(plane, problem_.output.stride, start);
+      unpack(problem_.output, start, lanes, shape.channels, from - plane.start, to - from, first + from * step_state_,
+             scratch_.lane_stride, step_state_);
+    });
     for (const LineBand& band : line_) {
       const int64_t from = larger(begin, band.start);
       const int64_t to = smaller(end, band.end);
-      if (from >= to) continue;
-      ptrdiff_t start[kMaxLanes];
-      const Lanes lanes = lanes_of(band, problem_.output.stride, start);
-      unpack(problem_.output, start, lanes, shape.channels, from - band.start, to - from, first + from * step_state_,
-             scratch_.lane_stride, step_state_);
-      pass_halo(band, from, to, first);
+      if (from < to) pass_halo(band, from, to, first);
     }
     if (problem_.with_gradient) {
       pack_bands(problem_.other, begin, end, nullptr, scratch_.other + (begin - window) * shape.channels * kLanes,
@@ -182,7 +186,7 @@ class RowsSweep {
           if (band.row == 0) continue;
           const int64_t start = band.start - h;
           const int64_t from = larger(start, begin);
-          const int64_t until = smaller(start + shape_.width, end);
+          const int64_t until = smaller(start + row_steps(shape_), end);
           if (from >= until) continue;
           fill(filled, from, nullptr);
           fill(from, until, halo_of(band.index - 1, h, c) - start);
@@ -202,7 +206,7 @@ class RowsSweep {
       const int64_t lane = kLanes - h;
       const int64_t start = band.start + lane;
       const int64_t from = larger(first_step, start);
-      const int64_t until = smaller(end, start + shape_.width);
+      const int64_t until = smaller(end, start + row_steps(shape_));
       for (int64_t c = 0; c < shape_.channels; ++c) {
         const T* const row = first + c * scratch_.lane_stride + lane;
         T* const to = halo_of(band.index, h, c);
@@ -214,48 +218,75 @@ class RowsSweep {
 
   // A channel of a band's last row but h - 1.
   T* halo_of(int64_t band, int64_t h, int64_t channel) const {
-    return bands_.halos + band * halo_size(shape_) + ((h - 1) * shape_.channels + channel) * shape_.width;
+    return bands_.halos + band * halo_size(shape_) + ((h - 1) * shape_.channels + channel) * row_steps(shape_);
   }
 
-  // The lanes of a band, counting steps from its own first.
-  Lanes lanes_of(const LineBand& band, const Strides& stride, ptrdiff_t* start) const {
+  // A plane of a band, counting steps like the line. The next one begins at `next`, if any.
+  struct LinePlane {
+    const LineBand& band;
+    int64_t index;
+    int64_t start, end, next;
+  };
+  // Calls f(plane) for those that lanes are at in steps [begin, end), or were at last, in their order.
+  template <class F>
+  void for_planes(int64_t begin, int64_t end, F f) const {
+    const int64_t period = plane_period(shape_);
+    // Until all lanes are at the next one: in between they pass zeros.
+    const int64_t steps = period + kLanes;
+    for (const LineBand& band : line_) {
+      const bool is_last = &band == &line_.last();
+      const int64_t before = begin - band.start - steps;
+      for (int64_t z = before < 0 ? 0 : before / period + 1; z < shape_.depth; ++z) {
+        const int64_t start = band.start + z * period;
+        if (start >= end) break;
+        const int64_t next = z + 1 < shape_.depth ? start + period : is_last ? end : line_.last().start;
+        f(LinePlane{band, z, start, start + shape_.width + kLanes - 1, next});
+      }
+    }
+  }
+
+  // The lanes of a plane, counting steps from its own first.
+  Lanes lanes_of(const LinePlane& plane, const Strides& stride, ptrdiff_t* start) const {
+    const LineBand& band = plane.band;
     Lanes lanes;
     lanes.count = kLanes;
     lanes.used = band.used;
+    const ptrdiff_t first = band.image * stride.batch + plane.index * stride.plane + band.row * stride.row;
     for (int64_t l = 0; l < kLanes; ++l) {
-      start[l] = band.image * stride.batch + (band.row + l) * stride.row - l * stride.column;
+      start[l] = first + l * (stride.row - stride.column);
       lanes.first[l] = l;
       lanes.last[l] = l + shape_.width;
     }
     return lanes;
   }
 
-  // `state` is at step `begin`. Where two bands meet, the second is laid over the zeros of the first.
+  // `state` is at step `begin`. Where two planes or bands meet, the later one is laid over the zeros of the earlier.
   void pack_bands(const Image<const IO>& image, int64_t begin, int64_t end, const T* bias, T* state,
                   ptrdiff_t channel_state) const {
     int64_t packed = begin;
-    for (const LineBand& band : line_) {
+    for_planes(begin, end, [&](const LinePlane& plane) {
       ptrdiff_t start[kMaxLanes];
-      const Lanes lanes = lanes_of(band, image.stride, start);
+      const Lanes lanes = lanes_of(plane, image.stride, start);
       const auto part = [&](int64_t from, int64_t to, bool merge) {
         const ptrdiff_t step = shape_.channels * channel_state;
         if (from < to) {
-          pack<IO, T>(image, start, lanes, shape_.channels, from - band.start, to - from, bias,
+          pack<IO, T>(image, start, lanes, shape_.channels, from - plane.start, to - from, bias,
                       state + (from - begin) * step, channel_state, step, merge);
         }
       };
-      // The first one also zeroes the steps at which neither holds a pixel.
-      const int64_t to = &band == &line_.last() ? end : smaller(end, larger(band.end, line_.last().start + kLanes));
-      part(larger(band.start, begin), packed, true);
+      // The earlier one also zeroes the steps at which neither holds a pixel.
+      const int64_t to = plane.next >= end ? end : smaller(end, larger(plane.end, plane.next + kLanes));
+      part(larger(plane.start, begin), packed, true);
       part(packed, to, false);
       packed = larger(packed, to);
-    }
+    });
   }
 
   // What steps have in common.
   struct Run {
-    bool low, high;  // whether a lane of either half holds a pixel
-    bool masked;     // whether one is past the end of its row
+    bool low, high;   // whether a lane of either half holds a pixel
+    bool masked;      // whether one is past the end of its row
+    int64_t skipped;  // taps that only reach in front of the first plane
     int64_t end;
   };
 
@@ -263,10 +294,10 @@ class RowsSweep {
   // are zero instead: for the row that comes after the gap, and for the gradient, in which lanes without a row must be
   // zero too.
   Run run_at(int64_t step, int64_t end) const {
-    Run run{!half_, !half_, false, end};
+    Run run{!half_, !half_, shape_.depth > 1, 0, end};
     for (const LineBand& band : line_) {
       const int64_t at = step - band.start;
-      const int64_t width = shape_.width;
+      const int64_t width = row_steps(shape_);
       const auto change = [&](int64_t to) {
         if (at < to) run.end = smaller(run.end, band.start + to);
       };
@@ -276,6 +307,11 @@ class RowsSweep {
       change(0);
       change(width);
       change(gone);
+      const int64_t plane = smaller(at / plane_period(shape_), shape_.depth - 1);
+      if (at >= 0 && plane + 1 < shape_.kernel_d) {
+        run.skipped = (shape_.kernel_d - 1 - plane) * shape_.kernel_h * shape_.kernel_w;
+        change((plane + 1) * plane_period(shape_));
+      }
       if (!half_) continue;
       run.low |= at >= 0 && at < width + half_ - 1;
       run.high |= at >= half_ && at < width + kLanes - 1 && band.used > half_;
@@ -292,9 +328,9 @@ class RowsSweep {
       const int64_t until = run.masked ? smaller(run.end, s + kMaskedSteps) : run.end;
       T* const state = first + s * step_state_;
       if (run.low && run.high) {
-        solve_lanes<kVectors>(s, until, run.masked, 0, state);
+        solve_lanes<kVectors>(s, until, run, 0, state);
       } else if (run.low || run.high) {
-        solve_lanes<kMinVectors<T>>(s, until, run.masked, run.high ? half_ : 0, state);
+        solve_lanes<kMinVectors<T>>(s, until, run, run.high ? half_ : 0, state);
       }
       s = until;
     }
@@ -302,22 +338,44 @@ class RowsSweep {
 
   // Lanes first_lane .. of so many vectors.
   template <int kCount>
-  void solve_lanes(int64_t begin, int64_t end, bool masked, int64_t first_lane, T* state) const {
-    constexpr int64_t count = kCount * kVectorLanes<T>;
-    if (masked) {
-      __builtin_memset(scratch_.held, 0, (end - begin) * count * sizeof(T));
+  void solve_lanes(int64_t begin, int64_t end, const Run& run, int64_t first_lane, T* state) const {
+    if (run.masked) mask_lanes<kCount>(begin, end, first_lane);
+    solve_steps_of<T, kCount>(shape_)(problem_.weights, shape_, end - begin, state + first_lane, step_state_,
+                                      scratch_.lane_stride, scratch_.taps + run.skipped,
+                                      shape_.taps() - 1 - run.skipped, run.masked ? scratch_.held : nullptr,
+                                      scratch_.right);
+  }
+
+  // All bits of `held`, [step][lane], where a lane holds a pixel.
+  template <int kCount>
+  void mask_lanes(int64_t begin, int64_t end, int64_t first_lane) const {
+    using Bits = typename VectorOf<T>::bits;
+    using Bit = typename LaneBlock<T>::Step;
+    constexpr int64_t n = kVectorLanes<T>;
+    const auto width = static_cast<Bit>(shape_.width);
+    const auto period = static_cast<Bit>(plane_period(shape_));
+    for (int v = 0; v < kCount; ++v) {
+      bool is_first = true;
       for (const LineBand& band : line_) {
-        for (int64_t l = first_lane; l < smaller(band.used, first_lane + count); ++l) {
-          const int64_t last = smaller(end, band.start + l + shape_.width);
-          for (int64_t s = larger(begin, band.start + l); s < last; ++s) {
-            __builtin_memset(scratch_.held + (s - begin) * count + l - first_lane, 0xff, sizeof(T));
-          }
+        // Column of each lane in its plane, and steps until it leaves the band.
+        Bits column{}, left{};
+        for (int64_t l = 0; l < n; ++l) {
+          const int64_t lane = first_lane + v * n + l;
+          const int64_t at = begin - band.start - lane;
+          column[l] = static_cast<Bit>(at < 0 ? at : at % period);
+          left[l] = static_cast<Bit>(lane < band.used ? smaller(row_steps(shape_) - at, end - begin) : 0);
         }
+        T* held = scratch_.held + v * n;
+        for (int64_t s = begin; s < end; ++s, held += kCount * n) {
+          const Bits inside = (Bits)(column >= 0) & (Bits)(column < width) & (Bits)(left > 0);
+          store(held, (Vector<T>)(is_first ? inside : inside | (Bits)load(held)));
+          column += 1;
+          column -= (Bits)(column == period) & period;
+          left -= 1;
+        }
+        is_first = false;
       }
     }
-    solve_steps_of<T, kCount>(shape_)(problem_.weights, shape_, end - begin, state + first_lane, step_state_,
-                                      scratch_.lane_stride, scratch_.taps, shape_.taps() - 1,
-                                      masked ? scratch_.held : nullptr, scratch_.right);
   }
 
   // The gradient of the window's `steps`.
@@ -326,9 +384,10 @@ class RowsSweep {
     const int64_t tap_count = shape_.taps() - 1;
     subtract_sums(scratch_.state, channels, scratch_.lane_stride, step_state_, steps, kLanes, gradients_.bias);
     for (int64_t t = 0; t <= tap_count; ++t) {
-      const ptrdiff_t source = t < tap_count ? scratch_.taps[t].source : 0;
-      scratch_.spans[t] = {scratch_.state + source, scratch_.other};
-      scratch_.tap_spans[t] = {&scratch_.spans[t], 1, steps};
+      const bool is_tap = t < tap_count;
+      scratch_.spans[t] = {scratch_.state + (is_tap ? scratch_.taps[t].source : 0), scratch_.other};
+      // What a tap reaches beyond the first plane is not kept.
+      scratch_.tap_spans[t] = {&scratch_.spans[t], is_tap && scratch_.order[t].a >= shape_.depth ? 0 : 1, steps};
     }
     outer_sums<T, kVectors>(scratch_.tap_spans, tap_count + 1, channels,
                             {scratch_.lane_stride, step_state_, kLanes, static_cast<ptrdiff_t>(channels * kLanes)},

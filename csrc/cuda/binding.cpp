@@ -37,6 +37,11 @@ void check_same_device(const Tensor& a, const Tensor& b, const char* what) {
                   " must be on the images' GPU");
 }
 
+void check_images(const Tensor& images) {
+  STD_TORCH_CHECK(images.dim() == 4, "inverse_flow: CUDA: images must be (B, C, H, W), got ", images.dim(),
+                  " dimensions");
+}
+
 void* current_stream(const Tensor& tensor) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
@@ -62,7 +67,7 @@ Tensor run_solve(const Tensor& input, const Tensor& weight, const std::optional<
   const int64_t state_bytes = element_bytes(element_type(wide_type));
   const std::optional<SolvePlan> plan = plan_solve(shape, state_bytes, limits);
   STD_TORCH_CHECK(plan.has_value(), "inverse_flow: ", shape.channels,
-                  " channels a group are more than fit this GPU's shared memory (", limits.shared_bytes, " bytes)");
+                  " channels per group are more than fit this GPU's shared memory (", limits.shared_bytes, " bytes)");
 
   const bool is_half = type != wide_type;
   const Tensor weight_memory = as_contiguous(weight);
@@ -97,6 +102,7 @@ Tensor run_solve(const Tensor& input, const Tensor& weight, const std::optional<
 
 Tensor solve(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, std::vector<int64_t> orders,
              int64_t corner, bool transposed, bool allow_tf32) {
+  check_images(input);
   const Shape shape = check_problem(input, weight, bias, orders, corner, transposed);
   check_same_device(input, weight, "the weight");
   if (bias.has_value()) check_same_device(input, *bias, "the bias");
@@ -109,12 +115,13 @@ std::tuple<Tensor, Tensor, Tensor> solve_backward(const Tensor& grad_output, con
                                                   std::vector<int64_t> orders, int64_t corner, bool transposed,
                                                   bool allow_tf32) {
   check_same_images(grad_output, output);
+  check_images(output);
   const Shape shape = check_problem(output, weight, std::nullopt, orders, corner, transposed);
   check_same_device(output, grad_output, "grad_output");
   check_same_device(output, weight, "the weight");
   const torch::stable::accelerator::DeviceGuard guard(output.get_device_index());
   const int64_t channels = shape.groups * shape.channels;
-  const std::initializer_list<int64_t> weight_sizes{channels, shape.channels, shape.kernel_h, shape.kernel_w};
+  const std::vector<int64_t> weight_sizes{channels, shape.channels, shape.kernel_h, shape.kernel_w};
   if (shape.batch == 0) {
     return {new_image_like(grad_output), torch::stable::new_zeros(weight, weight_sizes),
             torch::stable::new_zeros(weight, {channels})};

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from inverse_flow.functional import causal_conv2d, inverse_conv2d
 from inverse_flow.ops.autograd import solve_backward
 from inverse_flow.ops.backpropagate import backpropagate
+from inverse_flow.ops.bijection import Bijection
 from inverse_flow.ops.causal import corner_taps, effective_weight, with_corner_taps
 from inverse_flow.ops.checks import FLOAT_DTYPES
 from inverse_flow.ops.library import allows_tf32
@@ -24,7 +25,7 @@ __all__ = ["InverseConv2d"]
 INITIAL_GAIN = 0.1
 
 
-class InverseConv2d(nn.Module):
+class InverseConv2d(Bijection):
     r"""A flow layer z = A(w)⁻¹(x − b): the solve from data to latent, a plain convolution from latent to data.
 
     .. math:: \log\left|\det \frac{\partial z}{\partial x}\right| = -H W \sum_{\text{groups}} \log|\det M|

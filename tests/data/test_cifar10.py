@@ -15,7 +15,7 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (12, 3072), dtype=np.uint8)
 
 
 def write_archive(path: Path) -> str:
-    """A tiny archive of the official layout, two images a file; returns its md5."""
+    """A tiny archive of the official layout, two images per file; returns its md5."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
         batches = [{b"data": PIXELS[2 * i : 2 * i + 2], b"labels": [i, i + 1]} for i in range(6)]

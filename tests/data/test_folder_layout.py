@@ -155,16 +155,19 @@ def test_images_are_held_out_at_random_and_of_each_class_alike(tmp_path: Path) -
 
 
 def test_the_hold_out_of_any_sizes() -> None:
-    """Of classes of any size: the share of each, and of all, rounded up or down; and never nothing."""
+    """Of classes of any size: exactly as many as are asked for, and of each class its share, rounded up or down."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
         counts = torch.randint(1, 40, (int(torch.randint(1, 6, (), generator=generator)),), generator=generator)
         labels = torch.repeat_interleave(torch.arange(len(counts)), counts)
-        chosen = held_out(labels, 10, generator)
-        assert 1 <= chosen.sum() <= -(-len(labels) // 10)
-        assert chosen.sum() >= len(labels) // 10
+        total = len(labels)
+        count = int(torch.randint(total + 1, (), generator=generator))
+        chosen = held_out(labels, count, generator)
+        assert chosen.sum() == count
         by_class = labels[chosen].bincount(minlength=len(counts))
-        assert bool(((by_class == counts // 10) | (by_class == -(-counts // 10))).all())
+        assert bool(((by_class == counts * count // total) | (by_class == -(-counts * count // total))).all())
+    often = sum(held_out(torch.tensor([0, 0, 1]), 1, generator).long() for _ in range(600))
+    assert bool(((often > 150) & (often < 250)).all())  # each of them as often as another
 
 
 def test_files_that_are_no_pictures_are_left_alone(tmp_path: Path) -> None:

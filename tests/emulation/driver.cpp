@@ -31,7 +31,7 @@ struct Case {
   }
   Strides strides(const std::string& key) const {
     const auto& s = list(key);
-    return {s.at(0), s.at(1), s.at(2), s.at(3)};
+    return {s.at(0), s.at(1), 0, s.at(2), s.at(3)};
   }
   // Memory of exactly this size, so that the sanitizer sees its ends.
   Bytes read(int64_t bytes) {
@@ -132,8 +132,10 @@ int main(int argc, char** argv) {
   Shape shape{input.get("batch"),
               static_cast<int64_t>(orders.size()),
               input.get("channels"),
+              1,
               input.get("height"),
               input.get("width"),
+              1,
               input.get("kernel_h"),
               input.get("kernel_w"),
               static_cast<Corner>(input.get("corner")),

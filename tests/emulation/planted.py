@@ -114,8 +114,8 @@ PLANTED = {
     ),
     "lanes: the rows above are read one off": Mistake(
         "lanes/kernel.cuh",
-        "over[a - 1] = line - a * row_floats;",
-        "over[a - 1] = line - (PLANTED && a > 1 ? a - 1 : a) * row_floats;",
+        "over_[a - 1] = line - a * row_floats;",
+        "over_[a - 1] = line - (PLANTED && a > 1 ? a - 1 : a) * row_floats;",
     ),
     "lanes: no wait for the tile to the left": Mistake(
         "lanes/kernel.cuh", "if (claimed.left > 0) {", "if (claimed.left > 0 && !PLANTED) {"
@@ -138,19 +138,20 @@ PLANTED = {
     ),
     "lanes: a shuffle across images": Mistake(
         "lanes/kernel.cuh",
-        "above[a - 1][c] = reads_above ? pixel[c] : above[a - 1][c];",
-        "above[a - 1][c] = reads_above && !(PLANTED && slot > 0) ? pixel[c] : above[a - 1][c];",
+        "above_[a - 1][c] = reads_above_ ? pixel[c] : above_[a - 1][c];",
+        "above_[a - 1][c] = reads_above_ && !(PLANTED && threadIdx.x % kWarp / kLanes > 0) ? pixel[c]"
+        " : above_[a - 1][c];",
     ),
     "lanes: a shuffle from the wrong lane": Mistake(
-        "lanes/kernel.cuh", "solved[c], kLanes);", "solved[c], PLANTED ? 2 : kLanes);"
+        "lanes/kernel.cuh", "solved_[c], kLanes);", "solved_[c], PLANTED ? 2 : kLanes);"
     ),
     "lanes: lanes of a pixel that do not wait": Mistake(
         "lanes/kernel.cuh", "__syncwarp();", "if (!PLANTED) __syncwarp();"
     ),
     "lanes: rows above the image": Mistake(
         "lanes/kernel.cuh",
-        "rows_above >= (kLanes == 1 ? kTaps - 1 : a)",
-        "(PLANTED || rows_above >= (kLanes == 1 ? kTaps - 1 : a))",
+        "rows_above_ >= (kLanes == 1 ? kTaps - 1 : a)",
+        "(PLANTED || rows_above_ >= (kLanes == 1 ? kTaps - 1 : a))",
     ),
     "lanes: a mirrored row that is not reversed": Mistake(
         "lanes/kernel.cuh",
@@ -172,13 +173,13 @@ PLANTED = {
     ),
     "lanes: a second band that keeps the sums of the first": Mistake(
         "lanes/kernel.cuh",
-        "for (int k = 0; k < kOutputs; ++k) sums[b][k] = 0;",
-        "for (int k = 0; k < kOutputs; ++k) sums[b][k] = PLANTED && band >= plan.band_warps ? sums[b][k] : 0;",
+        "for (int k = 0; k < kOutputs; ++k) sums_[b][k] = 0;",
+        "for (int k = 0; k < kOutputs; ++k) sums_[b][k] = PLANTED && band >= plan.band_warps ? sums_[b][k] : 0;",
     ),
     "lanes: a lane below its band": Mistake(
         "lanes/kernel.cuh",
-        "image < claimed.tile.images && skew < plan.rows &&",
-        "image < claimed.tile.images && (PLANTED || skew < plan.rows) &&",
+        "skew_ < plan.rows && has_outputs",
+        "(PLANTED || skew_ < plan.rows) && has_outputs",
     ),
     "lanes: channels that are not aligned": Mistake(
         "lanes/launch.cuh",

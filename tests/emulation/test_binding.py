@@ -25,7 +25,7 @@ SUBSTITUTIONS = {
     "const torch::stable::accelerator::DeviceGuard guard(output.get_device_index());": "",
 }
 TORCH_TARGET_VERSION = "0x020b000000000000"  # as in setup.py
-# (batch, channels a group, orders, height, width, kernel_h, kernel_w)
+# (batch, channels per group, orders, height, width, kernel_h, kernel_w)
 PROBLEMS = [
     (5, 3, (0, 3), 6, 5, 3, 3),
     (2, 20, (1,), 3, 4, 2, 3),  # folded before the solve
@@ -140,7 +140,7 @@ def test_empty_batch(emulated: Any) -> None:
 
 def test_too_many_channels_for_shared_memory(emulated: Any) -> None:
     y, weight = torch.zeros(1, 2000, 2, 1), torch.zeros(2000, 2000, 1, 1)
-    with pytest.raises(RuntimeError, match="2000 channels a group are more than fit this GPU's shared memory"):
+    with pytest.raises(RuntimeError, match="2000 channels per group are more than fit this GPU's shared memory"):
         emulated.solve(y, weight, None, (0,), 0, False)
 
 

@@ -28,7 +28,7 @@ from .emulator import (
     run,
 )
 
-# Most channels a group, by the taps of the window.
+# Most channels per group, by the taps of the window.
 MOST_CHANNELS = {2: 8, 3: 12, 5: 2}
 
 

@@ -38,15 +38,15 @@ FOLDED = Case(2, (TOP_LEFT, BOTTOM_RIGHT), 18, 5, 6, 3, 3, GENERAL, forced_regim
 
 # Rows as lanes. Two images of a warp.
 LANES = Case(4, (TOP_LEFT, BOTTOM_RIGHT), 2, 5, 6, 3, 3, GENERAL, forced_regime=ANY_REGIME, seeds=THREE)
-# Eight lanes a pixel, two bands, and rows that move four pixels at a time.
+# Eight lanes per pixel, two bands, and rows that move four pixels at a time.
 PIXEL_LANES = LANES.but(batch=2, orders=(TOP_RIGHT, BOTTOM_LEFT), channels=6, height=7, width=8)
 BANDS = LANES.but(batch=2, channels=3, height=35, width=12)
 # Four bands of two warps, and two of 17 rows.
 SECOND_BANDS = LANES.but(batch=1, orders=(TOP_LEFT,), channels=5, height=16, width=5, threads_per_block=64)
 UNEVEN_BANDS = LANES.but(batch=1, orders=(TOP_LEFT,), channels=1, height=33, width=9)
-# Two of one warp, a lane a row: right of the image its recurrence goes on, and with these weights hardly fades.
+# Two of one warp, a lane per row: right of the image its recurrence goes on, and with these weights hardly fades.
 ONE_WARP = UNEVEN_BANDS.but(width=8, corner=IDENTITY, threads_per_block=32, shared_bytes=227 * 1024, seeds=(1,))
-# Sixteen lanes a pixel, of which four have no channels.
+# Sixteen lanes per pixel, of which four have no channels.
 IDLE_LANES = PIXEL_LANES.but(channels=9, height=5)
 # As channels_last has them; the distances of rows and images are multiples of four whatever that of pixels is.
 PIXELS = LANES.but(

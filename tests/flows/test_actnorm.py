@@ -119,6 +119,29 @@ def test_training_through_the_inverse_counts() -> None:
     assert all(torch.equal(parameter, value) for parameter, value in zip(layer.parameters(), trained, strict=True))
 
 
+@pytest.mark.parametrize("rebuilt", [False, True])
+def test_both_directions_in_the_first_step(rebuilt: bool) -> None:
+    """Data first, and both have the same parameters; samples first, and the gradients would be those of two."""
+    z, x = torch.randn(8, 2, 3, 3), images(8, 2, 3, 3)
+
+    def gradients(flow: Flow, *, data_first: bool) -> list[torch.Tensor]:
+        calls = [lambda: flow.log_prob(x).sum(), lambda: flow.inverse((z,))[0].square().sum()]
+        losses = [call() for call in (calls if data_first else calls[::-1])]
+        return list(torch.autograd.grad(sum(losses), list(flow.parameters())))
+
+    flow = Flow([ActNorm(2)], (2, 3, 3), memory_efficient=rebuilt)
+    first = gradients(flow, data_first=True)
+    torch.testing.assert_close(gradients(flow, data_first=False), first)
+    fresh = Flow([ActNorm(2)], (2, 3, 3), memory_efficient=rebuilt)
+    refusal = "modified by an inplace operation" if rebuilt else "run the model forward first, on one batch of data"
+    with pytest.raises(RuntimeError, match=refusal):
+        gradients(fresh, data_first=False)
+    # By themselves they are as good as ever.
+    fresh = Flow([ActNorm(2)], (2, 3, 3), memory_efficient=rebuilt)
+    fresh.inverse((z,))[0].sum().backward()
+    fresh.log_prob(x).sum().backward()
+
+
 def test_a_backward_pass_that_runs_the_layer_again_changes_nothing() -> None:
     flow = Flow([Compose(ActNorm(2))], (2, 3, 3), memory_efficient=True)
     x, log_prob = flow.sample_and_log_prob(8)

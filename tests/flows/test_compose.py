@@ -126,7 +126,7 @@ def test_errors_say_what_was_given() -> None:
         flow.inverse([torch.zeros(1, 2, 2, 2, **double)])
     with pytest.raises(ValueError, match="latents must be"):
         flow.inverse([torch.zeros(1, 2, 2, 2, **double), torch.zeros(2, 8, 1, 1, **double)])
-    with pytest.raises(ValueError, match="one row an example: 2, got 3"):
+    with pytest.raises(ValueError, match="one row per example: 2, got 3"):
         flow(torch.zeros(2, 1, 4, 4, **double), torch.zeros(3, 1, **double))
     with pytest.raises(ValueError, match=r"temperature must be .* got -1"):
         flow.sample(1, temperature=-1.0)

@@ -9,7 +9,7 @@ from inverse_flow.flows.coupling import MAX_LOG_SCALE
 
 
 class Constant(nn.Module):
-    """A conditioner that gives the same values, one a channel, everywhere."""
+    """A conditioner that gives the same values, one per channel, everywhere."""
 
     def __init__(self, *values: float) -> None:
         super().__init__()

@@ -203,7 +203,7 @@ def test_a_summary_in_each_form() -> None:
         (lambda: of_labels().sample(2, torch.tensor([-1, 3])), ValueError, "0 … 4, got -1 … 3"),
         (lambda: of_labels().sample(2, torch.tensor([0.0, 1.0])), TypeError, "integers, got torch.float32"),
         (lambda: of_labels().sample(1, torch.tensor([[0]])), ValueError, r"\(B,\), got shape \(1, 1\)"),
-        (lambda: of_labels().sample(3, torch.tensor([0, 1])), ValueError, "one row an example: 3, got 2"),
+        (lambda: of_labels().sample(3, torch.tensor([0, 1])), ValueError, "one row per example: 3, got 2"),
         (lambda: SummaryNet(1, 0), ValueError, "context_channels must be at least 1, got 0"),
         (lambda: SummaryNet(1, 1, form="list"), ValueError, "got 'list'"),
         (lambda: SummaryNet(1, 1, dimensions=4), ValueError, "2 .* or 3 .*, got 4"),

@@ -1,4 +1,5 @@
-"""Programs made of the operators: functionalized, compiled whole, exported with sizes left open, and trained after."""
+"""Programs made of the operators: functionalized, traced, compiled whole, exported with sizes left open, and trained
+after."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from inverse_flow import InverseConv2d
+from inverse_flow.flows import ActNorm
 from inverse_flow.functional import causal_conv2d, inverse_conv2d
 
 from ..cases import CORNERS, Case
@@ -68,14 +70,45 @@ def _fresh_compiler() -> None:
     torch._dynamo.reset()
 
 
+@FUNCTIONS
 @pytest.mark.parametrize("corner", CORNERS)
 @pytest.mark.parametrize("order", ORDERS, ids=str)
-def test_functionalized(corner: str, order: Any) -> None:
-    # PyTorch has no rule for any autograd.Function there, and so none for the solve.
+def test_functionalized(function: Callable[..., Tensor], corner: str, order: Any) -> None:
     case = case_of(corner, order)
-    tensors = [t.detach() for t in tensors_of(case)]
-    found = torch.func.functionalize(lambda *t: causal_conv2d(*t, **case.arguments))(*tensors)
-    torch.testing.assert_close(found, causal_conv2d(*tensors, **case.arguments))
+    tensors = tensors_of(case)
+    found = results(torch.func.functionalize(lambda *t: function(*t, **case.arguments)), tensors)
+    torch.testing.assert_close(found, results(lambda *t: function(*t, **case.arguments), tensors))
+
+
+def test_functionalized_with_another_transform_it_says_so() -> None:
+    x, weight = torch.ones(1, 2, 3, 3), torch.eye(2)[..., None, None]
+    for both in (lambda f: torch.func.functionalize(torch.func.grad(f)), torch.func.vmap):
+        transformed = both(torch.func.functionalize(lambda x: inverse_conv2d(x[None], weight).sum()))
+        with pytest.raises(NotImplementedError, match="together with another transform"):
+            transformed(x if both is torch.func.vmap else x[0])
+
+
+@pytest.mark.filterwarnings("ignore")  # that it traces what is a constant, and that scripts are of another time
+@pytest.mark.parametrize(("corner", "direction"), LAYERS)
+@pytest.mark.parametrize("recording", [False, True])
+def test_a_traced_layer_is_trained(corner: str, direction: str, recording: bool) -> None:
+    module = Direction(corner, direction)
+    with torch.set_grad_enabled(recording):
+        traced = torch.jit.trace(copy.deepcopy(module), (torch.randn(2, 4, 6, 5),))
+    of_name = dict(traced.named_parameters())
+    parameters = [of_name[name] for name, _ in module.named_parameters()]
+    for shape in [(2, 4, 6, 5), (5, 4, 3, 7)]:
+        assert_same(traced, module, parameters, torch.randn(shape, requires_grad=True))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_refused(layout: torch.layout) -> None:
+    nested = torch.nested.nested_tensor([torch.ones(4, 2, 3), torch.ones(4, 2, 3)], layout=layout)
+    layer, flow = InverseConv2d(4), ActNorm(4)
+    for call in (layer, layer.inverse, flow, flow.inverse):
+        with pytest.raises(TypeError, match="one tensor, got a nested one: pass each of its tensors by itself"):
+            call(nested)
 
 
 @FUNCTIONS

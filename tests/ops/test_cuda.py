@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(not HAS_CUDA, reason="needs a GPU and the CUDA module"),
 ]
 
-# Well conditioned, one block an image and several tiles an image.
+# Well conditioned, one block per image and several tiles per image.
 SHAPES = [(16, 8, 9, 7), (2, 3, 300, 200)]
 
 
@@ -98,7 +98,7 @@ def test_runs_on_the_tensors_device_not_on_the_current_one() -> None:
     torch.testing.assert_close(output.double(), want, rtol=1e-5, atol=1e-5)
 
 
-# What a GPU with 227 KiB of shared memory takes other paths for: several tiles an image, weights streamed from L2,
+# What a GPU with 227 KiB of shared memory takes other paths for: several tiles per image, weights streamed from L2,
 # rings of diagonals, a corner inverted by many blocks, gradients on tensor cores in parts, tiles with margins, and
 # pixels that move by four channels.
 LARGE = [

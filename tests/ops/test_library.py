@@ -139,7 +139,7 @@ IMAGES, WEIGHT = torch.zeros(2, 4, 3, 3), torch.zeros(4, 4, 2, 2)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"input": torch.zeros(4, 3, 3)}, r"images must be \(B, C, H, W\), got 3"),
+        ({"input": torch.zeros(4, 3, 3)}, r"images must be \(B, C, H, W\), volumes \(B, C, D, H, W\), got 3"),
         ({"input": torch.zeros(2, 4, 3, 3, dtype=torch.int32)}, "images must be float32"),
         ({"input": torch.zeros(2, 4, 0, 3)}, "at least one pixel"),
         ({"weight": torch.zeros(4, 4, 2)}, "weight must be"),

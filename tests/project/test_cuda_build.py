@@ -97,7 +97,7 @@ def test_no_kernel_spills(name: str, tmp_path: Path) -> None:
         "block/launch.cu": 3 * 4 + 2 * 2,  # of four image types; and the fold's, of two state types
         "tensor/launch.cu": 2 * 3 + 2,
         "gradient/launch.cu": 8,
-    }.get(name, 8 + 12 + 2)  # rows as lanes: channels a group, for windows of 2, 3 and 5 taps
+    }.get(name, 8 + 12 + 2)  # rows as lanes: channels per group, for windows of 2, 3 and 5 taps
     assert {arch: sum(kernel.arch == arch for kernel in kernels) for arch in ARCHS} == dict.fromkeys(ARCHS, expected)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -14,7 +15,8 @@ ROOT = Path(__file__).parents[2]
 SRC = ROOT / "src"
 PACKAGE = "inverse_flow"
 
-# A room may import the rooms on its own line and above. The last line is the workshop: what trains.
+# A room may import the rooms on its own line and above. After the models comes what stands on the core: the adapters to
+# other libraries, and the workshop, which trains.
 ROOMS = [
     ["_version", "_C", "_C_cuda"],
     ["ops"],
@@ -23,6 +25,7 @@ ROOMS = [
     ["reversible"],
     ["flows"],
     ["models"],
+    ["adapters"],
     ["data"],
     ["training"],
     ["parts"],
@@ -109,6 +112,13 @@ def test_the_core_needs_torch_and_numpy_alone() -> None:
                 assert top in allowed or top in sys.stdlib_module_names, f"{module} imports {name}"
 
 
+def test_an_adapter_imports_its_library_only_when_it_is_used() -> None:
+    program = "import sys, inverse_flow.adapters; print(*{name.split('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "torch" in done.stdout.split()
+    assert not {"nflows", "normflows", "FrEIA", "zuko", "pyro"} & set(done.stdout.split())
+
+
 def _outside_functions(node: ast.AST) -> list[ast.AST]:
     """What runs when a module is imported."""
     found: list[ast.AST] = []
@@ -126,7 +136,9 @@ def test_a_higher_import_is_found() -> None:
 
 
 # What the tests of a room are called: tests/<room>, and beside them what belongs to no room of the package.
-TEST_ROOMS = {"ops", "reversible", "flows", "models", "data", "training", "parts", "command", "emulation", "project"}
+TEST_ROOMS = {
+    "ops", "reversible", "flows", "models", "adapters", "data", "training", "parts", "command", "emulation", "project"
+}  # fmt: skip
 
 
 def test_tests_mirror_the_rooms() -> None:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,17 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
         return self.layers(x)
+
+
+class Noise(nn.Module):
+    """Noise from a source that is not PyTorch's own, the program's or one that the module owns."""
+
+    def __init__(self, draw: Callable[..., float], source: Any = None) -> None:
+        super().__init__()
+        self.draw, self.source = draw, source
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (0.5 + (self.draw(self.source) if self.source else self.draw()))
 
 
 class Centre(FlowLayer):
@@ -100,8 +112,18 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "dropout of channels": lambda: coupling(nn.Dropout2d(0.5)),
     "alpha dropout": lambda: coupling(nn.AlphaDropout(0.5)),
     "alpha dropout of channels": lambda: coupling(nn.FeatureAlphaDropout(0.5)),
+    "dropout of volumes": lambda: coupling(nn.Dropout3d(0.5)),
     "random slopes": lambda: coupling(nn.RReLU()),
+    "python's numbers": lambda: coupling(Noise(random.random)),
+    "numpy's numbers": lambda: coupling(Noise(np.random.rand)),
+    "numbers of its own": lambda: coupling(Noise(lambda source: source.random(), random.Random(3))),
+    "numpy's of its own": lambda: coupling(Noise(lambda source: source.random(), np.random.default_rng(3))),
+    "old numpy's of its own": lambda: coupling(Noise(lambda source: source.randn(), np.random.RandomState(3))),
+    "torch's of its own": lambda: coupling(
+        Noise(lambda source: torch.rand((), generator=source).item(), torch.Generator().manual_seed(3))
+    ),
     "spectral norm within": lambda: coupling(nn.Tanh(), parametrizations.spectral_norm),
+    "weight norm within": lambda: coupling(nn.Tanh(), parametrizations.weight_norm),
     "old spectral norm within": lambda: coupling(nn.Tanh(), spectral_norm),
     "old weight norm within": lambda: coupling(nn.Tanh(), weight_norm),
     "pruned within": lambda: coupling(nn.Tanh(), lambda layer: prune.l1_unstructured(layer, "weight", 0.3)),
@@ -142,9 +164,11 @@ def build(names: list[str], seed: int) -> list[nn.Module]:
 
 def run(
     chain: nn.Module, x: Tensor, *, inverse: bool, create_graph: bool = False
-) -> tuple[list[Tensor], dict[str, Tensor], Tensor]:
-    """Gradients, what the chain holds afterwards, and the state of the generator."""
+) -> tuple[list[Tensor], dict[str, Tensor], list[Any]]:
+    """Gradients, what the chain holds afterwards, and what the generators give next."""
     torch.manual_seed(5)
+    random.seed(5)
+    np.random.seed(5)
     z, logdet = (chain.inverse if inverse else chain)(x)
     weights = torch.linspace(0.5, 1.5, z.numel(), dtype=z.dtype).view(z.shape)
     loss = (weights * z.square()).sum() + (torch.arange(1.0, 1 + len(logdet)) * logdet).sum()
@@ -153,7 +177,9 @@ def run(
     grads = torch.autograd.grad(loss, leaves, allow_unused=True, create_graph=create_graph)
     after = chain.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in held.items()), "the backward pass changed something"
-    return [torch.zeros(()) if grad is None else grad for grad in grads], held, torch.get_rng_state()
+    drawn = [torch.rand(()).item(), random.random(), np.random.randn()]
+    drawn += [module.draw(module.source) for module in chain.modules() if isinstance(module, Noise) and module.source]
+    return [torch.zeros(()) if grad is None else grad for grad in grads], held, drawn
 
 
 def check(names: list[str], layout: str, *, inverse: bool, seed: int, training: bool = True, **options: Any) -> None:
@@ -163,10 +189,10 @@ def check(names: list[str], layout: str, *, inverse: bool, seed: int, training: 
     for kind in (Compose, ReversibleSequential):
         chain = kind(*build(names, seed)).train(training)
         found.append(run(chain, x, inverse=inverse, **options))
-    (wanted, held, state), (grads, held_too, state_too) = found
+    (wanted, held, drawn), (grads, held_too, drawn_too) = found
     for name, value in held.items():
         torch.testing.assert_close(held_too[name], value, rtol=1e-9, atol=1e-9, msg=name)
-    assert torch.equal(state, state_too)
+    assert drawn == drawn_too
     for grad, right in zip(grads, wanted, strict=True):
         torch.testing.assert_close(grad, right, rtol=1e-7, atol=1e-7)
 

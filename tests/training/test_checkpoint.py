@@ -9,6 +9,7 @@ import torch
 
 from inverse_flow.models import InverseFlow
 from inverse_flow.training import Checkpoint, DataSource, TrainConfig, Trainer, checkpoint
+from inverse_flow.training.batches import VALIDATION, generator
 
 
 def images() -> torch.Tensor:
@@ -77,11 +78,16 @@ def test_files_of_the_format_before_are_read_and_gone_on_with(tmp_path: Path) ->
     torch.save(as_format_2(state), tmp_path / checkpoint.FILE)
     data = DataSource("small.npz", {"size": None, "crop": False})
     found = checkpoint.load(tmp_path)
-    assert_equal(found, replace(state, images=None, data=data))
-    resumed = Trainer.resume(found, images(), tmp_path, steps=3)
+    assert_equal(found, replace(state, images=None, validation=None, data=data))
+    with pytest.warns(UserWarning, match="nothing tells whether these are the ones"):
+        resumed = Trainer.resume(found, images(), tmp_path, steps=3)
+    # The images that were kept for validation then, and not those that would be drawn now.
+    order = torch.randperm(9, generator=generator(0, VALIDATION))
+    assert resumed.validation.nonzero().flatten().tolist() == sorted(order[7:].tolist())
     resumed.fit()
     assert resumed.step == 3
     assert checkpoint.load(tmp_path).images == resumed.fingerprint  # known from now on
+    assert torch.equal(checkpoint.load(tmp_path).validation, resumed.validation)
 
 
 def test_a_failed_write_leaves_the_former_checkpoint_and_nothing_else(

@@ -33,7 +33,7 @@ def test_the_figures_are_those_of_their_definitions() -> None:
     assert summary.importance_weighted_test_bits_per_dim < summary.test_bits_per_dim
     assert 2**20 < summary.peak_memory_bytes < 2**40
     assert summary.protocol == (
-        "n − log p(x̃) / (D ln 2) at n = 6 bits, uniform dequantization, one draw of noise an image, 10 test images, "
+        "n − log p(x̃) / (D ln 2) at n = 6 bits, uniform dequantization, one draw of noise per image, 10 test images, "
         "averaged weights"
     )
     assert summarize(model, images, TrainConfig()).importance_weighted_test_bits_per_dim is None

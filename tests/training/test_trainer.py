@@ -164,7 +164,7 @@ def test_a_run_that_gets_no_better_ends(tmp_path: Path) -> None:
     assert trainer.stop is Stop.PATIENCE
     assert reports[-1].step == trainer.best.step + 2 * config.evaluate_every
     assert run(Trainer.resume(checkpoint.load(tmp_path), images())) == []
-    learning = Trainer(model(), images(), replace(CONFIG, steps=40, patience=2, learning_rate=1e-2))
+    learning = Trainer(model(), images(), replace(CONFIG, steps=40, patience=4, learning_rate=1e-2))
     assert run(learning)[-1].step == 40
 
 
@@ -218,7 +218,7 @@ def test_every_image_keeps_its_context() -> None:
     assert len(seen) == 12
     assert max(seen) < 1 / 256
     assert sum(report.validation is not None for report in reports) == 3
-    with pytest.raises(ValueError, match="one row an image: 16, got 3"):
+    with pytest.raises(ValueError, match="one row per image: 16, got 3"):
         Batches(images()[:16], CONFIG, means[:3])
 
 

@@ -5,7 +5,8 @@
 //   prepare  z_p = M^-1 (y_p - bias) - the taps that reach out of the tile, into solved tiles in global memory. All
 //            pixels at once: a thread owns a pack of output channels of a pixel.
 //   sweep    x_p = z_p - the taps inside the tile, one anti-diagonal after the other; a thread owns one output channel
-//            of one pixel of the diagonal and overwrites z by x. One barrier a diagonal: the next reads what it wrote.
+//            of one pixel of the diagonal and overwrites z by x. One barrier per diagonal: the next reads what it
+//            wrote.
 //   store    a thread owns a pack of channels of a pixel again.
 // Shared memory: [folded weights: taps x channel packs x output channels x pack] [bias] [x: image, row, column,
 // channel].

@@ -4,8 +4,8 @@
 // Unit triangular: inverses of diagonal blocks of 1, 2, 4, ... rows, two neighbours at a time,
 //     [L11  0 ]^-1   [ X11            0  ]
 //     [L21 L22]    = [-X22 L21 X11   X22 ],
-// a thread an entry of L21 X11 (kept, transposed, in the unused upper triangle), then of the product with X22. Two
-// barriers a level, ceil(log2 C) - 1 levels: the first level is a change of sign, made as the corner is loaded.
+// a thread per entry of L21 X11 (kept, transposed, in the unused upper triangle), then of the product with X22. Two
+// barriers per level, ceil(log2 C) - 1 levels: the first level is a change of sign, made as the corner is loaded.
 // C^3 / 3 multiply-adds in all.
 // General: Gauss-Jordan elimination. Rows are never swapped: step k picks as pivot the largest entry of column k, to
 // 2^-15, among the rows not yet used, and remembers it in pivot_of_step[k] = p and step_of_pivot[p] = k. Every warp

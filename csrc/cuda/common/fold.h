@@ -67,8 +67,8 @@ inline int64_t fold_in_block_bytes(const Shape& shape, int64_t state_bytes) {
 struct FoldPlan {
   bool in_block;
   int64_t scratch_bytes;  // of shared memory, of a block that folds for itself; else 0
-  // Those launches: blocks a group, and their threads. Each inverts the corner for itself, in shared memory, if it fits
-  // there; with 0 bytes yet another launch inverts it in the workspace.
+  // Those launches: blocks per group, and their threads. Each inverts the corner for itself, in shared memory, if it
+  // fits there; with 0 bytes yet another launch inverts it in the workspace.
   int32_t blocks;
   int32_t threads;
   int64_t shared_bytes;

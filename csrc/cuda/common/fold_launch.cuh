@@ -27,7 +27,7 @@ struct FoldArguments {
   }
 };
 
-// One block a group: for corners that do not fit shared memory.
+// One block per group: for corners that do not fit shared memory.
 template <typename Arguments>
 __global__ void __launch_bounds__(kMaxThreads, 1) invert_corner_kernel(const __grid_constant__ Arguments args) {
   invert_corner(args.view(), args.workspace_inversion(), BlockTeam<kFoldLoads>());

@@ -11,7 +11,7 @@ namespace inverse_flow {
 // Every launch returns the text of an error, or null.
 struct SolveProblem {
   Shape shape;
-  const int64_t* orders;  // one a group
+  const int64_t* orders;  // one per group
   ElementType image_type;
   const void* input;
   Strides input_strides;
@@ -48,7 +48,8 @@ constexpr int64_t kMaxGridX = 2147483647;
 constexpr int64_t kMaxGridZ = 65535;
 
 inline Strides contiguous_strides(const Shape& shape) {
-  return {shape.groups * shape.channels * shape.height * shape.width, shape.height * shape.width, shape.width, 1};
+  const int64_t plane = shape.height * shape.width;
+  return {shape.groups * shape.channels * shape.depth * plane, shape.depth * plane, plane, shape.width, 1};
 }
 
 }  // namespace inverse_flow

@@ -38,7 +38,7 @@ const char* run_gradient(const GradientProblem& problem, const GradientPlan& pla
   args.weight_gradient = problem.weight_gradient;
   args.bias_gradient = problem.bias_gradient;
   args.gradient_type = problem.weight_type;
-  if (plan.blocks() > kMaxGridZ) return "inverse_flow: too many channels a group for the gradient on this GPU";
+  if (plan.blocks() > kMaxGridZ) return "inverse_flow: too many channels per group for the gradient on this GPU";
 
   return for_each_group_chunk(
       shape, problem.orders, [&](int64_t first_group, int64_t groups, const GroupOrders& orders) -> const char* {

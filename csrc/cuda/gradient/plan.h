@@ -161,7 +161,7 @@ inline int64_t layout_gradient_tile(GradientPlan& plan, int64_t state_bytes) {
   return plan.positions_offset + (plan.tensor_cores ? left_pixels * 4 : 0);
 }
 
-// As many splits as the memory for their sums allows; and of those, enough for two blocks a multiprocessor.
+// As many splits as the memory for their sums allows; and of those, enough for two blocks per multiprocessor.
 inline int64_t most_splits(const Shape& shape) {
   const int64_t image_elements = shape.batch * shape.groups * shape.channels * shape.height * shape.width;
   return std::max<int64_t>(image_elements / kWorkspaceShare / gradient_elements(shape), 1);

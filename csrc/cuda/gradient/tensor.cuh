@@ -1,4 +1,4 @@
-// The weight gradient on tensor cores, from 16 channels a group, in float32: matrix products with the output channels
+// The weight gradient on tensor cores, from 16 channels per group, in float32: matrix products with the output channels
 // as rows, the input channels as columns, and the pixels of a tile as the inner dimension, one for each tap.
 // tile.cuh has the sums, the tile, and what becomes of the sums.
 //

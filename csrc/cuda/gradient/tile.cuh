@@ -9,8 +9,8 @@
 // neighbouring pixels, or channels where those are neighbours in memory. Both are rounded to nothing: x is read in its
 // own type, u is of the state type. u passes through here anyway, so the blocks of one window add up its channels too:
 // a thread owns a channel and a share of the tile's segments, at equal distances. Sums are added in a fixed order
-// everywhere: along a thread, teams in shared memory by halves (two barriers a level), splits in a launch of their own
-// (combine.cuh). So the result is deterministic.
+// everywhere: along a thread, teams in shared memory by halves (two barriers per level), splits in a launch of their
+// own (combine.cuh). So the result is deterministic.
 #pragma once
 
 #include "../common/async_copy.cuh"

@@ -1,4 +1,4 @@
-// The solve of half images in the regime "lanes": one file an image type, so that they compile side by side.
+// The solve of half images in the regime "lanes": one file per image type, so that they compile side by side.
 #include "launch.cuh"
 
 namespace inverse_flow {

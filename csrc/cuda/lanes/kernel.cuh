@@ -1,5 +1,5 @@
-// The regime "lanes": the solve of few channels a group. A warp sweeps a band of rows, a few lanes on each row, without
-// a barrier a step.
+// The regime "lanes": the solve of few channels per group. A warp sweeps a band of rows, a few lanes on each row,
+// without a barrier per step.
 //
 //   fold     every block makes the folded weights in shared memory.
 //   prepare  z_p = M^-1 (y_p - bias) of the block's pixels, into shared memory; a thread owns a pixel, or, where the
@@ -8,20 +8,20 @@
 //   sweep    the lanes of a row own its output channels and keep their weights in registers. At step s row r is at
 //            column s - r, so what it needs of the row above was solved a step ago. A pixel is added, as soon as it is
 //            known, to the sums of all columns that it reaches: a lane keeps kTaps - 1 of them an output. x overwrites
-//            z. One lane a row: the left neighbour is in its registers, the row above comes by shuffle, and of the rows
-//            further up the lane above had it a step ago; the first row of a band reads them from shared memory.
+//            z. One lane per row: the left neighbour is in its registers, the row above comes by shuffle, and of the
+//            rows further up the lane above had it a step ago; the first row of a band reads them from shared memory.
 //            A warp that has swept its band goes on with one further down, if there are more bands than warps.
-//            Several lanes a row: they read all neighbours from shared memory, 16 bytes at a time.
+//            Several lanes per row: they read all neighbours from shared memory, 16 bytes at a time.
 //   store    a thread owns a pixel, or four, again.
 // Shared memory: [folded weights: tap, input channel, output channel] [bias] [a pixel of zeros] [image, row, column,
 // channel], with the margin's rows and columns in front.
 // Barriers: after the fold (its scratch lies where z will), after prepare, after the sweep; if an image has several
-// bands, after each phase of kPhase steps: the band below reads rows that the phase wrote; and of several lanes a row
+// bands, after each phase of kPhase steps: the band below reads rows that the phase wrote; and of several lanes per row
 // those of a warp before each step: it reads what the step before wrote.
 // Blocks of one image wait for each other's tiles: a block takes a ticket, tickets follow the anti-diagonals of tiles,
 // so a tile that is waited for is one that a running block already has. Flags say which tiles are in global memory.
-// Bytes: y in and x out once. A step of a warp: (kTaps^2 - 1) x kChannels multiply-adds an output of a lane, and a
-// store; one lane a row: kTaps loads and (kTaps - 1) x kChannels shuffles; several: a load, and kTaps for every 4
+// Bytes: y in and x out once. A step of a warp: (kTaps^2 - 1) x kChannels multiply-adds per output of a lane, and a
+// store; one lane per row: kTaps loads and (kTaps - 1) x kChannels shuffles; several: a load, and kTaps for every 4
 // channels of a pixel.
 #pragma once
 
@@ -171,10 +171,10 @@ __device__ void read_column(const float* weights, int c, float (&column)[S::kCha
   }
 }
 
-// A thread moves kPixels neighbours of a row between global and shared memory: one access a channel there (of a single
-// pixel also one of several channels), one a pixel and 16 bytes here. Lanes write, or read, their pixels in different
-// orders, so that they meet different banks.
-//                 lane      0             1             2             3        (3 or 4 channels: 16 bytes a pixel,
+// A thread moves kPixels neighbours of a row between global and shared memory: one access per channel there (of a
+// single pixel also one of several channels), one per pixel and 16 bytes here. Lanes write, or read, their pixels in
+// different orders, so that they meet different banks.
+//                 lane      0             1             2             3        (3 or 4 channels: 16 bytes per pixel,
 //   access 0, pixel     0   .   .   .  4   .   .   .   .  9   .   .   .  13 ..   8 of them are all banks)
 //   access 1, pixel     .   1   .   .  .   5   .   .   8   .  .   .   12 ..
 // With one channel or two, as many more lanes have the same order; with 5 to 8 two lanes share a bank.
@@ -341,166 +341,201 @@ __device__ void load_margin(const LanesArguments<Element>& args, const LanesTile
   }
 }
 
+// What a lane keeps while it sweeps: its weights, its place in the band, and what it knows of the pixels around.
 template <typename S>
-__device__ void sweep_lanes(const LanesPlan& plan, const LanesTile& claimed, const float* weights, const float* zeros,
-                            float* x) {
-  constexpr int kChannels = S::kChannels;
-  constexpr int kTaps = S::kTaps;
-  constexpr int kOutputs = S::kOutputs;
-  constexpr int kLanes = S::kLanes;
-  using OutputPack = Pack<float, kOutputs>;
-
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int part = lane % kLanes;
-  const bool has_outputs = part * kOutputs < S::kPitch;
-  const int first_output = has_outputs ? part * kOutputs : 0;
-  const int slot = lane / kLanes;
-  // A warp holds a band of one image, or several whole images.
-  const int image_of_warp = plan.bands > 1 ? 0 : slot / plan.tile_h;
-  const int image = warp / plan.band_warps * plan.images_per_warp + image_of_warp;
-  const int skew = slot - image_of_warp * plan.tile_h;
-  const bool has_image = warp < plan.sweep_warps && image_of_warp < plan.images_per_warp &&
-                         image < claimed.tile.images && skew < plan.rows && has_outputs;
-  // Which lanes read the rows above them from shared memory: those of several a pixel, and of the others those of the
-  // first row of a warp or an image, which have nobody to shuffle from. Above the image is nothing; above the first row
-  // of a warp there are all rows that the taps reach, or none.
-  const bool reads_above = kLanes > 1 || skew == 0;
-  const int row_floats = plan.row_stride * S::kPitch;
-
-  float weight[kTaps * kTaps][kOutputs][kChannels];  // the corner's is never used
-  INVERSE_FLOW_UNROLL
-  for (int tap = 1; tap < kTaps * kTaps; ++tap) {
+class LaneSweep {
+ public:
+  __device__ LaneSweep(const LanesPlan& plan, const LanesTile& claimed, const float* weights, const float* zeros)
+      : zeros_(zeros), left_margin_(claimed.left) {
+    const int warp = static_cast<int>(threadIdx.x) / kWarp;
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const int part = lane % kLanes;
+    const bool has_outputs = part * kOutputs < S::kPitch;
+    first_output_ = has_outputs ? part * kOutputs : 0;
+    const int slot = lane / kLanes;
+    // A warp holds a band of one image, or several whole images.
+    const int image_of_warp = plan.bands > 1 ? 0 : slot / plan.tile_h;
+    image_ = warp / plan.band_warps * plan.images_per_warp + image_of_warp;
+    skew_ = slot - image_of_warp * plan.tile_h;
+    has_image_ = warp < plan.sweep_warps && image_of_warp < plan.images_per_warp && image_ < claimed.tile.images &&
+                 skew_ < plan.rows && has_outputs;
+    // Which lanes read the rows above them from shared memory: those of several a pixel, and of the others those of the
+    // first row of a warp or an image, which have nobody to shuffle from. Above the image is nothing; above the first
+    // row of a warp there are all rows that the taps reach, or none.
+    reads_above_ = kLanes > 1 || skew_ == 0;
     INVERSE_FLOW_UNROLL
-    for (int k = 0; k < kOutputs; ++k) {
-      const int o = part * kOutputs + k;
+    for (int tap = 1; tap < kTaps * kTaps; ++tap) {
       INVERSE_FLOW_UNROLL
-      for (int c = 0; c < kChannels; ++c) {
-        weight[tap][k][c] = o < kChannels ? -weights[(tap * kChannels + c) * kChannels + o] : 0.0f;
+      for (int k = 0; k < kOutputs; ++k) {
+        const int o = part * kOutputs + k;
+        INVERSE_FLOW_UNROLL
+        for (int c = 0; c < kChannels; ++c) {
+          weight_[tap][k][c] = o < kChannels ? -weights[(tap * kChannels + c) * kChannels + o] : 0.0f;
+        }
       }
     }
   }
 
-  // Of the band that is swept: of this lane's row, columns of the image (0 without a row) and rows above it.
-  unsigned columns = 0;
-  int rows_above = 0;
-  // What moves on by a column a step.
-  int column = 0;
-  const float* behind = zeros;  // the pixel of the step before, or zeros outside of the image
-  float* here = x;
-  const float* over[kTaps - 1];
-
-  float solved[kOutputs];             // of the step before
-  float above[kTaps - 1][kChannels];  // rows r - 1, r - 2, ... in this column
-  float sums[kTaps][kOutputs];        // of this column and those that follow; the last stays 0
-  int band = warp % plan.band_warps;
-  int phase = -band * plan.lag;  // of the band
-  for (int time = 0; time < plan.phases(); ++time) {
-    if (phase == 0) {
-      const int row = band * plan.rows + skew;
-      const bool has_row = has_image && row < claimed.tile.rows;
-      columns = has_row ? static_cast<unsigned>(claimed.left + claimed.tile.columns) : 0;
-      rows_above = reads_above ? row + claimed.above : 0;
-      column = -skew;
-      float* const line = x + (place_in_tile(plan, claimed, image, row, -claimed.left) + column) * S::kPitch;
-      behind = zeros;
-      here = line + first_output;
+  // Goes to the row of this lane in another band, left of the image, where all is zero.
+  __device__ void start_band(const LanesPlan& plan, const LanesTile& claimed, int band, float* x) {
+    const int row = band * plan.rows + skew_;
+    const bool has_row = has_image_ && row < claimed.tile.rows;
+    columns_ = has_row ? static_cast<unsigned>(claimed.left + claimed.tile.columns) : 0;
+    rows_above_ = reads_above_ ? row + claimed.above : 0;
+    column_ = -skew_;
+    float* const line = x + (place_in_tile(plan, claimed, image_, row, -claimed.left) + column_) * S::kPitch;
+    behind_ = zeros_;
+    here_ = line + first_output_;
+    const int row_floats = plan.row_stride * S::kPitch;
+    INVERSE_FLOW_UNROLL
+    for (int a = 1; a < kTaps; ++a) over_[a - 1] = line - a * row_floats;
+    INVERSE_FLOW_UNROLL
+    for (int k = 0; k < kOutputs; ++k) solved_[k] = 0;
+    INVERSE_FLOW_UNROLL
+    for (int a = 0; a < kTaps - 1; ++a) {
       INVERSE_FLOW_UNROLL
-      for (int a = 1; a < kTaps; ++a) over[a - 1] = line - a * row_floats;
-      INVERSE_FLOW_UNROLL
-      for (int k = 0; k < kOutputs; ++k) solved[k] = 0;
-      INVERSE_FLOW_UNROLL
-      for (int a = 0; a < kTaps - 1; ++a) {
-        INVERSE_FLOW_UNROLL
-        for (int c = 0; c < kChannels; ++c) above[a][c] = 0;
-      }
-      INVERSE_FLOW_UNROLL
-      for (int b = 0; b < kTaps; ++b) {
-        INVERSE_FLOW_UNROLL
-        for (int k = 0; k < kOutputs; ++k) sums[b][k] = 0;
-      }
+      for (int c = 0; c < kChannels; ++c) above_[a][c] = 0;
     }
-    if (warp < plan.sweep_warps && phase >= 0 && phase < plan.band_phases) {
-      INVERSE_FLOW_UNROLL_BY(1)
-      for (int step = 0; step < S::kPhase; ++step) {
-        const bool is_inside = static_cast<unsigned>(column) < columns;
+    INVERSE_FLOW_UNROLL
+    for (int b = 0; b < kTaps; ++b) {
+      INVERSE_FLOW_UNROLL
+      for (int k = 0; k < kOutputs; ++k) sums_[b][k] = 0;
+    }
+  }
 
-        float left[kChannels];
-        if constexpr (kLanes == 1) {
+  // Solves a pixel, and goes on to the next.
+  __device__ void step() {
+    const bool is_inside = static_cast<unsigned>(column_) < columns_;
+    float left[kChannels];
+    look_around(is_inside, left);
+    solve_pixel(is_inside, left);
+    carry_sums(left);
+    ++column_;
+    here_ += S::kPitch;
+    INVERSE_FLOW_UNROLL
+    for (int a = 1; a < kTaps; ++a) over_[a - 1] += S::kPitch;
+  }
+
+ private:
+  static constexpr int kChannels = S::kChannels;
+  static constexpr int kTaps = S::kTaps;
+  static constexpr int kOutputs = S::kOutputs;
+  static constexpr int kLanes = S::kLanes;
+  using OutputPack = Pack<float, kOutputs>;
+
+  // Fetches the left neighbour and the pixels above.
+  __device__ void look_around(bool is_inside, float (&left)[kChannels]) {
+    if constexpr (kLanes == 1) {
+      INVERSE_FLOW_UNROLL
+      for (int c = 0; c < kChannels; ++c) left[c] = solved_[c];
+      // Upwards the farthest rows first: each takes what the row above it had.
+      INVERSE_FLOW_UNROLL
+      for (int a = kTaps - 1; a > 0; --a) {
+        INVERSE_FLOW_UNROLL
+        for (int c = 0; c < kChannels; ++c) {
+          above_[a - 1][c] = __shfl_up_sync(kFullWarp, a > 1 ? above_[a - 2][c] : solved_[c], kLanes);
+        }
+      }
+    } else {
+      __syncwarp();  // all lanes of a pixel have written the step before
+      read_pixel<S>(behind_, left);
+    }
+    INVERSE_FLOW_UNROLL
+    for (int a = 1; a < kTaps; ++a) {
+      float pixel[kChannels];
+      const bool is_there = is_inside && rows_above_ >= (kLanes == 1 ? kTaps - 1 : a);
+      read_pixel<S>(is_there ? over_[a - 1] : zeros_, pixel);
+      INVERSE_FLOW_UNROLL
+      for (int c = 0; c < kChannels; ++c) above_[a - 1][c] = reads_above_ ? pixel[c] : above_[a - 1][c];
+    }
+  }
+
+  // What is known longest goes in first; only the left neighbour and the row above are news.
+  __device__ void solve_pixel(bool is_inside, const float (&left)[kChannels]) {
+    const float* const source = is_inside ? here_ : zeros_ + first_output_;
+    const OutputPack z = *reinterpret_cast<const OutputPack*>(source);
+    behind_ = source - first_output_;
+    INVERSE_FLOW_UNROLL
+    for (int k = 0; k < kOutputs; ++k) {
+      float sum = sums_[0][k];
+      INVERSE_FLOW_UNROLL
+      for (int a = kTaps - 1; a > 1; --a) {
+        INVERSE_FLOW_UNROLL
+        for (int c = 0; c < kChannels; ++c) sum += weight_[a * kTaps][k][c] * above_[a - 1][c];
+      }
+      INVERSE_FLOW_UNROLL
+      for (int c = 0; c < kChannels; ++c) sum += weight_[1][k][c] * left[c];
+      float news = 0;  // beside the others, so that the chain is half as long
+      INVERSE_FLOW_UNROLL
+      for (int c = 0; c < kChannels; ++c) news += weight_[kTaps][k][c] * above_[0][c];
+      sum += news;
+      // In the margin z is x already. Left of it all is zero; what is right of the image reaches nobody in it.
+      solved_[k] = column_ < left_margin_ ? z.value[k] : z.value[k] + sum;
+    }
+    if (is_inside) {
+      OutputPack packed;
+      INVERSE_FLOW_UNROLL
+      for (int k = 0; k < kOutputs; ++k) packed.value[k] = solved_[k];
+      *reinterpret_cast<OutputPack*>(here_) = packed;
+    }
+  }
+
+  // The sums move one column on, and take in what this step brought.
+  __device__ void carry_sums(const float (&left)[kChannels]) {
+    INVERSE_FLOW_UNROLL
+    for (int b = 1; b < kTaps; ++b) {
+      INVERSE_FLOW_UNROLL
+      for (int k = 0; k < kOutputs; ++k) {
+        float sum = sums_[b][k];
+        if (b + 1 < kTaps) {
           INVERSE_FLOW_UNROLL
-          for (int c = 0; c < kChannels; ++c) left[c] = solved[c];
-          // Upwards the farthest rows first: each takes what the row above it had.
-          INVERSE_FLOW_UNROLL
-          for (int a = kTaps - 1; a > 0; --a) {
-            INVERSE_FLOW_UNROLL
-            for (int c = 0; c < kChannels; ++c) {
-              above[a - 1][c] = __shfl_up_sync(kFullWarp, a > 1 ? above[a - 2][c] : solved[c], kLanes);
-            }
-          }
-        } else {
-          __syncwarp();  // all lanes of a pixel have written the step before
-          read_pixel<S>(behind, left);
+          for (int c = 0; c < kChannels; ++c) sum += weight_[b + 1][k][c] * left[c];
         }
         INVERSE_FLOW_UNROLL
         for (int a = 1; a < kTaps; ++a) {
-          float pixel[kChannels];
-          const bool is_there = is_inside && rows_above >= (kLanes == 1 ? kTaps - 1 : a);
-          read_pixel<S>(is_there ? over[a - 1] : zeros, pixel);
           INVERSE_FLOW_UNROLL
-          for (int c = 0; c < kChannels; ++c) above[a - 1][c] = reads_above ? pixel[c] : above[a - 1][c];
+          for (int c = 0; c < kChannels; ++c) sum += weight_[a * kTaps + b][k][c] * above_[a - 1][c];
         }
-        const float* const source = is_inside ? here : zeros + first_output;
-        const OutputPack z = *reinterpret_cast<const OutputPack*>(source);
-        behind = source - first_output;
-
-        // What is known longest goes in first; only the left neighbour and the row above are news.
-        INVERSE_FLOW_UNROLL
-        for (int k = 0; k < kOutputs; ++k) {
-          float sum = sums[0][k];
-          INVERSE_FLOW_UNROLL
-          for (int a = kTaps - 1; a > 1; --a) {
-            INVERSE_FLOW_UNROLL
-            for (int c = 0; c < kChannels; ++c) sum += weight[a * kTaps][k][c] * above[a - 1][c];
-          }
-          INVERSE_FLOW_UNROLL
-          for (int c = 0; c < kChannels; ++c) sum += weight[1][k][c] * left[c];
-          float news = 0;  // beside the others, so that the chain is half as long
-          INVERSE_FLOW_UNROLL
-          for (int c = 0; c < kChannels; ++c) news += weight[kTaps][k][c] * above[0][c];
-          sum += news;
-          // In the margin z is x already. Left of it all is zero; what is right of the image reaches nobody in it.
-          solved[k] = column < claimed.left ? z.value[k] : z.value[k] + sum;
-        }
-        if (is_inside) {
-          OutputPack packed;
-          INVERSE_FLOW_UNROLL
-          for (int k = 0; k < kOutputs; ++k) packed.value[k] = solved[k];
-          *reinterpret_cast<OutputPack*>(here) = packed;
-        }
-
-        // The sums move one column on, and take in what this step brought.
-        INVERSE_FLOW_UNROLL
-        for (int b = 1; b < kTaps; ++b) {
-          INVERSE_FLOW_UNROLL
-          for (int k = 0; k < kOutputs; ++k) {
-            float sum = sums[b][k];
-            if (b + 1 < kTaps) {
-              INVERSE_FLOW_UNROLL
-              for (int c = 0; c < kChannels; ++c) sum += weight[b + 1][k][c] * left[c];
-            }
-            INVERSE_FLOW_UNROLL
-            for (int a = 1; a < kTaps; ++a) {
-              INVERSE_FLOW_UNROLL
-              for (int c = 0; c < kChannels; ++c) sum += weight[a * kTaps + b][k][c] * above[a - 1][c];
-            }
-            sums[b - 1][k] = sum;
-          }
-        }
-        ++column;
-        here += S::kPitch;
-        INVERSE_FLOW_UNROLL
-        for (int a = 1; a < kTaps; ++a) over[a - 1] += S::kPitch;
+        sums_[b - 1][k] = sum;
       }
+    }
+  }
+
+  const float* zeros_;
+  int left_margin_;
+  int image_;
+  int skew_;  // the row within the band
+  int first_output_;
+  bool has_image_;
+  bool reads_above_;
+  float weight_[kTaps * kTaps][kOutputs][kChannels];  // the corner's is never used
+
+  // Of the band that is swept: of this lane's row, columns of the image (0 without a row) and rows above it.
+  unsigned columns_ = 0;
+  int rows_above_ = 0;
+  // What moves on by a column a step.
+  int column_ = 0;
+  const float* behind_;  // the pixel of the step before, or zeros outside of the image
+  float* here_;
+  const float* over_[kTaps - 1];
+
+  float solved_[kOutputs];             // of the step before
+  float above_[kTaps - 1][kChannels];  // rows r - 1, r - 2, ... in this column
+  float sums_[kTaps][kOutputs];        // of this column and those that follow; the last stays 0
+};
+
+template <typename S>
+__device__ void sweep_lanes(const LanesPlan& plan, const LanesTile& claimed, const float* weights, const float* zeros,
+                            float* x) {
+  LaneSweep<S> lane(plan, claimed, weights, zeros);
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  int band = warp % plan.band_warps;
+  int phase = -band * plan.lag;  // of the band
+  for (int time = 0; time < plan.phases(); ++time) {
+    if (phase == 0) lane.start_band(plan, claimed, band, x);
+    if (warp < plan.sweep_warps && phase >= 0 && phase < plan.band_phases) {
+      INVERSE_FLOW_UNROLL_BY(1)
+      for (int step = 0; step < S::kPhase; ++step) lane.step();
     }
     ++phase;
     if (phase == plan.band_phases && band + plan.band_warps < plan.bands) {

@@ -9,7 +9,7 @@ namespace inverse_flow {
 template <typename Element>
 using LanesKernel = void (*)(LanesArguments<Element>);
 
-// The kernel for so many channels a group and taps; null if there is none, as lanes_most_channels says.
+// The kernel for so many channels per group and taps; null if there is none, as lanes_most_channels says.
 template <typename Element, int kTaps, int kChannels = lanes_most_channels(kTaps)>
 LanesKernel<Element> lanes_kernel_of(int64_t channels) {
   if constexpr (kChannels == 0) {

@@ -1,4 +1,4 @@
-// The plan of the regime "lanes" (kernel.cuh): few channels a group, a warp on a band of rows. Plain C++.
+// The plan of the regime "lanes" (kernel.cuh): few channels per group, a warp on a band of rows. Plain C++.
 //
 // The numbers here follow from registers, banks and counted steps; on a GPU they are unmeasured.
 #pragma once
@@ -43,7 +43,7 @@ INVERSE_FLOW_HOST_DEVICE constexpr int32_t channels_of(Access access) {
   return access == Access::kChannels ? kAccessWidth : 1;
 }
 
-// Kernels are compiled for square windows of 2, 3 and 5 taps and up to so many channels a group: beyond, the weights
+// Kernels are compiled for square windows of 2, 3 and 5 taps and up to so many channels per group: beyond, the weights
 // of a lane no longer fit its registers, or a pixel has more channels than lanes.
 INVERSE_FLOW_HOST_DEVICE constexpr int32_t lanes_most_channels(int64_t taps) {
   return taps == 2 ? 8 : taps == 3 ? 12 : taps == 5 ? 2 : 0;

@@ -6,7 +6,7 @@
 //   outputs: channels, in tiles of 16 | columns: the pixels of the diagonal, in tiles of 8 | k: taps x channels, by 8
 //
 // A job is one tile of outputs and up to four tiles of pixels. `splits` warps share the k-steps of a job; each loads a
-// fragment of weights once (16 bytes a lane, from shared memory, or through L2 where they do not fit) and uses it for
+// fragment of weights once (16 bytes per lane, from shared memory, or through L2 where they do not fit) and uses it for
 // all pixels of the job, with x from shared memory. Taps are in the order of their distance a + b. Only (0, 1) and (1,
 // 0) read the diagonal before; a warp adds up y and all farther taps of its first job ahead of the barrier. Shared
 // memory: [weights: k-step, output tile, lane, 4] [bias] [taps] [x: image, diagonal, row, channel] [sums: split, pixel,

@@ -106,7 +106,8 @@ def _hold_out(sets: dict[str, ImageSet], seed: int) -> list[str]:
     everything = sets["train"]
     if len(everything) < 2:
         raise ValueError("there is one image; a test image must be held out of two or more")
-    chosen = held_out(everything.labels, HELD_OUT, torch.Generator().manual_seed(seed))
+    count = max(1, len(everything) // HELD_OUT)
+    chosen = held_out(everything.labels, count, torch.Generator().manual_seed(seed))
     sets |= {"train": everything[~chosen], "test": everything[chosen]}
     return [f"{len(sets['test'])} of {len(everything)} held out at random, seed {seed}"]
 

@@ -6,21 +6,21 @@ import torch
 from torch import Tensor
 
 
-def held_out(labels: Tensor, every: int, generator: torch.Generator) -> Tensor:
-    """Every so many'th of N images drawn at random, of each class alike: (N,), bool.
+def held_out(labels: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """So many of N images drawn at random, of each class alike: (N,), bool.
 
-    The images are shuffled, put in order of their classes, and every ``every``-th is taken from a random first one on:
-    so each class gives its share, rounded up or down, and so do all of them together. At least one image is taken.
+    The images are shuffled, put in order of their classes, and taken at even distances from a random first one on: so
+    each class gives its share, rounded up or down.
 
     Args:
         labels: (N,), int64, with N at least 1.
-        every: one of how many is taken.
+        count: how many are taken, at most N.
         generator: of the random order, on the CPU.
     """
-    count = len(labels)
-    shuffled = torch.randperm(count, generator=generator)
+    total = len(labels)
+    shuffled = torch.randperm(total, generator=generator)
     by_class = shuffled[labels[shuffled].argsort(stable=True)]
-    first = int(torch.randint(min(every, count), (), generator=generator))
-    chosen = torch.zeros(count, dtype=torch.bool)
-    chosen[by_class[first::every]] = True
+    first = torch.randint(total, (), generator=generator)
+    chosen = torch.zeros(total, dtype=torch.bool)
+    chosen[by_class[(first + total * torch.arange(count)) // count]] = True
     return chosen

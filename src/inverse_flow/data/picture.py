@@ -22,6 +22,8 @@ FOREIGN_SUFFIXES = (
 # What Pillow calls the two kinds of pixels that a picture is brought to.
 GREY, COLOUR = "L", "RGB"
 WHITE = (255, 255, 255, 255)
+# Of greys in fewer than 8 bits, by what Pillow calls them.
+GREY_LEVELS = {"L;2": 4, "L;4": 16}
 # Formats whose 16-bit pictures some versions of Pillow give in the mode of 32-bit ones.
 SIXTEEN_BIT_AS_I = ("PNG", "PPM")
 
@@ -45,6 +47,7 @@ def read_picture(path: Path) -> Image:
     try:
         # By its stream: given a name, Pillow maps an uncompressed TIFF into memory, and one that is turned wrongly.
         with path.open("rb") as stream, Image.open(stream) as file:
+            _correct_key(file)
             file.load()
             # A telephone's JPEG with a preview in it (MPO) has frames too, of which viewers show the first.
             if getattr(file, "is_animated", False) and file.format != "MPO":
@@ -62,11 +65,28 @@ def read_picture(path: Path) -> Image:
         raise ValueError(str(error) or type(error).__name__) from error
 
 
+def _correct_key(file: Image) -> None:
+    """Corrects the transparent colour of a PNG, which Pillow takes for one of the values that it makes of the pixels.
+
+    Raises:
+        ValueError: that colour has 16 bits a channel, of which Pillow keeps 8.
+    """
+    key, tiles = file.info.get("transparency"), getattr(file, "tile", None)
+    if file.format != "PNG" or key is None or not tiles:
+        return
+    raw_mode = str(tiles[0][3])
+    if raw_mode == "RGB;16B":
+        raise ValueError("it holds 16-bit colours of which one is transparent; save it with an alpha channel")
+    if raw_mode in GREY_LEVELS:
+        file.info["transparency"] = key * 255 // (GREY_LEVELS[raw_mode] - 1)
+
+
 def _in_eight_bits(picture: Image) -> Image:
     from PIL import Image
 
     if picture.mode.startswith("I"):
         values = np.asarray(picture).astype(np.uint32)
+        values[values == picture.info.get("transparency", -1)] = 65535
         return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
     grey = picture.mode in ("1", "L", "LA")
     if picture.has_transparency_data:

@@ -12,10 +12,11 @@ from inverse_flow.flows.hint import HINT
 from inverse_flow.flows.householder import Householder
 from inverse_flow.flows.hyperbolic import Hyperbolic
 from inverse_flow.flows.jacobian import jvp, vjp
+from inverse_flow.flows.latents import interpolate, reconstruction_error
 from inverse_flow.flows.logit import Logit
 from inverse_flow.flows.permute import Permute
+from inverse_flow.flows.prepared import prepare_sampling
 from inverse_flow.flows.prior import StandardNormal
-from inverse_flow.flows.sampling import interpolate, prepare_sampling, reconstruction_error
 from inverse_flow.flows.spline import SplineActivation, SplineCoupling
 from inverse_flow.flows.split import Split
 from inverse_flow.flows.squeeze import Squeeze

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class ActNorm(FlowLayer):
     counts as initialised. ``inverse`` never initialises, nor does a run of the layer within a backward pass. The
     buffer ``initialized`` remembers it and travels with ``state_dict``.
 
-    A batch with fewer than two values a channel has no spread and initialises nothing: the layer stays as it is and
+    A batch with fewer than two values per channel has no spread and initialises nothing: the layer stays as it is and
     waits for the next one. A constant channel is centred and keeps scale 1.
 
     Args:
@@ -49,7 +50,8 @@ class ActNorm(FlowLayer):
 
     Raises:
         FloatingPointError: the initialising batch holds a NaN or an infinity.
-        RuntimeError: the initialising batch meets the layer while it is being compiled or exported.
+        RuntimeError: the initialising batch meets the layer while it is being compiled or exported; in a backward pass,
+            when it came between ``inverse`` and that.
 
     Warns:
         UserWarning: once, when a layer that is not initialised runs in evaluation mode.
@@ -85,8 +87,10 @@ class ActNorm(FlowLayer):
             self._see(z, forward=False)
         compute = logdet_dtype(z.dtype)
         bias, log_scale = self._per_channel(z, compute)
-        x = z.to(compute) * (-log_scale).exp() - bias
-        return x.to(z.dtype), expand_logdet(-self._logdet(z), z)
+        x = (z.to(compute) * (-log_scale).exp() - bias).to(z.dtype)
+        if not self._knows["initialized"] and x.requires_grad and _may_wait_for(x):
+            x.register_hook(partial(self._refuse_changed, self.bias._version))
+        return x, expand_logdet(-self._logdet(z), z)
 
     def backward_from_output(
         self, z: Tensor, grad_z: Tensor, grad_logdet: Tensor, context: Tensor | None = None
@@ -121,6 +125,14 @@ class ActNorm(FlowLayer):
             if not self._knows["initialized"]:
                 self._knows["warned"] = True
                 warnings.warn(NOT_INITIALIZED, stacklevel=3)
+
+    def _refuse_changed(self, version: int, grad: Tensor) -> None:
+        """Called in the backward pass of ``inverse``, which ran when the bias had this version."""
+        if self._knows["initialized"] and self.bias._version != version:
+            raise RuntimeError(
+                "ActNorm was initialised after its inverse had run in the graph of this backward pass, whose gradients "
+                "would be those of other parameters: run the model forward first, on one batch of data"
+            )
 
     def _was_initialized(self) -> bool:
         return bool(self.initialized) or bool(self.bias.any()) or bool(self.log_scale.any())

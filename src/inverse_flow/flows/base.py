@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inverse_flow.ops.bijection import Bijection
 from inverse_flow.reversible.layer import Shape, input_shape, output_shape
 
 __all__ = [
@@ -29,7 +30,7 @@ __all__ = [
 ]
 
 
-class FlowLayer(nn.Module, ABC):
+class FlowLayer(Bijection, ABC):
     """A differentiable bijection z = f(x) of one example onto another, with its log-determinant.
 
     ``forward(x, context=None) -> (z, log|det dz/dx|)`` and ``inverse(z, context=None) -> (x, log|det dx/dz|)``.
@@ -118,6 +119,8 @@ def check_floating(layer: nn.Module, x: Tensor) -> None:
     name = type(layer).__name__
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} expects a tensor, got {type(x).__name__}")
+    if x.is_nested:
+        raise TypeError(f"{name} expects one tensor, got a nested one: pass each of its tensors by itself")
     if not x.is_floating_point():
         raise TypeError(f"{name} expects floating-point images, got {x.dtype}; dequantize or convert them first")
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from inverse_flow.flows.base import FlowLayer, Shape, check_floating, input_shape, output_shape
+from inverse_flow.flows.flattened import Flattened
 from inverse_flow.flows.prior import StandardNormal
+from inverse_flow.ops.bijection import Bijection
 from inverse_flow.reversible.chain import Link, links_of
 from inverse_flow.reversible.layer import call_layer, check_layers, splits_off_latent, uses_context
 from inverse_flow.reversible.rebuild import Rebuilding, run
@@ -63,7 +65,7 @@ def reverse(layer: nn.Module) -> nn.Module:
     return layer.layer if isinstance(layer, Reverse) else Reverse(layer)
 
 
-class Flow(nn.Module):
+class Flow(Bijection):
     """A normalizing flow, log p(x) = log p(latents) + log|det ∂latents/∂x|, of one scale or several.
 
     The layers run in the given order. Each :class:`Split` among them sends half of the channels on and turns the other
@@ -133,6 +135,10 @@ class Flow(nn.Module):
         (x,), logdet = run(self.links(inverse=True), tuple(latents), context, self.rebuilding)
         return x, logdet
 
+    def flatten(self) -> Flattened:
+        """This flow as a layer from data to one vector of latents, (B, D), and back; it shares the parameters."""
+        return Flattened(self)
+
     def links(self, inverse: bool) -> list[Link]:
         """(path, layer, direction) of each layer, in the order in which they run."""
         return links_of(self.layers, inverse)
@@ -163,7 +169,7 @@ class Flow(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """``n`` samples, without gradient. ``temperature`` scales the standard deviation of the latents; a context
-        has one row a sample.
+        has one row per sample.
         """
         return self.inverse(self._sample_latents(n, context, temperature, generator), context)[0]
 
@@ -208,7 +214,7 @@ class Flow(nn.Module):
         if context is None:
             return
         if context.shape[0] != batch:
-            raise ValueError(f"the context must have one row an example: {batch}, got {context.shape[0]}")
+            raise ValueError(f"the context must have one row per example: {batch}, got {context.shape[0]}")
         if not self.uses_context:
             raise ValueError(
                 "no layer of this flow uses a context, and one was given: leave it out, or build the flow for it"

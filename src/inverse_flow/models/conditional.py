@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from inverse_flow.flows import Flow, Squeeze
 from inverse_flow.flows.base import Shape
 from inverse_flow.flows.conditioner import CONVOLUTIONS, check_dimensions
+from inverse_flow.flows.flattened import Flattened
 from inverse_flow.models.config import SQUEEZE_FACTOR, FlowConfig
 from inverse_flow.models.flows import KINDS, ImageFlow
+from inverse_flow.ops.bijection import Bijection
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # in typing from Python 3.11 on
@@ -192,10 +194,10 @@ class ConditionalConfig:
         return cls(values["kind"], flow, values["summary_kind"], summary)
 
 
-class ConditionalFlow(nn.Module):
+class ConditionalFlow(Bijection):
     """p(x | observation) = the flow's p(x | c) with c = summary(observation), both trained together.
 
-    The methods are those of :class:`~inverse_flow.flows.Flow` and take the raw observation, one row an example, where
+    The methods are those of :class:`~inverse_flow.flows.Flow` and take the raw observation, one row per example, where
     a flow takes its context: labels for a :class:`LabelContext`, images or volumes for a :class:`SummaryNet`, or
     whatever a network of your own turns into a context. With a :class:`Glow` or :class:`Hint` this is the conditional
     Glow and the conditional HINT of InvertibleNetworks.jl (Orozco et al., 2023, arXiv 2312.13480).
@@ -229,6 +231,10 @@ class ConditionalFlow(nn.Module):
     def inverse(self, latents: Sequence[Tensor], observation: Tensor) -> tuple[Tensor, Tensor]:
         """Latents to data: (x, log|det ∂x/∂latents|)."""
         return self.flow.inverse(latents, self._context(observation))
+
+    def flatten(self) -> Flattened:
+        """This flow as a layer from data to one vector of latents, (B, D), and back; its context is the observation."""
+        return Flattened(self)
 
     def log_prob(self, x: Tensor, observation: Tensor) -> Tensor:
         """(B,) conditional log-densities in nats."""

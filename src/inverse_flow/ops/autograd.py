@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
 from torch._functorch import eager_transforms
 from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
@@ -34,7 +35,8 @@ class Solve(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, weight, _, ctx.spec = inputs
-        ctx.save_for_backward(output, weight)
+        # Only the gradient of the weight is made of the output.
+        ctx.save_for_backward(output if ctx.needs_input_grad[1] else None, weight)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -195,8 +197,24 @@ def _records_gradients(input: Tensor, weight: Tensor, bias: Tensor | None) -> bo
 
 
 def _is_traced() -> bool:
-    """Whether a program is being made, that keeps the operator and with it the formula registered below."""
-    return torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    """Whether a program is being made, that keeps the operator and with it the formula registered below.
+
+    Raises:
+        NotImplementedError: ``torch.func.functionalize`` with another transform, together with which it has no rule for
+            operators of others.
+    """
+    transformed = torch._C._are_functorch_transforms_active()
+    if torch.compiler.is_compiling():
+        return not transformed
+    if transformed:
+        levels = {level.key() for level in get_interpreter_stack()}
+        if TransformType.Functionalize in levels and len(levels) > 1:
+            raise NotImplementedError(
+                "inverse_conv2d cannot be functionalized together with another transform of torch.func: PyTorch has no "
+                "rule for that"
+            )
+        return TransformType.Functionalize in levels
+    return torch._C._get_tracing_state() is not None
 
 
 def solve(input: Tensor, weight: Tensor, bias: Tensor | None, spec: Spec) -> Tensor:

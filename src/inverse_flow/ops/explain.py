@@ -229,7 +229,7 @@ def explain(
         batch, channels, height, width, kernel_size, groups, tuple(names[code] for code in orders), corner, dtype,
         backward,
     )  # fmt: skip
-    sizes = (batch, groups, channels // groups, height, width, *kernel_size)
+    sizes = (batch, groups, channels // groups, 1, height, width, 1, *kernel_size)
     dtype_name = str(dtype).removeprefix("torch.")
 
     place = torch.device(device)

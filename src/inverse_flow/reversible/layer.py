@@ -31,6 +31,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from inverse_flow.ops.bijection import bare, run_pre_hooks
 from inverse_flow.reversible.finite import NonFiniteError, check_finite, is_detecting
 
 Shape: TypeAlias = tuple[int, ...]
@@ -98,7 +99,8 @@ def is_changed(layer: nn.Module, kind: type, names: Iterable[str] | None = None)
 def call_layer(path: str, layer: nn.Module, x: Any, context: Tensor | None, *, inverse: bool) -> tuple[Any, Tensor]:
     """Runs one direction of a layer.
 
-    Forward pre-hooks run before ``inverse`` too: those of pruning and of weight normalisation set the weights.
+    Forward pre-hooks run before the ``inverse`` of every module, be it a :class:`~inverse_flow.ops.bijection.Bijection`
+    or not: those of pruning and of weight normalisation set the weights.
 
     Returns:
         Its result, and the log-determinant as (B,), however the layer gave it: a number or a tensor without dimensions
@@ -111,8 +113,10 @@ def call_layer(path: str, layer: nn.Module, x: Any, context: Tensor | None, *, i
     """
     run: Callable[..., tuple[Any, Any]] = layer
     if inverse:
-        _run_pre_hooks(path, layer, (x, context))
         run = layer.inverse  # type: ignore[assignment]
+        if layer._forward_pre_hooks:
+            run_pre_hooks(f"{path} ({type(layer).__name__})", layer, (x, context))
+            run = bare(run)
     if not is_detecting():
         result, logdet = run(x, context)
         return result, _as_logdet(path, layer, logdet, x)
@@ -145,17 +149,6 @@ def _shape(layer: nn.Module, name: str, shape: Shape) -> Shape:
         return shape
 
 
-def _run_pre_hooks(path: str, layer: nn.Module, arguments: tuple[Any, ...]) -> None:
-    for key, hook in layer._forward_pre_hooks.items():
-        with_keywords = key in layer._forward_pre_hooks_with_kwargs
-        changed = hook(layer, arguments, {}) if with_keywords else hook(layer, arguments)
-        if changed is not None:
-            raise RuntimeError(
-                f"{path} ({type(layer).__name__}): a forward pre-hook changes the input of the layer, which its "
-                "inverse cannot undo"
-            )
-
-
 def _as_logdet(path: str, layer: nn.Module, logdet: Any, x: Any) -> Tensor:
     batch = x if isinstance(x, Tensor) else x[0]
     if isinstance(logdet, (int, float)):
@@ -168,7 +161,7 @@ def _as_logdet(path: str, layer: nn.Module, logdet: Any, x: Any) -> Tensor:
         logdet = logdet.expand(batch.shape[0])
     if logdet.dim() != 1 or logdet.shape[0] != batch.shape[0]:
         raise ValueError(
-            f"{path}: the log-determinant of {type(layer).__name__} must have one entry an example, "
+            f"{path}: the log-determinant of {type(layer).__name__} must have one entry per example, "
             f"({batch.shape[0]},), got shape {tuple(logdet.shape)}"
         )
     return logdet

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from inverse_flow.ops.backpropagate import backpropagate
 from inverse_flow.reversible.chain import Link, elementary, run_links
+from inverse_flow.reversible.generators import is_capturing
 from inverse_flow.reversible.layer import shortcut
-from inverse_flow.reversible.replay import Replay, is_capturing, leaves
+from inverse_flow.reversible.replay import Replay, leaves
 
 # Relative errors are measured against the root mean square of the true values; against this where they are smaller,
 # since a batch of zeros has no scale of its own.

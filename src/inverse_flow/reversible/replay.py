@@ -10,14 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from inverse_flow.reversible import generators
+
 
 class Replay:
     """The conditions under which ``layers`` run for the first time, to run them so again later.
 
     These are: the values of the parameters (a tensor that stands in a parameter's place, as
     ``torch.func.functional_call`` puts it there, counts as the parameter), training or evaluation mode, autocast, and,
-    from before each layer, its buffers, its attributes and the state of the random number generators. A generator's
-    state takes 5 kB on the CPU, so it is kept only for a layer that draws.
+    from before each layer, its buffers, its attributes and the states of the random number generators, which are those
+    of the program (PyTorch's, Python's and NumPy's) and those that are attributes of its modules. A state takes some
+    kB, so it is kept only for a layer that draws.
+
+    What a layer changes within an attribute, as an entry of a list or a dictionary, is not seen.
 
     A layer that changed its own parameters in the first run has initialised itself from the data. It runs again as
     that left it.
@@ -44,8 +49,10 @@ class Replay:
         self._autocast_enabled = torch.is_autocast_enabled(device.type)
         self._autocast_dtype = torch.get_autocast_dtype(device.type)
         self._caches_weights = parametrize._cache_enabled
-        self._generators = _generator_states(device)
-        self._drawn: dict[int, list[Tensor]] = {}
+        self._shared = generators.shared(device)
+        self._shared_states = generators.states(self._shared)
+        self._drawn: dict[int, tuple[list[Any], list[Any]]] = {}
+        """The generators of each layer that draws, and their states before it."""
         self._states: dict[int, _State] = {}
         self._changed: dict[int, list[nn.Module]] = {}
 
@@ -70,10 +77,11 @@ class Replay:
         self._states[i] = _State(self._modules[i]) if initialised else state
         if changed and not initialised:
             self._changed[i] = changed
-        now = _generator_states(self._device)
-        if not all(map(torch.equal, now, self._generators)):
-            self._drawn[i] = self._generators
-            self._generators = now
+        sources, before = [*self._shared, *state.generators], [*self._shared_states, *state.generator_states]
+        now = generators.states(sources)
+        if not generators.are_equal(now, before):
+            self._drawn[i] = sources, before
+            self._shared_states = now[: len(self._shared)]
 
     def changed(self, i: int) -> list[nn.Module]:
         """The modules of layer ``i`` that its first run changed, and that did not initialise themselves."""
@@ -90,18 +98,16 @@ class Replay:
         """
         before = [module._parameters[name] for module, name, _ in self._positions]
         modes = {module: module.training for module in self._training}
-        devices = [self._device] if self._device.type == "cuda" else []
+        sources = list(dict.fromkeys(source for drawing, _ in self._drawn.values() for source in drawing))
+        states = generators.states(sources)
         try:
             for module, name, i in self._positions:
                 module._parameters[name] = parameters[i]  # type: ignore[assignment]
             _set_modes(self._training)
-            with (
-                torch.random.fork_rng(devices, enabled=bool(self._drawn)),
-                self._autocast(),
-                _weight_cache(self._caches_weights),
-            ):
+            with self._autocast(), _weight_cache(self._caches_weights):
                 yield
         finally:
+            generators.set_states(sources, states)
             _set_modes(modes)
             for (module, name, _), parameter in zip(self._positions, before, strict=True):
                 module._parameters[name] = parameter
@@ -112,7 +118,7 @@ class Replay:
         where it stood.
         """
         if i in self._drawn:
-            _set_generators(self._drawn[i], self._device)
+            generators.set_states(*self._drawn[i])
         parametrize._cache.clear()
         modules = self._modules[i]
         buffers = [dict(module._buffers) for module in modules]
@@ -160,12 +166,15 @@ class _State:
             if buffer is not None
         ]
         self._parameters = [(p, _mark(p)) for module in modules for p in module._parameters.values() if p is not None]
-        self._plain = [
-            (module, name, value, _mark(value))
-            for module, attributes in self._attributes
-            for name, value in attributes.items()
-            if isinstance(value, Tensor)
-        ]
+        self._plain: list[tuple[nn.Module, str, Tensor, tuple[int, int]]] = []
+        self.generators: list[Any] = []
+        for module, attributes in self._attributes:
+            for name, value in attributes.items():
+                if isinstance(value, Tensor):
+                    self._plain.append((module, name, value, _mark(value)))
+                elif isinstance(value, generators.KINDS):
+                    self.generators.append(value)
+        self.generator_states = generators.states(self.generators)
 
     def check(self, path: str) -> None:
         """Refuses a change that cannot be taken back."""
@@ -220,25 +229,6 @@ def _weight_cache(enabled: int) -> Iterator[None]:
         yield
     finally:
         parametrize._cache_enabled, parametrize._cache = before
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether what runs on the device now is captured into a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _generator_states(device: torch.device) -> list[Tensor]:
-    """The CPU's generator and, outside of graph capture, which forbids it, the device's own."""
-    states = [torch.get_rng_state()]
-    if device.type == "cuda" and not is_capturing(device):
-        states.append(torch.cuda.get_rng_state(device))
-    return states
-
-
-def _set_generators(states: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if len(states) > 1:
-        torch.cuda.set_rng_state(states[1], device)
 
 
 def _modules_of(layer: nn.Module) -> list[nn.Module]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inverse_flow.ops.bijection import Bijection
 from inverse_flow.reversible.chain import Link, elementary, links_of
 from inverse_flow.reversible.layer import (
     Shape,
@@ -29,7 +30,7 @@ from inverse_flow.reversible.rebuild import Rebuilding, RebuiltChain, relative_e
 from inverse_flow.reversible.replay import leaves
 
 
-class Row(nn.Module):
+class Row(Bijection):
     """Layers in a row, f = f_n ∘ … ∘ f_1; the log-determinants add up. For layers that map a tensor to a tensor.
 
     Raises:

@@ -30,14 +30,14 @@ class Batches:
     Args:
         images: (N, C, H, W), uint8.
         config: batch size, bit depth, flips and seed.
-        context: one row an image, for a conditional model.
+        context: one row per image, for a conditional model.
     """
 
     def __init__(self, images: Tensor, config: TrainConfig, context: Tensor | None = None) -> None:
         if not len(images):
             raise ValueError("there are no images to train on")
         if context is not None and len(context) != len(images):
-            raise ValueError(f"the context must have one row an image: {len(images)}, got {len(context)}")
+            raise ValueError(f"the context must have one row per image: {len(images)}, got {len(context)}")
         self.images = images
         self.all_context = context
         self.config = config

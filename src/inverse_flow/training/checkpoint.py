@@ -6,6 +6,7 @@ A file is written whole or not at all, read without running anything that it hol
 from __future__ import annotations
 
 import os
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -121,6 +122,7 @@ class Checkpoint:
         training: the settings.
         progress: how far the run has come.
         images: what it was trained on, validation images included; None in files of format 2.
+        validation: (N,), bool: which of them are kept for validation; None in older files.
         data: where these came from; None for images that the trainer was given without a source.
         extra: plain values that the trainer was given to keep.
     """
@@ -129,6 +131,7 @@ class Checkpoint:
     training: TrainConfig
     progress: Progress
     images: Fingerprint | None = None
+    validation: Tensor | None = None
     data: DataSource | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -213,9 +216,19 @@ def check_images(checkpoint: Checkpoint, images: Tensor, context: Tensor | None 
 
     Raises:
         ValueError: saying how they differ.
+
+    Warns:
+        UserWarning: the checkpoint is of a format that does not know.
     """
     found, expected = Fingerprint.of(images, context), checkpoint.images
-    if expected is None or found == expected:
+    if expected is None:
+        warnings.warn(
+            "this checkpoint was written before there were fingerprints of the images: nothing tells whether these are "
+            "the ones that the run began with",
+            stacklevel=3,
+        )
+        return found
+    if found == expected:
         return found
     if found.shape != expected.shape:
         how = f"shape {_join(found.shape)} instead of {_join(expected.shape)}"
@@ -233,6 +246,7 @@ def _to_plain(checkpoint: Checkpoint) -> dict[str, Any]:
         "training": checkpoint.training.to_dict(),
         "progress": {**vars(checkpoint.progress), "best": best and vars(best)},
         "images": images and vars(images),
+        "validation": checkpoint.validation,
         "data": data and {**vars(data), "options": dict(data.options)},
         "extra": dict(checkpoint.extra),
     }
@@ -245,6 +259,7 @@ def _from_format_3(content: Mapping[str, Any]) -> Checkpoint:
         TrainConfig.from_dict(content["training"]),
         Progress(**{**content["progress"], "best": best and Best(**best)}),
         images and Fingerprint(**images),
+        content.get("validation"),
         data and DataSource(**data),
         content["extra"],
     )

@@ -1,4 +1,4 @@
-"""The log of a run, one line a step; and the same for TensorBoard."""
+"""The log of a run, one line per step; and the same for TensorBoard."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class Method(Protocol):
 
         Args:
             images: this process's share of the batch, dequantized, (B, C, H, W), on the model's device.
-            context: one row an image, for a conditional model.
+            context: one row per image, for a conditional model.
             step: of the run, counted from 0.
             progress: how much of the run is done, 0 to 1.
             rate_factor: what the schedule multiplies the learning rates of the method by.

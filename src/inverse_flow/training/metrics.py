@@ -47,7 +47,7 @@ def log_probs(
         model: the flow.
         images: (N, C, H, W), uint8.
         bit_depth: n.
-        context: one row an image, for a conditional model.
+        context: one row per image, for a conditional model.
         draw: number of the draw; the noise of a draw is the same at every call.
         batch_size: images at a time.
 

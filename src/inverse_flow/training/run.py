@@ -21,7 +21,7 @@ from inverse_flow.training.files import check_folder, replacing, write_text
 from inverse_flow.training.labels import classes_of, context_of
 from inverse_flow.training.samples import PICTURED, draw
 from inverse_flow.training.summary import Summary, check_test_images, summarize
-from inverse_flow.training.trainer import ALONE, Trainer
+from inverse_flow.training.trainer import ALONE, Trainer, draw_validation
 from inverse_flow.training.workers import Workers
 
 SUMMARY_FILE = "summary.json"
@@ -84,9 +84,11 @@ def start(
     )
     torch.manual_seed(train_config.seed)
     model = model_type.from_config(model_config).to(device)
-    images, context, own = _images(data, where, train_config)
+    images, context, validation = _images(data, where, train_config)
+    if validation is None:
+        validation = draw_validation(data.train.labels, train_config)
     trainer = Trainer(
-        model, images, train_config, folder, context=context, workers=workers, data=where, own_validation=own
+        model, images, train_config, folder, context=context, workers=workers, data=where, validation=validation
     )
     return _checked(Run(trainer, data, folder))
 
@@ -118,11 +120,12 @@ def resume(
         check_folder(folder)
     where = source_of(content, source)
     data = where.load()
-    images, context, own = _images(data, where, content.training)
+    images, context, validation = _images(data, where, content.training)
+    if content.validation is None:
+        content = replace(content, validation=validation)
     trainer = Trainer.resume(
-        content, images, folder, context=context, device=device, workers=workers, data=where, own_validation=own,
-        **changes,
-    )  # fmt: skip
+        content, images, folder, context=context, device=device, workers=workers, data=where, **changes
+    )
     return _checked(Run(trainer, data, folder))
 
 
@@ -151,16 +154,17 @@ def data_of(content: Checkpoint, source: str | None = None) -> ImageData:
     return data
 
 
-def _images(data: ImageData, where: DataSource, config: TrainConfig) -> tuple[Tensor, Tensor | None, int]:
-    """The images of a run and their contexts; the last so many are validation images that the data bring along.
+def _images(data: ImageData, where: DataSource, config: TrainConfig) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The images of a run and their contexts; and which of them are validation images that the data bring along.
 
-    They do not count if the configuration says how many to draw.
+    None for the last if there are none, or if the configuration says how many to draw.
     """
     own = data.validation if config.validation is None else None
     sets = [data.train] if own is None else [data.train, own]
     contexts = [context_of(part, where.classes) for part in sets]
     context = torch.cat([found for found in contexts if found is not None]) if where.classes else None
-    return torch.cat([part.images for part in sets]), context, 0 if own is None else len(own)
+    images = torch.cat([part.images for part in sets])
+    return images, context, None if own is None else torch.arange(len(images)) >= len(data.train)
 
 
 def _checked(run: Run) -> Run:

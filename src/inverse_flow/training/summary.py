@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from inverse_flow.data import ImageData
-from inverse_flow.flows.sampling import reconstruction_error
+from inverse_flow.flows.latents import reconstruction_error
 from inverse_flow.models import ImageFlow
 from inverse_flow.training.batches import EVALUATION, generator
 from inverse_flow.training.config import TrainConfig
@@ -41,7 +41,7 @@ class Summary:
     Attributes:
         train_bits_per_dim, test_bits_per_dim: of the model, on the unmirrored images, with one draw of noise each.
         test_standard_error: of ``test_bits_per_dim``, from the spread over the images.
-        importance_samples: k, the draws of noise an image in the importance-weighted bound; 0 if it was not asked for.
+        importance_samples: k, the draws of noise per image in the importance-weighted bound; 0 if it was not asked for.
         importance_weighted_test_bits_per_dim: that bound; None without it.
         baseline_train_bits_per_dim, baseline_test_bits_per_dim: of independent pixels, fitted to the training images.
         seconds_per_100_samples, seconds_per_100_densities: median of several calls.
@@ -163,7 +163,7 @@ def protocol(config: TrainConfig, images: int, *, conditional: bool = False) -> 
     given = "log p(x̃ | label)" if conditional else "log p(x̃)"
     return (
         f"n − {given} / (D ln 2) at n = {config.bit_depth} bits, {config.dequantization} dequantization, "
-        f"one draw of noise an image, {images} test images, averaged weights"
+        f"one draw of noise per image, {images} test images, averaged weights"
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from inverse_flow import models
+from inverse_flow.data.holdout import held_out
 from inverse_flow.flows.conditioner import arrange_for
 from inverse_flow.models import ImageFlow
 from inverse_flow.training import checkpoint, dequantization
@@ -57,16 +58,17 @@ class Trainer:
 
     Args:
         model: on the device to train on. Variational dequantization puts its layer in front of the model's own.
-        images: (N, C, H, W), uint8. As many as ``config.validation`` says, drawn by the seed, are kept for validation.
+        images: (N, C, H, W), uint8.
         config: see :class:`TrainConfig`.
         folder: of the run; None to write nothing.
         extra: plain values of your own to keep in the checkpoint.
-        context: one row an image, for a conditional model; None for no context.
+        context: one row per image, for a conditional model; None for no context.
         method: how a batch becomes an update, see :mod:`inverse_flow.training.method`; None for the one that the
             configuration asks for.
         workers: the processes that train together, see :class:`Workers`. Each is given all the images.
         data: where the images come from, to keep in the checkpoint.
-        own_validation: so many of the images, the last ones, are there for validation, and none are drawn.
+        validation: (N,), bool: which of the images are not trained on but kept for validation; None for as many as
+            ``config.validation`` says, drawn by the seed.
 
     Raises:
         TypeError: another kind of model, or one in another precision; images that are no bytes.
@@ -86,13 +88,13 @@ class Trainer:
         method: MethodFactory | None = None,
         workers: Workers = ALONE,
         data: DataSource | None = None,
-        own_validation: int = 0,
+        validation: Tensor | None = None,
     ) -> None:
         _check(model, images, context)
-        held = own_validation or config.validation_images(len(images))
-        count = len(images) - held
-        if count < 1:
-            raise ValueError(f"{held} of {len(images)} images for validation leave none to train on")
+        if validation is None:
+            validation = draw_validation(torch.zeros(len(images), dtype=torch.long), config)
+        if bool(validation.all()):
+            raise ValueError(f"{len(images)} of {len(images)} images for validation leave none to train on")
         self.model = model
         self.config = config
         self.folder = folder
@@ -100,11 +102,8 @@ class Trainer:
         self.workers = workers
         self.data = data
         self.fingerprint = Fingerprint.of(images, context)
-        # Drawn, not cut off: files are often sorted by class.
-        drawn = torch.randperm(len(images), generator=generator(config.seed, VALIDATION))
-        order = torch.arange(len(images)) if own_validation else drawn
-        train, validation = order[:count].sort().values, order[count:].sort().values
-        self.batches = Batches(images[train], config, None if context is None else context[train])
+        self.validation = validation
+        self.batches = Batches(images[~validation], config, None if context is None else context[~validation])
         self.validation_images = images[validation]
         self.validation_context = None if context is None else context[validation]
         workers.share(self.batches.rows(0))  # complains now of what it would complain of in the first step
@@ -130,7 +129,6 @@ class Trainer:
         workers: Workers = ALONE,
         device: torch.device | str = "cpu",
         data: DataSource | None = None,
-        own_validation: int = 0,
         **changes: Any,
     ) -> Trainer:
         """The trainer of a checkpoint, as it was when that was written.
@@ -145,10 +143,12 @@ class Trainer:
         checkpoint.check_images(content, images, context)
         config = TrainConfig.from_dict({**content.training.to_dict(), **changes})
         model = checkpoint.build(content).to(device)
+        validation = content.validation
+        if validation is None:
+            validation = _drawn_before(len(images), content.training)
         trainer = cls(
             model, images, config, folder, content.extra,
-            context=context, method=method, workers=workers, data=data or content.data,
-            own_validation=own_validation,
+            context=context, method=method, workers=workers, data=data or content.data, validation=validation,
         )  # fmt: skip
         trainer.load_state(content)
         return trainer
@@ -197,6 +197,7 @@ class Trainer:
             self.config,
             Progress(self.step, self.seconds, self.method.state(), torch.get_rng_state(), self.best),
             self.fingerprint,
+            self.validation,
             self.data,
             self.extra,
         )
@@ -337,6 +338,20 @@ class Trainer:
         return images, None if context is None else context[:CHECKED_IMAGES].to(self._device)
 
 
+def draw_validation(labels: Tensor, config: TrainConfig) -> Tensor:
+    """Which images with these labels are kept for validation, of each class alike: (N,), bool."""
+    count = min(len(labels), config.validation_images(len(labels)))
+    return held_out(labels, count, generator(config.seed, VALIDATION))
+
+
+def _drawn_before(total: int, config: TrainConfig) -> Tensor:
+    """As :func:`draw_validation`, by the version whose checkpoints do not say which images those are."""
+    order = torch.randperm(total, generator=generator(config.seed, VALIDATION))
+    chosen = torch.zeros(total, dtype=torch.bool)
+    chosen[order[total - config.validation_images(total) :]] = True
+    return chosen
+
+
 def average_of(model: nn.Module, decay: float) -> AveragedModel:
     """A twin of a model with the weights w̄ ← d·w̄ + (1 − d)·w after each ``update_parameters``, in evaluation mode.
 
@@ -378,4 +393,4 @@ def _check(model: ImageFlow, images: Tensor, context: Tensor | None) -> None:
     if channels != given:
         raise ValueError(f"the model takes a context of {channels} channels, got {given}")
     if context is not None and len(context) != len(images):
-        raise ValueError(f"the context must have one row an image: {len(images)}, got {len(context)}")
+        raise ValueError(f"the context must have one row per image: {len(images)}, got {len(context)}")

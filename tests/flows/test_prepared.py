@@ -13,17 +13,14 @@ from inverse_flow.flows import (
     Compose,
     Conv1x1,
     Flow,
-    FlowLayer,
     Householder,
     Permute,
     Reverse,
     Split,
     Squeeze,
-    interpolate,
     prepare_sampling,
-    reconstruction_error,
 )
-from inverse_flow.flows.sampling import _PixelLinear
+from inverse_flow.flows.prepared import _PixelLinear
 
 ORDERS = ("top_left", "top_right", "bottom_left", "bottom_right")
 
@@ -148,23 +145,6 @@ def test_pixel_linear_layers_of_volumes() -> None:
             torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_interpolation_begins_and_ends_with_the_images() -> None:
-    flow = two_scales(context_channels=2).double()
-    a, b, context = (torch.randn(shape, dtype=torch.float64) for shape in ((3, 1, 4, 4), (3, 1, 4, 4), (3, 2)))
-    way = interpolate(flow, a, b, 5, context)
-    assert way.shape == (5, 3, 1, 4, 4)
-    torch.testing.assert_close(way[0], a)
-    torch.testing.assert_close(way[-1], b)
-    middle = flow(way[2], context)[0]
-    for z, first, second in zip(middle, flow(a, context)[0], flow(b, context)[0], strict=True):
-        torch.testing.assert_close(z, (first + second) / 2)
-    assert not torch.allclose(way[2], (a + b) / 2)
-    with pytest.raises(ValueError, match="two ends, got 1 steps"):
-        interpolate(flow, a, b, 1, context)
-    with pytest.raises(ValueError, match="one shape"):
-        interpolate(flow, a, b[:2], 3, context)
-
-
 class Doubled(InverseConv2d):
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         z, logdet = super().forward(x, context)
@@ -239,22 +219,3 @@ def test_nothing_is_assumed_of_what_overrides_a_method(make: Callable[[], nn.Mod
     x = torch.randn(2, 4, 3, 3, dtype=torch.float64)
     torch.testing.assert_close(prepared.log_prob(x), flow.log_prob(x))
     torch.testing.assert_close(prepared.inverse((x,))[0], flow.inverse((x,))[0])
-
-
-class Off(FlowLayer):
-    """Its inverse is off by 1e-2 in the second example."""
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return x, x.new_zeros(len(x))
-
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return z + 1e-2 * torch.eye(len(z))[1].view(-1, 1, 1, 1), z.new_zeros(len(z))
-
-
-def test_the_reconstruction_error_tells_the_example() -> None:
-    x = torch.rand(3, 1, 4, 4)
-    healthy: nn.Module = two_scales()
-    assert reconstruction_error(healthy, x).shape == (3,)
-    assert (reconstruction_error(healthy, x) < 1e-5).all()
-    error = reconstruction_error(Flow([Off()], (1, 4, 4)), x)
-    assert error.tolist() == pytest.approx([0, 1e-2, 0], abs=1e-6)

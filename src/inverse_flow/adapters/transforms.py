@@ -1,0 +1,125 @@
+"""Transforms of torch.distributions, on which zuko and pyro build too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Transform, constraints
+
+from inverse_flow.adapters.layer import event_dims, tensor_layer
+from inverse_flow.reversible.layer import call_layer, input_shape, output_shape
+
+
+class LayerTransform(Transform):
+    """A layer as a transform: ``t(x)`` is its ``forward``, ``t.inv(z)`` its ``inverse``, for any batch shape.
+
+    The log-determinant that a call has found is kept for ``log_abs_det_jacobian`` of that call's result, until the next
+    call.
+
+    Args:
+        layer: from one tensor to one tensor.
+        context: for the layer, or None; its batch shape and that of the events are broadcast.
+        event_dims: dimensions of one input and of one output.
+        context_dim: dimensions of one context.
+        cache_size: as in ``torch.distributions.Transform``; 1 keeps the last pair (x, z), which a changed parameter
+            makes wrong.
+    """
+
+    bijective = True
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        context: Tensor | None,
+        event_dims: tuple[int, int],
+        context_dim: int,
+        cache_size: int = 0,
+    ) -> None:
+        super().__init__(cache_size)
+        self.layer = layer
+        self.context = context
+        self.event_dims = event_dims
+        self.context_dim = context_dim
+        self.domain, self.codomain = (constraints.independent(constraints.real, dim) for dim in event_dims)
+        self._latest: tuple[Tensor, Tensor] | None = None
+        if context is not None and context.dim() < context_dim:
+            raise ValueError(f"a context has context_dim={context_dim} dimensions, got shape {tuple(context.shape)}")
+
+    def with_cache(self, cache_size: int = 1) -> Transform:
+        if cache_size == self._cache_size:
+            return self
+        return type(self)(self.layer, self.context, self.event_dims, self.context_dim, cache_size)
+
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        batch, event = _cut(shape, self.event_dims[0])
+        return torch.Size((*batch, *output_shape(self.layer, event)))
+
+    def inverse_shape(self, shape: torch.Size) -> torch.Size:
+        batch, event = _cut(shape, self.event_dims[1])
+        return torch.Size((*batch, *input_shape(self.layer, event)))
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(z, log|det ∂z/∂x|), the latter of the batch shape."""
+        z, logdet = self._latest = self._run(x, inverse=False)
+        return z, logdet
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        if self._latest is not None and (self._latest[0] is y or self._latest[0] is x):
+            return self._latest[1]
+        return self._run(x, inverse=False)[1]
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self.call_and_ladj(x)[0]
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        x, logdet = self._run(y, inverse=True)
+        self._latest = x, -logdet
+        return x
+
+    def _run(self, x: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
+        batch, event = _cut(x.shape, self.event_dims[inverse])
+        context = self.context
+        if context is not None:
+            own, one = _cut(context.shape, self.context_dim)
+            batch = torch.broadcast_shapes(batch, own)
+            context = context.expand(*batch, *one).reshape(batch.numel(), *one)
+        rows = x.expand(*batch, *event).reshape(batch.numel(), *event)
+        result, logdet = call_layer(type(self.layer).__name__, self.layer, rows, context, inverse=inverse)
+        return result.reshape(*batch, *result.shape[1:]), logdet.reshape(batch)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_latest": None}  # results with a graph cannot be copied
+
+
+def to_torch_transform(
+    layer: nn.Module, context: Tensor | None = None, *, event_dim: int | None = None, context_dim: int = 1
+) -> Transform:
+    """A layer or a flow as a transform of ``torch.distributions``, from data to latents.
+
+    ``TransformedDistribution(base, [to_torch_transform(layer).inv])`` is the distribution of data whose latents have
+    the density ``base``. Domain and codomain have the event dimension of data and of latents, and events may have any
+    batch shape. A call's log-determinant is found with its result. The parameters stay those of the layer.
+
+    Args:
+        layer: a layer from one tensor to one tensor; or a flow, whose latents are flattened to one vector an example.
+        context: for every call; its batch shape and that of the events are broadcast.
+        event_dim: dimensions of one example of the data: 1 for vectors, 3 for images, 4 for volumes. None: as the
+            flow's events, or as the layer was built for; 3 where neither says.
+        context_dim: dimensions of one context: 0 for labels, 1 for vectors (C,), 3 for maps (C, H, W).
+
+    Raises:
+        TypeError: no layer, or one that splits off a latent.
+        ValueError: an ``event_dim`` that is not the flow's; a context of fewer dimensions; events of too few.
+        RuntimeError: batch shapes of context and events that do not broadcast.
+    """
+    layer = tensor_layer(layer)
+    return LayerTransform(layer, context, event_dims(layer, event_dim), context_dim)
+
+
+def _cut(shape: torch.Size, dims: int) -> tuple[torch.Size, torch.Size]:
+    """The batch shape and the shape of one example."""
+    if len(shape) < dims:
+        raise ValueError(f"one example has {dims} dimensions here, got the shape {tuple(shape)}")
+    return shape[: len(shape) - dims], shape[len(shape) - dims :]
