@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 
 #include "sweep.h"
 
@@ -135,11 +134,8 @@ Plan make_plan(const Shape& shape, bool with_gradient, const Kernels<IO, T>& ker
       least = cost;
       outputs.block = block;
     }
-    const char* force = getenv("FORCE");
-    if (const char* b = getenv("BLOCK")) outputs.block = atoi(b);
-    if (force ? *force == 'o'
-              : pieces(shape.groups * units, threads) * least <
-                    std::min(by_images, by_rows) * images_cost(shape, min_lanes)) {
+    const int64_t by_outputs = pieces(shape.groups * units, threads) * least;
+    if (by_outputs < std::min(by_images, by_rows) * images_cost(shape, min_lanes)) {
       const int64_t jobs = std::min(threads, shape.groups * units);
       return {Regime::kOutputs, {}, outputs, outputs.block * shape.channels, units, jobs, jobs, jobs + shape.groups};
     }

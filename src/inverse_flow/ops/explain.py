@@ -126,7 +126,8 @@ class Plan(Facts):
     Attributes:
         problem: What is asked.
         gpu: The limits that the plan was made for; None on a CPU.
-        regime: How the work is cut up. On a CPU "images as lanes" or "rows as lanes". On a GPU "images in a block"
+        regime: How the work is cut up. On a CPU "images as lanes", "rows as lanes" or, for signals, which are images of
+            one row, "outputs as lanes". On a GPU "images in a block"
             (whole images), "tiles" (an image is cut up), "tensor cores" (whole images, or a ring of their diagonals),
             each with where the folded weights are; or "rows as lanes", whole images or tiles, with the weights in
             registers. "nothing to do" for an empty batch, of which there is little else to say.
@@ -137,9 +138,11 @@ class Plan(Facts):
 
         isa: CPU, as the next four: the instruction set in use.
         workers: Threads that have work.
-        lanes: Pixels that are solved at once: images of a batch, or rows of a band.
+        lanes: Pixels that are solved at once: images of a batch, or rows of a band; or the outputs, all channels, of a
+            block of steps.
         units: Pieces of work: pieces of the batch times groups, or bands of all images and groups.
         joined: Whether a thread that is through with a band's first row goes on with the next band's.
+        block: Steps that are solved at once with outputs as lanes; fewer where the recurrence grows too fast for it.
 
         tile: GPU, as all that follow: rows and columns that a block keeps in shared memory.
         tiles: Tiles of an image, downwards and to the right.
