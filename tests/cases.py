@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inverse_flow import functional, reference
+
 ORDERS = ("top_left", "top_right", "bottom_left", "bottom_right")
+ALL_ORDERS = {
+    1: ("left", "right"),
+    2: ORDERS,
+    3: tuple(f"{side}_{order}" for side in ("front", "back") for order in ORDERS),
+}
 CORNERS = ("identity", "unit_triangular", "general")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -17,37 +25,55 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 GAIN = 0.4
 
 
-def corner_tap(order: str, kernel: tuple[int, int]) -> tuple[int, int]:
+def mirrored(order: str) -> list[bool]:
+    """Whether the recurrence runs backwards along each axis."""
+    return [word in ("back", "bottom", "right") for word in order.split("_")]
+
+
+def corner_tap(order: str, kernel: tuple[int, ...]) -> tuple[int, ...]:
     """Where in the window the tap lies that meets the output pixel itself."""
-    return (0 if order.startswith("bottom") else kernel[0] - 1, 0 if order.endswith("right") else kernel[1] - 1)
+    return tuple(0 if backwards else size - 1 for size, backwards in zip(kernel, mirrored(order), strict=True))
 
 
 @dataclass(frozen=True)
 class Case:
-    """One problem: A(w) x + b = y with ``channels`` in all."""
+    """One problem: A(w) x + b = y with ``channels`` in all. A signal has the height None, a volume a depth."""
 
     batch: int
     channels: int
-    height: int
+    height: int | None
     width: int
-    kernel: tuple[int, int] = (3, 3)
+    kernel: tuple[int, ...] = (3, 3)
     groups: int = 1
-    order: str | tuple[str, ...] = "top_left"
+    order: str | tuple[str, ...] | None = None
     corner: str = "general"
     bias: bool = True
+    depth: int | None = None
+    dilation: int | tuple[int, ...] = 1
 
     def __str__(self) -> str:
-        order = self.order if isinstance(self.order, str) else "+".join(self.order)
-        shape = f"{self.batch}x{self.channels}x{self.height}x{self.width}-k{self.kernel[0]}x{self.kernel[1]}"
-        return f"{shape}-g{self.groups}-{order}-{self.corner}" + ("" if self.bias else "-nobias")
+        shape = "x".join(map(str, (self.batch, self.channels, *self.sizes)))
+        dilation = "" if self.dilation == 1 else f"-d{self.dilation}"
+        orders = "+".join(dict.fromkeys(self.orders))
+        text = f"{shape}-k{'x'.join(map(str, self.kernel))}{dilation}-g{self.groups}-{orders}-{self.corner}"
+        return text + ("" if self.bias else "-nobias")
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(size for size in (self.depth, self.height, self.width) if size is not None)
+
+    @property
+    def dimensions(self) -> int:
+        return len(self.sizes)
 
     @property
     def orders(self) -> tuple[str, ...]:
-        return (self.order,) * self.groups if isinstance(self.order, str) else self.order
+        order = self.order or ALL_ORDERS[self.dimensions][0]
+        return (order,) * self.groups if isinstance(order, str) else order
 
     @property
     def order_codes(self) -> tuple[int, ...]:
-        return tuple(ORDERS.index(order) for order in self.orders)
+        return tuple(ALL_ORDERS[self.dimensions].index(order) for order in self.orders)
 
     @property
     def corner_code(self) -> int:
@@ -56,7 +82,26 @@ class Case:
     @property
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments of the public functions."""
-        return {"order": self.order, "groups": self.groups, "corner": self.corner}
+        named = {} if self.order is None else {"order": self.order}
+        dilated = {} if self.dilation == 1 else {"dilation": self.dilation}
+        return {**named, "groups": self.groups, **dilated, "corner": self.corner}
+
+    @property
+    def inverse_conv(self) -> Callable[..., Tensor]:
+        """The public function of so many dimensions; likewise the others."""
+        return getattr(functional, f"inverse_conv{self.dimensions}d")
+
+    @property
+    def causal_conv(self) -> Callable[..., Tensor]:
+        return getattr(functional, f"causal_conv{self.dimensions}d")
+
+    @property
+    def recurrence(self) -> Callable[..., Tensor]:
+        return getattr(reference, f"inverse_conv{self.dimensions}d")
+
+    @property
+    def dense(self) -> Callable[..., Tensor]:
+        return getattr(reference, f"inverse_conv{self.dimensions}d_dense")
 
     def with_batch(self, batch: int) -> Case:
         return replace(self, batch=batch)
@@ -67,12 +112,11 @@ class Case:
         mask = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
         lower = torch.ones(members, members, dtype=torch.bool).tril(-1)
         for group, order in enumerate(self.orders):
-            i, j = corner_tap(order, self.kernel)
-            part = slice(group * members, (group + 1) * members)
+            corner = (slice(group * members, (group + 1) * members), slice(None), *corner_tap(order, self.kernel))
             if self.corner == "identity":
-                mask[part, :, i, j] = True
+                mask[corner] = True
             elif self.corner == "unit_triangular":
-                mask[part, :, i, j] = ~lower.to(weight.device)
+                mask[corner] = ~lower.to(weight.device)
         return mask
 
     def tensors(
@@ -86,14 +130,13 @@ class Case:
         weight = torch.randn(self.channels, members, *self.kernel, dtype=torch.float64)
         weight *= GAIN / weight[0].numel() ** 0.5
         for group, order in enumerate(self.orders):
-            i, j = corner_tap(order, self.kernel)
-            part = slice(group * members, (group + 1) * members)
+            corner = (slice(group * members, (group + 1) * members), slice(None), *corner_tap(order, self.kernel))
             if self.corner == "general":
                 # A rotation with rows scaled by 0.7 to 1.4: no symmetry, no diagonal dominance, well conditioned.
                 rotation = torch.linalg.qr(torch.randn(members, members, dtype=torch.float64)).Q
-                weight[part, :, i, j] = rotation * (0.7 + 0.7 * torch.rand(members, 1, dtype=torch.float64))
+                weight[corner] = rotation * (0.7 + 0.7 * torch.rand(members, 1, dtype=torch.float64))
         weight[self.unread(weight)] = float("nan")
-        images = torch.randn(self.batch, self.channels, self.height, self.width, dtype=torch.float64)
+        images = torch.randn(self.batch, self.channels, *self.sizes, dtype=torch.float64)
         bias = torch.randn(self.channels, dtype=torch.float64) if self.bias else None
         weight_dtype = weight_dtype or dtype
         return (
@@ -146,8 +189,32 @@ SHAPES = [
     *(Case(b, 3, 4, 5, bias=False) for b in (2, 9)),
 ]
 
+FOUR = {"groups": 4, "order": ORDERS}
+
+# What the operators see through a view of it: signals, and dilated problems.
+SIGNALS = [
+    *(Case(3, 3, None, 9, (3,), order=order, corner=corner) for order in ALL_ORDERS[1] for corner in CORNERS),
+    Case(9, 6, None, 11, (4,), 3, ("right", "left", "right")),
+    *(Case(b, 2, None, 5, (kernel,), order="right") for b in (0, 1) for kernel in (1, 7)),
+    Case(8, 4, None, 1, (2,), corner="unit_triangular"),
+    Case(1, 1, None, 300, (3,), bias=False),
+    Case(2, 17, None, 20, (9,), order="right", corner="unit_triangular"),
+]
+DILATED = [
+    *(Case(2, 2, 5, 7, order=order, corner=corner, dilation=2) for order in ORDERS for corner in CORNERS),
+    Case(3, 4, 6, 8, (2, 3), **FOUR, dilation=(3, 2)),
+    Case(9, 8, 7, 5, (3, 2), **FOUR, corner="unit_triangular", dilation=(2, 3)),
+    Case(1, 2, 6, 9, order="bottom_left", dilation=(1, 3)),
+    Case(2, 2, 2, 3, (2, 2), order="top_right", dilation=(4, 2)),
+    Case(0, 2, 4, 5, dilation=2),
+    Case(2, 3, 5, 4, bias=False, dilation=(1, 2)),
+    Case(1, 2, None, 12, (3,), dilation=4),
+    Case(3, 4, None, 13, (3,), 2, ("right", "left"), dilation=(5,)),
+]
+SHAPES += [*SIGNALS, *DILATED]
+
 # Those whose plain recurrence is quick to differentiate.
-DIFFERENTIABLE = [case for case in SHAPES if case.height * case.width * case.kernel[0] * case.kernel[1] < 1500]
+DIFFERENTIABLE = [case for case in SHAPES if math.prod(case.sizes + case.kernel) < 1500]
 
 # A few that between them meet both regimes, groups, mirrored orders, and every corner kind: for tests where each
 # case costs more.
@@ -157,6 +224,10 @@ FEW = [
     Case(1, 2, 11, 13, (3, 2), order="bottom_left", corner="identity"),
     Case(18, 7, 5, 3, order="top_right", corner="unit_triangular", bias=False),
 ]
+
+
+# The same for what is more than a plain image.
+FEW_MORE = [SIGNALS[6], SIGNALS[-1], DILATED[12], DILATED[14], DILATED[-1]]
 
 
 def _surrounded(x: Tensor, pad: int) -> Tensor:
@@ -170,25 +241,26 @@ def _surrounded(x: Tensor, pad: int) -> Tensor:
 def _stepped(x: Tensor) -> Tensor:
     """Every second element of a larger tensor, in every dimension, with NaN between them."""
     big = x.new_full([2 * size for size in x.shape], float("nan"))
-    big[::2, ::2, ::2, ::2] = x
-    return big[::2, ::2, ::2, ::2]
+    inner = big[(slice(None, None, 2),) * x.dim()]
+    inner.copy_(x)
+    return inner
 
 
 # Each gives the values of its argument, in another layout.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x.contiguous(),
-    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "channels_last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
     "sliced": lambda x: _surrounded(x, 1),
-    "sliced_channels_last": lambda x: _surrounded(x.permute(0, 2, 3, 1), 3).permute(0, 3, 1, 2),
+    "sliced_channels_last": lambda x: _surrounded(x.movedim(1, -1), 3).movedim(-1, 1),
     "stepped": _stepped,
     "columns_first": lambda x: x.mT.contiguous().mT,
-    "batch_last": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+    "batch_last": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0),
 }
 
 # Each gives a tensor whose elements share memory, of the shape of its argument; only for reading.
 OVERLAPPING: dict[str, Callable[[Tensor], Tensor]] = {
     "expanded_batch": lambda x: x[:1].expand_as(x),
-    "expanded_pixels": lambda x: x[:, :, :1, :1].expand_as(x),
-    "expanded_everything": lambda x: x.flatten()[:1].view(1, 1, 1, 1).expand_as(x),
-    "sliding_windows": lambda x: x.flatten()[: sum(x.shape)].as_strided(x.shape, (1, 1, 1, 1)),
+    "expanded_pixels": lambda x: x.flatten(2)[..., 0].view(*x.shape[:2], *(1,) * (x.dim() - 2)).expand_as(x),
+    "expanded_everything": lambda x: x.flatten()[:1].view((1,) * x.dim()).expand_as(x),
+    "sliding_windows": lambda x: x.flatten()[: sum(x.shape)].as_strided(x.shape, (1,) * x.dim()),
 }

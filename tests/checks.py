@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from inverse_flow import reference
-from inverse_flow.functional import causal_conv2d, inverse_conv2d
-from inverse_flow.ops import library as ops
+from inverse_flow.ops import views
+from inverse_flow.ops.spec import Spec
 
-from .cases import Case
+from .cases import Case, corner_tap, mirrored
 from .tolerance import assert_accurate, assert_solves, plain_solve, state_dtype
 
 Device = torch.device | str
@@ -35,18 +35,20 @@ def adjoint(case: Case, weight: Tensor) -> tuple[Case, Tensor]:
     if case.corner != "general":
         # The transpose of a lower triangular M is upper triangular, which only a general corner can hold.
         for group, order in enumerate(case.orders):
-            i, j = (0 if "bottom" in order else case.kernel[0] - 1, 0 if "right" in order else case.kernel[1] - 1)
-            effective[group * members : (group + 1) * members, :, i, j].diagonal().fill_(1)
-    swapped = effective.unflatten(0, (case.groups, members)).transpose(1, 2).flatten(0, 1).flip(2, 3)
-    opposite = {"top": "bottom", "bottom": "top", "left": "right", "right": "left"}
+            corner = (slice(group * members, (group + 1) * members), slice(None), *corner_tap(order, case.kernel))
+            effective[corner].diagonal().fill_(1)
+    swapped = effective.unflatten(0, (case.groups, members)).transpose(1, 2).flatten(0, 1)
+    swapped = swapped.flip(list(range(2, swapped.dim())))
+    pairs = [("front", "back"), ("top", "bottom"), ("left", "right")]
+    opposite = {one: other for pair in pairs for one, other in (pair, pair[::-1])}
     orders = tuple("_".join(opposite[word] for word in order.split("_")) for order in case.orders)
     fields = {**case.__dict__, "order": orders, "corner": "general"}
     return Case(**fields), swapped.contiguous()
 
 
 def solve(case: Case, input: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool = False) -> Tensor:
-    """The operator itself."""
-    return ops.solve(input, weight, bias, case.order_codes, case.corner_code, transposed)
+    """The operator itself, or what is made of it for signals and dilated problems."""
+    return views.solve(input, weight, bias, Spec(case.order_codes, case.corner_code, transposed), case.dilation)
 
 
 def check_value(
@@ -68,10 +70,10 @@ def check_value(
     input, weight, actual, bias = input.cpu(), weight.cpu(), actual.cpu(), None if bias is None else bias.cpu()
     matrix = reference.dense_matrix(weight.double(), *input.shape[2:], **case.arguments)
     matrix = matrix.mT if transposed else matrix
-    right = input.double() if bias is None else input.double() - bias.double().view(-1, 1, 1)
+    right = input.double() if bias is None else input.double() - bias.double().view(-1, *(1,) * case.dimensions)
     exact = torch.linalg.solve(matrix, right.flatten(1).mT).mT.reshape(input.shape)
     plain_case, plain_weight = adjoint(case, weight) if transposed else (case, weight)
-    plain = plain_solve(input, plain_weight, bias, **plain_case.arguments)
+    plain = plain_solve(plain_case, input, plain_weight, bias)
     assert_accurate(actual, plain, exact, input.dtype)
     assert_solves(actual, plain, matrix, right)
 
@@ -82,8 +84,8 @@ def check_gradients(
     weight: Tensor,
     bias: Tensor | None,
     grad: Tensor | None = None,
-    dense: Solver = reference.inverse_conv2d_dense,
-    recurrence: Solver = reference.inverse_conv2d,
+    dense: Solver | None = None,
+    recurrence: Solver | None = None,
 ) -> None:
     """The gradients agree with autograd through the dense float64 solve, and are zero for entries that are not read."""
     if grad is None:
@@ -97,15 +99,15 @@ def check_gradients(
         return output.detach(), list(torch.autograd.grad(output, leaves, grad.to(output.dtype)))
 
     given = [tensor for tensor in (input, weight, bias) if tensor is not None]
-    actual = [gradient.cpu() for gradient in gradients(inverse_conv2d, None)[1]]
+    actual = [gradient.cpu() for gradient in gradients(case.inverse_conv, None)[1]]
     given, weight, grad = [tensor.cpu() for tensor in given], weight.cpu(), grad.cpu()
-    x, exact = gradients(dense, torch.float64)
-    _, plain = gradients(recurrence, state_dtype(input.dtype))
+    x, exact = gradients(dense or case.dense, torch.float64)
+    _, plain = gradients(recurrence or case.recurrence, state_dtype(input.dtype))
     u = exact[0]
     # The gradient of the weight is a sum of products of x and u over all images and pixels, that of the bias of u.
     ones = torch.ones_like(weight, dtype=torch.float64).requires_grad_()
-    products = causal_conv2d(x.abs(), ones, order=case.order, groups=case.groups)
-    magnitudes = [u, torch.autograd.grad(products, ones, u.abs())[0], u.abs().sum((0, 2, 3))]
+    products = case.causal_conv(x.abs(), ones, **{**case.arguments, "corner": "general"})
+    magnitudes = [u, torch.autograd.grad(products, ones, u.abs())[0], u.abs().transpose(0, 1).flatten(1).sum(1)]
     for name, a, p, e, size, tensor in zip(names, actual, plain, exact, magnitudes, given, strict=False):
         assert a.isfinite().all(), f"the gradient of {name} is not finite"
         assert_accurate(a, p.to(tensor.dtype), e, input.dtype, f"the gradient of {name}", size)
@@ -121,12 +123,17 @@ def check_layout(
     expected = solve(case, laid_out.contiguous(), weight, bias, transposed)
     actual = solve(case, laid_out, weight, bias, transposed)
     check_value(case, laid_out, weight, bias, transposed, found=actual)
-    assert actual.stride() == torch.empty_like(laid_out).stride()
+    if case.dilation == 1:
+        assert actual.stride() == torch.empty_like(laid_out).stride()
+    else:
+        # Put together from its residue classes: channels last where the input's are, else contiguous.
+        channels_last = laid_out.stride(1) < laid_out.stride(-1)
+        assert (actual.movedim(1, -1) if channels_last else actual).is_contiguous()
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 def check_containment(
-    case: Case, image: int, channel: int, pixel: tuple[int, int], value: float, device: Device = "cpu"
+    case: Case, image: int, channel: int, pixel: tuple[int, ...], value: float, device: Device = "cpu"
 ) -> None:
     """A NaN or infinity in one pixel reaches the pixels behind it, in its own image and group, and no others."""
     input, weight, bias = case.tensors(torch.float32, device)
@@ -136,11 +143,12 @@ def check_containment(
     actual = solve(case, spoiled, weight, bias)
     members = case.channels // case.groups
     group = channel // members
-    order = case.orders[group]
-    rows = slice(None, pixel[0] + 1) if order.startswith("bottom") else slice(pixel[0], None)
-    columns = slice(None, pixel[1] + 1) if order.endswith("right") else slice(pixel[1], None)
+    behind = [
+        slice(None, place + 1) if backwards else slice(place, None)
+        for place, backwards in zip(pixel, mirrored(case.orders[group]), strict=True)
+    ]
     reached = torch.zeros_like(input, dtype=torch.bool)
-    reached[image, group * members : (group + 1) * members, rows, columns] = True
+    reached[(image, slice(group * members, (group + 1) * members), *behind)] = True
     torch.testing.assert_close(actual[~reached], expected[~reached], rtol=0, atol=0)
     assert not actual[(image, channel, *pixel)].isfinite(), "the solution at the spoiled pixel is finite"
 
@@ -150,8 +158,8 @@ def check_repeatable(case: Case, device: Device = "cpu", runs: int = 3) -> None:
 
     def once(tensors: tuple[Tensor, Tensor, Tensor | None], grad: Tensor) -> list[Tensor]:
         x = solve(case, *tensors)
-        gradients = ops.solve_backward(grad, x, tensors[1], case.order_codes, case.corner_code, False)
-        return [x, *gradients]
+        spec = Spec(case.order_codes, case.corner_code)
+        return [x, *views.solve_backward(grad, x, tensors[1], spec, case.dilation)]
 
     tensors, grad = case.tensors(torch.float32, device), case.tensors(torch.float32, device)[0]
     first = once(tensors, grad)
@@ -166,8 +174,8 @@ def check_consistent(case: Case, device: Device = "cpu") -> None:
     g = torch.randn_like(y)
     x = solve(case, y, weight, None)
     torch.testing.assert_close((x * g).sum(), (y * solve(case, g, weight, None, True)).sum(), rtol=1e-9, atol=1e-9)
-    there = causal_conv2d(inverse_conv2d(y, weight, bias, **case.arguments), weight, bias, **case.arguments)
-    back = inverse_conv2d(causal_conv2d(y, weight, bias, **case.arguments), weight, bias, **case.arguments)
+    there = case.causal_conv(case.inverse_conv(y, weight, bias, **case.arguments), weight, bias, **case.arguments)
+    back = case.inverse_conv(case.causal_conv(y, weight, bias, **case.arguments), weight, bias, **case.arguments)
     torch.testing.assert_close(there, y, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(back, y, rtol=1e-9, atol=1e-9)
 
@@ -182,7 +190,7 @@ def check_vmap(case: Case, mapped: tuple[bool, bool, bool], device: Device = "cp
     ]
 
     def function(*tensors: Any) -> Tensor:
-        return inverse_conv2d(*tensors, **case.arguments)
+        return case.inverse_conv(*tensors, **case.arguments)
 
     actual = torch.func.vmap(function, in_dims)(*stacked)
     loop = [function(*(tensor[k] if mapped[i] else tensor for i, tensor in enumerate(stacked))) for k in range(size)]

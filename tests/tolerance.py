@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from inverse_flow import reference
+from .cases import Case
 
 FACTOR = 2.0
 # What the float64 oracle may itself be off by, in roundings.
@@ -63,7 +63,7 @@ def assert_solves(x: Tensor, plain: Tensor, matrix: Tensor, right: Tensor) -> No
     """The residual ‖A x − y‖ / ‖y‖ is at most twice that of the plain recurrence, plus that of rounding x once.
 
     Args:
-        x, plain: (B, C, H, W), the result and the plain recurrence's.
+        x, plain: (B, C, ...), the result and the plain recurrence's.
         matrix: A in float64.
         right: y − bias in float64.
     """
@@ -79,8 +79,8 @@ def assert_solves(x: Tensor, plain: Tensor, matrix: Tensor, right: Tensor) -> No
     assert found <= allowed, f"residual {found:.3e}, allowed {allowed:.3e}"
 
 
-def plain_solve(input: Tensor, weight: Tensor, bias: Tensor | None, **arguments: object) -> Tensor:
+def plain_solve(case: Case, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The plain recurrence as the rule wants it: in the state dtype, rounded to the images' dtype."""
     state = state_dtype(input.dtype)
     bias = None if bias is None else bias.to(state)
-    return reference.inverse_conv2d(input.to(state), weight.to(state), bias, **arguments).to(input.dtype)
+    return case.recurrence(input.to(state), weight.to(state), bias, **case.arguments).to(input.dtype)

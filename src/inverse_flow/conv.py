@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from inverse_flow.functional import causal_conv2d, inverse_conv2d
-from inverse_flow.ops.autograd import solve_backward
+from inverse_flow.functional import (
+    causal_conv1d,
+    causal_conv2d,
+    causal_conv3d,
+    inverse_conv1d,
+    inverse_conv2d,
+    inverse_conv3d,
+)
 from inverse_flow.ops.backpropagate import backpropagate
 from inverse_flow.ops.bijection import Bijection
-from inverse_flow.ops.causal import corner_taps, effective_weight, with_corner_taps
-from inverse_flow.ops.checks import FLOAT_DTYPES
+from inverse_flow.ops.causal import corner_taps, effective_weight, limit_row_sums, with_corner_taps
+from inverse_flow.ops.checks import FLOAT_DTYPES, shape_of_images
 from inverse_flow.ops.library import allows_tf32
-from inverse_flow.ops.spec import OrderNames, make_spec
+from inverse_flow.ops.spec import ORDERS, OrderNames, Steps, each_axis, make_spec
+from inverse_flow.ops.views import solve_backward
 
-__all__ = ["InverseConv2d"]
+__all__ = ["InverseConv1d", "InverseConv2d", "InverseConv3d", "InverseConvNd"]
 
 # Standard deviation of the initial taps, times the square root of the fan-in. The spectrum of the random part of
 # A(w) then has radius about 2 × this at every frequency, so A starts within a few tenths of the identity and a deep
@@ -25,83 +33,60 @@ __all__ = ["InverseConv2d"]
 INITIAL_GAIN = 0.1
 
 
-class InverseConv2d(Bijection):
-    r"""A flow layer z = A(w)⁻¹(x − b): the solve from data to latent, a plain convolution from latent to data.
-
-    .. math:: \log\left|\det \frac{\partial z}{\partial x}\right| = -H W \sum_{\text{groups}} \log|\det M|
-
-    where M is the corner tap of each group. Nagar & Varma, AISTATS 2025 (arXiv 2410.14634).
-
-    Args:
-        channels: C, of the input and of the output.
-        kernel_size: one integer or (kH, kW); each at least 1.
-        groups: number of channel groups; divides ``channels``.
-        order: the corner the recurrence starts from, ``"top_left"``, ``"top_right"``, ``"bottom_left"``,
-            ``"bottom_right"``, or a sequence of one name for each group. Four groups with the four orders are the
-            layer of the paper's experiments.
-        corner: the kind of M. ``"unit_triangular"``: unit lower triangular, log-det 0; ``"identity"``: M = I,
-            log-det 0; ``"plu"``: M = P·L·(U + diag(s)) with P fixed, L, U and log|s| learnt, the sign of s fixed,
-            and log-det −H·W·Σ log|s|.
-        bias: learn b, of shape (C,), initialised to 0.
-        device, dtype: of the parameters.
-
-    Parameters and buffers:
-        weight: (C, C / groups, kH, kW). For ``"plu"`` its corner tap packs L (strictly lower part) and U (strictly
-            upper part); entries that a corner kind does not read stay as they are and get a zero gradient.
-        bias: (C,), or None.
-        log_scale: (C,), log|s|; ``"plu"`` only. With it the buffers ``sign`` (C,) and ``permutation``
-            (groups, C / groups): row i of P·X is row ``permutation[g, i]`` of X.
-
-    Shape:
-        (B, C, H, W) → ((B, C, H, W), (B,)), in both directions. The log-det is float32 at least.
-
-    Raises:
-        ValueError: a size, order or corner kind that does not exist, or ``channels`` not divisible by ``groups``.
-        TypeError: ``dtype`` is not floating.
-        As :func:`inverse_flow.functional.inverse_conv2d` when called.
-    """
+class InverseConvNd(Bijection):
+    """What :class:`InverseConv1d`, :class:`InverseConv2d` and :class:`InverseConv3d` have in common: all but the number
+    of axes of an image, ``dimensions``, and the functions of that number."""
 
     uses_context = False
+    dimensions: int
+    _solve: Callable[..., Tensor]
+    _convolve: Callable[..., Tensor]
     sign: Tensor
     permutation: Tensor
 
     def __init__(
         self,
         channels: int,
-        kernel_size: int | tuple[int, int] = 3,
+        kernel_size: Steps = 3,
         *,
         groups: int = 1,
-        order: OrderNames = "top_left",
+        dilation: Steps = 1,
+        order: OrderNames | None = None,
         corner: str = "unit_triangular",
         bias: bool = True,
+        max_row_sum: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        kernel = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
-        pair = isinstance(kernel, tuple | list) and len(kernel) == 2
-        if not pair or any(not isinstance(size, int) or size < 1 for size in kernel):
-            raise ValueError(f"kernel_size must be one integer or a pair, each at least 1, got {kernel_size!r}")
+        self.kernel_size = each_axis("kernel_size", kernel_size, self.dimensions)
+        self.dilation = each_axis("dilation", dilation, self.dimensions)
         if not isinstance(channels, int) or channels < 1:
             raise ValueError(f"channels must be an integer of at least 1, got {channels!r}")
-        make_spec(order, groups, "general")
+        if order is None:
+            order = ORDERS[self.dimensions][0]
+        make_spec(order, groups, "general", self.dimensions)
         if channels % groups:
             raise ValueError(f"channels ({channels}) must be divisible by groups ({groups})")
         if corner not in ("identity", "unit_triangular", "plu"):
             raise ValueError(f"corner must be identity, unit_triangular or plu, got {corner!r}")
+        if max_row_sum is not None and not 0 < max_row_sum < 1:
+            raise ValueError(f"max_row_sum must be between 0 and 1, or None, got {max_row_sum!r}")
         if dtype is not None and dtype not in FLOAT_DTYPES:
             raise TypeError(f"dtype must be float32, float64, bfloat16 or float16, got {dtype}")
 
         self.channels = channels
-        self.kernel_size = (kernel[0], kernel[1])
         self.groups = groups
         self.order = order if isinstance(order, str) else tuple(order)
         self.corner = corner
+        self.max_row_sum = max_row_sum
         # A "plu" corner is multiplied out first, and all of the product is read.
+        read = "general" if corner == "plu" else corner
+        self.spec = make_spec(order, groups, read, self.dimensions)
         self._arguments: dict[str, Any] = {
-            "order": self.order, "groups": groups, "corner": "general" if corner == "plu" else corner,
+            "order": self.order, "groups": groups, "corner": read,
+            "dilation": self.dilation if max(self.dilation) > 1 else 1,
         }  # fmt: skip
-        self.spec = make_spec(**self._arguments)
         self.weight = nn.Parameter(
             torch.empty(channels, channels // groups, *self.kernel_size, device=device, dtype=dtype)
         )
@@ -130,12 +115,14 @@ class InverseConv2d(Bijection):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data to latent: (z, log|det ∂z/∂x|), the solve. ``context`` is not used."""
-        z = inverse_conv2d(x, self._weight(), self.bias, **self._arguments)
+        self._check_batch(x)
+        z = self._solve(x, self._weight(), self.bias, **self._arguments)
         return z, self.log_det(x, inverse=True)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Latent to data: (x, log|det ∂x/∂z|), a plain convolution. ``context`` is not used."""
-        x = causal_conv2d(z, self._weight(), self.bias, **self._arguments)
+        self._check_batch(z)
+        x = self._convolve(z, self._weight(), self.bias, **self._arguments)
         return x, self.log_det(z)
 
     def backward_from_output(
@@ -145,9 +132,9 @@ class InverseConv2d(Bijection):
         ∂x = A(w)⁻ᵀ ∂z. For :mod:`inverse_flow.reversible`."""
         with torch.enable_grad():
             weight, log_det = self._weight(), self.log_det(z, inverse=True)
-        x = causal_conv2d(z, weight, self.bias, **self._arguments)
+        x = self._convolve(z, weight, self.bias, **self._arguments)
         spec = self.spec._replace(allow_tf32=allows_tf32(z))
-        grad_x, grad_weight, grad_bias = solve_backward(grad_z, z, weight, spec)
+        grad_x, grad_weight, grad_bias = solve_backward(grad_z, z, weight, spec, self.dilation)
         backpropagate([weight, self.bias, log_det], [grad_weight, grad_bias, grad_logdet])
         return x, grad_x
 
@@ -157,9 +144,10 @@ class InverseConv2d(Bijection):
 
     def _weight(self) -> Tensor:
         """The weight to hand to the functional layer."""
-        if self.corner != "plu":
-            return self.weight
-        return with_corner_taps(self.weight, self._plu(), self.spec.orders)
+        weight: Tensor = self.weight
+        if self.corner == "plu":
+            weight = with_corner_taps(weight, self._plu(), self.spec.orders)
+        return weight if self.max_row_sum is None else limit_row_sums(weight, self.spec, self.max_row_sum)
 
     def _plu(self) -> Tensor:
         """M = P·L·(U + diag(s)) of every group: (groups, C / groups, C / groups)."""
@@ -171,13 +159,98 @@ class InverseConv2d(Bijection):
 
     def log_det(self, images: Tensor, inverse: bool = False) -> Tensor:
         """log|det A(w)|, or that of the inverse, for images of this size, one entry per image."""
-        batch, _, height, width = images.shape
         dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
         if self.corner != "plu":
-            return images.new_zeros(batch, dtype=dtype)
-        pixels = -height * width if inverse else height * width
-        return (pixels * self.log_scale.to(dtype).sum()).expand(batch)
+            return images.new_zeros(images.shape[0], dtype=dtype)
+        pixels = math.prod(images.shape[2:])
+        return ((-pixels if inverse else pixels) * self.log_scale.to(dtype).sum()).expand(images.shape[0])
+
+    def _check_batch(self, images: Tensor) -> None:
+        """A log-determinant belongs to one example of a batch; the functions also take one example alone."""
+        if isinstance(images, Tensor) and images.dim() != self.dimensions + 2:
+            raise ValueError(
+                f"{type(self).__name__} takes batches of shape {shape_of_images(self.dimensions, self.channels)}, "
+                f"got {tuple(images.shape)}"
+            )
 
     def extra_repr(self) -> str:
         text = f"{self.channels}, kernel_size={self.kernel_size}, groups={self.groups}, order={self.order!r}"
-        return f"{text}, corner={self.corner!r}, bias={self.bias is not None}"
+        dilation = f", dilation={self.dilation}" if max(self.dilation) > 1 else ""
+        text = f"{text}{dilation}, corner={self.corner!r}, bias={self.bias is not None}"
+        return text if self.max_row_sum is None else f"{text}, max_row_sum={self.max_row_sum}"
+
+
+class InverseConv1d(InverseConvNd):
+    r"""A flow layer on signals, z = A(w)⁻¹(x − b): an all-pole filter of many channels from data to latent, a plain
+    convolution from latent to data.
+
+    .. math:: \log\left|\det \frac{\partial z}{\partial x}\right| = -L \sum_{\text{groups}} \log|\det M|
+
+    As :class:`InverseConv2d`, with signals (B, C, L), a weight (C, C / groups, k), and the orders ``"left"`` (the
+    default) and ``"right"``.
+    """
+
+    dimensions = 1
+    _solve = staticmethod(inverse_conv1d)
+    _convolve = staticmethod(causal_conv1d)
+
+
+class InverseConv2d(InverseConvNd):
+    r"""A flow layer z = A(w)⁻¹(x − b): the solve from data to latent, a plain convolution from latent to data.
+
+    .. math:: \log\left|\det \frac{\partial z}{\partial x}\right| = -H W \sum_{\text{groups}} \log|\det M|
+
+    where M is the corner tap of each group. Nagar & Varma, AISTATS 2025 (arXiv 2410.14634).
+
+    Args:
+        channels: C, of the input and of the output.
+        kernel_size: one integer or (kH, kW); each at least 1.
+        groups: number of channel groups; divides ``channels``.
+        dilation: the distance of neighbouring taps, one integer or one for each axis.
+        order: the corner the recurrence starts from, ``"top_left"`` (the default), ``"top_right"``, ``"bottom_left"``,
+            ``"bottom_right"``, or a sequence of one name for each group. Four groups with the four orders are the
+            layer of the paper's experiments.
+        corner: the kind of M. ``"unit_triangular"``: unit lower triangular, log-det 0; ``"identity"``: M = I,
+            log-det 0; ``"plu"``: M = P·L·(U + diag(s)) with P fixed, L, U and log|s| learnt, the sign of s fixed,
+            and log-det −H·W·Σ log|s|.
+        bias: learn b, of shape (C,), initialised to 0.
+        max_row_sum: κ, 0 < κ < 1: each row of the folded taps W′_δ = M⁻¹ W_δ is scaled by min(1, κ / s_o), where s_o is
+            the sum of its magnitudes over inputs and taps δ ≠ 0, so that ‖A⁻¹‖∞ ≤ ‖M⁻¹‖∞ / (1 − κ) for images of
+            every size. That excludes filters which healthy layers want; docs/stability.md says what it costs. None to
+            leave the taps free.
+        device, dtype: of the parameters.
+
+    Parameters and buffers:
+        weight: (C, C / groups, kH, kW). For ``"plu"`` its corner tap packs L (strictly lower part) and U (strictly
+            upper part); entries that a corner kind does not read stay as they are and get a zero gradient.
+        bias: (C,), or None.
+        log_scale: (C,), log|s|; ``"plu"`` only. With it the buffers ``sign`` (C,) and ``permutation``
+            (groups, C / groups): row i of P·X is row ``permutation[g, i]`` of X.
+
+    Shape:
+        (B, C, H, W) → ((B, C, H, W), (B,)), in both directions. The log-det is float32 at least.
+
+    Raises:
+        ValueError: a size, order or corner kind that does not exist, or ``channels`` not divisible by ``groups``.
+        TypeError: ``dtype`` is not floating.
+        As :func:`inverse_flow.functional.inverse_conv2d` when called.
+    """
+
+    dimensions = 2
+    _solve = staticmethod(inverse_conv2d)
+    _convolve = staticmethod(causal_conv2d)
+
+
+class InverseConv3d(InverseConvNd):
+    r"""A flow layer on volumes, z = A(w)⁻¹(x − b): the solve from data to latent, a plain convolution from latent to
+    data.
+
+    .. math:: \log\left|\det \frac{\partial z}{\partial x}\right| = -D H W \sum_{\text{groups}} \log|\det M|
+
+    As :class:`InverseConv2d`, with volumes (B, C, D, H, W), a weight (C, C / groups, kD, kH, kW), and the orders
+    ``"front_top_left"`` (the default) to ``"back_bottom_right"``.
+    """
+
+    dimensions = 3
+    _solve = staticmethod(inverse_conv3d)
+    _convolve = staticmethod(causal_conv3d)

@@ -1,4 +1,4 @@
-r"""Public functions: the causal convolution A(w) and its inverse.
+r"""Public functions: the causal convolution A(w) and its inverse, of signals, images and volumes.
 
 Nagar & Varma, *Parallel Backpropagation for Inverse of a Convolution with Application to Normalizing Flows*,
 AISTATS 2025 (arXiv 2410.14634).
@@ -8,13 +8,46 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from inverse_flow.ops import autograd, native
 from inverse_flow.ops import library as ops
-from inverse_flow.ops.causal import convolve, effective_weight
+from inverse_flow.ops import native, views
+from inverse_flow.ops.causal import convolve, effective_weight, per_channel
 from inverse_flow.ops.checks import check_arguments
-from inverse_flow.ops.spec import OrderNames, make_spec
+from inverse_flow.ops.spec import OrderNames, Steps, each_axis, make_spec
 
-__all__ = ["causal_conv2d", "inverse_conv2d"]
+__all__ = [
+    "causal_conv1d",
+    "causal_conv2d",
+    "causal_conv3d",
+    "inverse_conv1d",
+    "inverse_conv2d",
+    "inverse_conv3d",
+]
+
+
+def inverse_conv1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    order: OrderNames = "left",
+    groups: int = 1,
+    dilation: Steps = 1,
+    corner: str = "general",
+) -> Tensor:
+    r"""Solves A(w) x + b = y for signals x: the inverse of :func:`causal_conv1d` with the same arguments.
+
+    .. math:: x_i = M^{-1}\Big(y_i - b - \sum_{p > 0} W_p\, x_{i-p}\Big), \qquad W_p = w_{\cdot,\cdot,k-1-p}
+
+    for ``left``: the all-pole filter of many channels. With one channel it is ``scipy.signal.lfilter`` with the
+    numerator 1 and the taps, last first, as the denominator.
+
+    ``order`` is the end where the recurrence starts: ``"left"``, ``"right"`` (an anticausal filter), or a sequence of
+    one name for each group. Everything else is as with :func:`inverse_conv2d`.
+
+    Shape:
+        y and x are (B, C, L), or (C, L) for one signal alone; w is (C, C / groups, k).
+    """
+    return _inverse(1, input, weight, bias, order, groups, dilation, corner)
 
 
 def inverse_conv2d(
@@ -24,6 +57,7 @@ def inverse_conv2d(
     *,
     order: OrderNames = "top_left",
     groups: int = 1,
+    dilation: Steps = 1,
     corner: str = "general",
 ) -> Tensor:
     r"""Solves A(w) x + b = y for x: the inverse of :func:`causal_conv2d` with the same arguments.
@@ -42,12 +76,15 @@ def inverse_conv2d(
     are read in the forward pass, whose derivatives do the same; by ``torch.compile`` once, when it compiles.
 
     Args:
-        input: y, of shape (B, C, H, W); float32, float64, bfloat16 or float16; any strides.
+        input: y, of shape (B, C, H, W), or (C, H, W) for one image alone; float32, float64, bfloat16 or float16; any
+            strides.
         weight: w, of shape (C, C / groups, kH, kW); the dtype of ``input``, or float32 beside half precision.
         bias: b, of shape (C,) and of the weight's dtype.
         order: the corner of the image the recurrence starts from: ``"top_left"``, ``"top_right"``,
             ``"bottom_left"``, ``"bottom_right"``, or a sequence of one name for each group.
         groups: the number of channel groups.
+        dilation: the distance of neighbouring taps, one integer or one for each axis. The pixels of each residue class
+            are then an image of their own: the same solve of more and smaller images.
         corner: what is read of M: ``"general"`` (all of it), ``"unit_triangular"`` (its strictly lower part, with
             ones on the diagonal) or ``"identity"`` (nothing).
 
@@ -56,25 +93,57 @@ def inverse_conv2d(
 
     Raises:
         TypeError: an argument is not a tensor or not floating.
-        ValueError: shapes, dtypes, ``order``, ``groups`` or ``corner`` do not fit, or (on the CPU) M is singular.
-            On a GPU a singular M gives NaN instead, since finding it would need a synchronisation.
+        ValueError: shapes, dtypes, ``order``, ``groups``, ``dilation`` or ``corner`` do not fit, or (on the CPU) M is
+            singular. On a GPU a singular M gives NaN instead, since finding it would need a synchronisation.
         RuntimeError: the tensors lie on different devices, or on a device the library was not built for; or memory is
             short, with the bytes that were asked for.
         NotImplementedError: forward mode inside forward mode, for which PyTorch would give zeros.
     """
-    spec = make_spec(order, groups, corner, ops.allows_tf32(input))
-    try:
-        return autograd.solve(input, weight, bias, spec)
-    except Exception as error:
-        # The operator checks its arguments by itself. These checks say what is wrong more clearly, and cost nothing
-        # where nothing is.
-        check_arguments(input, weight, bias, groups)
-        native.check_device(input.device)
-        if "the corner tap is singular" in str(error):
-            raise ValueError(str(error).splitlines()[0]) from error
-        if str(error).startswith("out of memory"):
-            raise RuntimeError(str(error).splitlines()[0]) from error
-        raise
+    return _inverse(2, input, weight, bias, order, groups, dilation, corner)
+
+
+def inverse_conv3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    order: OrderNames = "front_top_left",
+    groups: int = 1,
+    dilation: Steps = 1,
+    corner: str = "general",
+) -> Tensor:
+    r"""Solves A(w) x + b = y for volumes x: the inverse of :func:`causal_conv3d` with the same arguments.
+
+    .. math:: x_p = M^{-1}\Big(y_p - b - \sum_{\delta \ne 0} W_\delta\, x_{p-\delta}\Big)
+
+    ``order`` is the corner of the volume where the recurrence starts: ``"front_top_left"``, ``"front_top_right"``,
+    ``"front_bottom_left"``, ``"front_bottom_right"``, the same with ``"back"``, or a sequence of one name for each
+    group. Everything else is as with :func:`inverse_conv2d`.
+
+    Shape:
+        y and x are (B, C, D, H, W), or (C, D, H, W) for one volume alone; w is (C, C / groups, kD, kH, kW).
+    """
+    return _inverse(3, input, weight, bias, order, groups, dilation, corner)
+
+
+def causal_conv1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    order: OrderNames = "left",
+    groups: int = 1,
+    dilation: Steps = 1,
+    corner: str = "general",
+) -> Tensor:
+    r"""Computes A(w) x + b for signals: a convolution padded at one end alone, the side of the order.
+
+    .. math:: y_{b,o,i} = b_o + \sum_{c,p} w_{o,c,k-1-p}\, x_{b,c,i-p}
+
+    for ``left``, that is ``F.conv1d(F.pad(x, (k-1, 0)), w, b, groups=groups)``. Arguments and shapes are those of
+    :func:`inverse_conv1d`; everything else is as with :func:`causal_conv2d`.
+    """
+    return _causal(1, input, weight, bias, order, groups, dilation, corner)
 
 
 def causal_conv2d(
@@ -84,6 +153,7 @@ def causal_conv2d(
     *,
     order: OrderNames = "top_left",
     groups: int = 1,
+    dilation: Steps = 1,
     corner: str = "general",
 ) -> Tensor:
     r"""Computes A(w) x + b: a convolution padded on the side of the order's corner alone.
@@ -95,7 +165,73 @@ def causal_conv2d(
 
     Args, Returns and Raises are those of :func:`inverse_conv2d`, except that M may be singular.
     """
-    spec = make_spec(order, groups, corner)
-    check_arguments(input, weight, bias, groups)
-    output = convolve(input, effective_weight(weight, spec), spec)
-    return output if bias is None else output + bias.to(output.dtype).view(-1, 1, 1)
+    return _causal(2, input, weight, bias, order, groups, dilation, corner)
+
+
+def causal_conv3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    order: OrderNames = "front_top_left",
+    groups: int = 1,
+    dilation: Steps = 1,
+    corner: str = "general",
+) -> Tensor:
+    r"""Computes A(w) x + b for volumes: a convolution padded on the side of the order's corner alone.
+
+    .. math:: y_{b,o,h,i,j} = b_o
+              + \sum_{c,r,p,q} w_{o,c,k_D-1-r,k_H-1-p,k_W-1-q}\, x_{b,c,h-r,i-p,j-q}
+
+    for ``front_top_left``. Arguments and shapes are those of :func:`inverse_conv3d`; everything else is as with
+    :func:`causal_conv2d`.
+    """
+    return _causal(3, input, weight, bias, order, groups, dilation, corner)
+
+
+def _inverse(
+    dimensions: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    order: OrderNames,
+    groups: int,
+    dilation: Steps,
+    corner: str,
+) -> Tensor:
+    spec = make_spec(order, groups, corner, dimensions, ops.allows_tf32(input))
+    try:
+        if input.dim() == dimensions + 2:
+            return views.solve(input, weight, bias, spec, dilation)
+        check_arguments(input, weight, bias, groups, dimensions, batched=False)
+        return views.solve(input[None], weight, bias, spec, dilation)[0]
+    except Exception as error:
+        # The operator checks its arguments by itself. These checks say what is wrong more clearly, and cost nothing
+        # where nothing is.
+        check_arguments(input, weight, bias, groups, dimensions, batched=False)
+        native.check_device(input.device)
+        if "the corner tap is singular" in str(error):
+            raise ValueError(str(error).splitlines()[0]) from error
+        if str(error).startswith("out of memory"):
+            raise RuntimeError(str(error).splitlines()[0]) from error
+        raise
+
+
+def _causal(
+    dimensions: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    order: OrderNames,
+    groups: int,
+    dilation: Steps,
+    corner: str,
+) -> Tensor:
+    spec = make_spec(order, groups, corner, dimensions)
+    check_arguments(input, weight, bias, groups, dimensions, batched=False)
+    steps = each_axis("dilation", dilation, dimensions)
+    batch = input if input.dim() == dimensions + 2 else input[None]
+    output = convolve(batch, effective_weight(weight, spec), spec, steps)
+    if bias is not None:
+        output = output + per_channel(bias.to(output.dtype), output)
+    return output if batch is input else output[0]

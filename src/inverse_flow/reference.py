@@ -5,67 +5,150 @@ Never an oracle: the paper's released code, whose gradients and inverses are wro
 
 from __future__ import annotations
 
+import math
+from itertools import product
+
 import torch
 from torch import Tensor
 
-from inverse_flow.ops.causal import corner_index, effective_weight
+from inverse_flow.ops.causal import corner_index, effective_weight, mirrored, per_channel, tap
 from inverse_flow.ops.checks import check_arguments
-from inverse_flow.ops.spec import MIRROR_COLUMNS, MIRROR_ROWS, OrderNames, make_spec
+from inverse_flow.ops.spec import ORDERS, OrderNames, Steps, each_axis, make_spec
 
-__all__ = ["dense_matrix", "inverse_conv2d", "inverse_conv2d_dense"]
+__all__ = [
+    "dense_matrix",
+    "inverse_conv1d",
+    "inverse_conv1d_dense",
+    "inverse_conv2d",
+    "inverse_conv2d_dense",
+    "inverse_conv3d",
+    "inverse_conv3d_dense",
+]
 
 
 def dense_matrix(
     weight: Tensor,
-    height: int,
-    width: int,
-    *,
-    order: OrderNames = "top_left",
+    *sizes: int,
+    order: OrderNames | None = None,
     groups: int = 1,
+    dilation: Steps = 1,
     corner: str = "general",
 ) -> Tensor:
-    """The matrix of A(w) on images of ``height`` × ``width``.
+    """The matrix of A(w) on images of ``dense_matrix(weight, height, width)``, or on signals or volumes.
+
+    The other arguments are those of :func:`inverse_flow.functional.inverse_conv2d`, or of that of as many dimensions
+    as there are sizes; the order is the first one, such as ``"top_left"``, unless given.
 
     Returns:
         (C·H·W, C·H·W), rows and columns in the order of ``x.flatten()`` for one image; differentiable in ``weight``.
     """
-    spec = make_spec(order, groups, corner)
+    dimensions = len(sizes)
+    spec = make_spec(ORDERS[dimensions][0] if order is None else order, groups, corner, dimensions)
+    steps = each_axis("dilation", dilation, dimensions)
     weight = effective_weight(weight, spec)
-    channels, (kernel_h, kernel_w) = weight.shape[1], weight.shape[2:]
+    channels, kernel = weight.shape[1], weight.shape[2:]
     blocks = []
-    for group, code in enumerate(spec.orders):
-        block = weight.new_zeros(channels, height, width, channels, height, width)
-        row, column = corner_index(code, kernel_h, kernel_w)
-        for i in range(kernel_h):
-            for j in range(kernel_w):
-                tap = weight[group * channels : (group + 1) * channels, :, i, j]
-                # Output pixel (h, v) reads input pixel (h + down, v + right).
-                down, right = i - row, j - column
-                block = block + torch.einsum(
-                    "oc,hg,vu->ohvcgu",
-                    tap,
-                    torch.eye(height, dtype=weight.dtype, device=weight.device).roll(down, 1).tril(down).triu(down),
-                    torch.eye(width, dtype=weight.dtype, device=weight.device).roll(right, 1).tril(right).triu(right),
-                )
-        blocks.append(block.reshape(channels * height * width, -1))
+    for code, window in zip(spec.orders, weight.split(channels), strict=True):
+        block = weight.new_zeros(channels * math.prod(sizes), channels * math.prod(sizes))
+        for place in product(*map(range, kernel)):
+            matrix = tap(window, place)
+            for size, index, corner_place, step in zip(sizes, place, corner_index(code, kernel), steps, strict=True):
+                # An output pixel reads the input pixel so far behind it: ones on one diagonal.
+                behind = (index - corner_place) * step
+                matrix = torch.kron(matrix, weight.new_ones(size, size).tril(behind).triu(behind))
+            block = block + matrix
+        blocks.append(block)
     return torch.block_diag(*blocks)
 
 
-def inverse_conv2d_dense(
+def _dense(
+    dimensions: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    order: OrderNames,
+    groups: int,
+    dilation: Steps,
+    corner: str,
+) -> Tensor:
+    """A dense solve in float64."""
+    make_spec(order, groups, corner, dimensions)
+    check_arguments(input, weight, bias, groups, dimensions)
+    right = input.double() if bias is None else input.double() - per_channel(bias.double(), input)
+    matrix = dense_matrix(
+        weight.double(), *input.shape[2:], order=order, groups=groups, dilation=dilation, corner=corner
+    )
+    return torch.linalg.solve(matrix, right.flatten(1).mT).mT.reshape(input.shape)
+
+
+def _recurrence(
+    dimensions: int,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    order: OrderNames,
+    groups: int,
+    dilation: Steps,
+    corner: str,
+) -> Tensor:
+    """One pixel after the other."""
+    spec = make_spec(order, groups, corner, dimensions)
+    check_arguments(input, weight, bias, groups, dimensions)
+    steps = each_axis("dilation", dilation, dimensions)
+    weight = effective_weight(weight, spec).to(input.dtype)
+    if bias is not None:
+        input = input - per_channel(bias.to(input.dtype), input)
+    channels = weight.shape[1]
+    groups_of = zip(input.split(channels, 1), weight.split(channels), spec.orders, strict=True)
+    return torch.cat([_sweep(images, window, code, steps) for images, window, code in groups_of], 1)
+
+
+def _sweep(input: Tensor, weight: Tensor, order: int, steps: tuple[int, ...]) -> Tensor:
+    """One group: mirrors the image and the taps so that the order is the first one, and sweeps in raster order."""
+    flips = [axis for axis, backwards in enumerate(mirrored(order, len(steps)), 2) if backwards]
+    input, weight = input.flip(flips), weight.flip(flips)
+    kernel, sizes = weight.shape[2:], input.shape[2:]
+    # The offsets to the pixels that are read, the pixel itself first, and the taps there.
+    offsets = list(product(*map(range, kernel)))
+    taps = [tap(weight, (-1 - q for q in offset)).mT for offset in offsets]
+    pixels: dict[tuple[int, ...], Tensor] = {}
+    for pixel in product(*map(range, sizes)):
+        right = tap(input, pixel)
+        for offset, values in zip(offsets[1:], taps[1:], strict=True):
+            source = tuple(p - q * step for p, q, step in zip(pixel, offset, steps, strict=True))
+            if source in pixels:
+                right = right - pixels[source] @ values
+        pixels[pixel] = torch.linalg.solve(taps[0].mT, right.mT).mT
+    return torch.stack(list(pixels.values()), -1).unflatten(-1, sizes).flip(flips)
+
+
+def inverse_conv1d(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    order: OrderNames = "top_left",
+    order: OrderNames = "left",
     groups: int = 1,
+    dilation: Steps = 1,
     corner: str = "general",
 ) -> Tensor:
-    """:func:`inverse_flow.functional.inverse_conv2d` as a dense solve in float64: the oracle. Returns float64."""
-    make_spec(order, groups, corner)
-    check_arguments(input, weight, bias, groups)
-    right = input.double() if bias is None else input.double() - bias.double().view(-1, 1, 1)
-    matrix = dense_matrix(weight.double(), *input.shape[2:], order=order, groups=groups, corner=corner)
-    return torch.linalg.solve(matrix, right.flatten(1).mT).mT.reshape(input.shape)
+    """:func:`inverse_flow.functional.inverse_conv1d` as the plain recurrence, one pixel after the other, in the
+    dtype of ``input``: what rounding alone costs. Same arguments and errors."""
+    return _recurrence(1, input, weight, bias, order, groups, dilation, corner)
+
+
+def inverse_conv1d_dense(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    order: OrderNames = "left",
+    groups: int = 1,
+    dilation: Steps = 1,
+    corner: str = "general",
+) -> Tensor:
+    """:func:`inverse_flow.functional.inverse_conv1d` as a dense solve in float64: the oracle. Returns float64."""
+    return _dense(1, input, weight, bias, order, groups, dilation, corner)
 
 
 def inverse_conv2d(
@@ -75,38 +158,52 @@ def inverse_conv2d(
     *,
     order: OrderNames = "top_left",
     groups: int = 1,
+    dilation: Steps = 1,
     corner: str = "general",
 ) -> Tensor:
     """:func:`inverse_flow.functional.inverse_conv2d` as the plain recurrence, one pixel after the other, in the
     dtype of ``input``: what rounding alone costs. Same arguments and errors."""
-    spec = make_spec(order, groups, corner)
-    check_arguments(input, weight, bias, groups)
-    weight = effective_weight(weight, spec).to(input.dtype)
-    if bias is not None:
-        input = input - bias.to(input.dtype).view(-1, 1, 1)
-    channels = weight.shape[1]
-    parts = [
-        _recurrence(input[:, part], weight[part], code)
-        for group, code in enumerate(spec.orders)
-        for part in [slice(group * channels, (group + 1) * channels)]
-    ]
-    return torch.cat(parts, 1)
+    return _recurrence(2, input, weight, bias, order, groups, dilation, corner)
 
 
-def _recurrence(input: Tensor, weight: Tensor, order: int) -> Tensor:
-    """One group: mirrors the image and the taps so that the order is top-left, and sweeps in raster order."""
-    mirrored = [dim for dim, bit in ((2, MIRROR_ROWS), (3, MIRROR_COLUMNS)) if order & bit]
-    input, weight = input.flip(mirrored), weight.flip(mirrored)
-    kernel_h, kernel_w = weight.shape[2:]
-    corner_tap = weight[:, :, -1, -1]
-    pixels: dict[tuple[int, int], Tensor] = {}
-    for i in range(input.shape[2]):
-        for j in range(input.shape[3]):
-            right = input[:, :, i, j]
-            for p in range(min(kernel_h, i + 1)):
-                for q in range(min(kernel_w, j + 1)):
-                    if p or q:
-                        right = right - pixels[i - p, j - q] @ weight[:, :, kernel_h - 1 - p, kernel_w - 1 - q].mT
-            pixels[i, j] = torch.linalg.solve(corner_tap, right.mT).mT
-    rows = [torch.stack([pixels[i, j] for j in range(input.shape[3])], -1) for i in range(input.shape[2])]
-    return torch.stack(rows, 2).flip(mirrored)
+def inverse_conv2d_dense(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    order: OrderNames = "top_left",
+    groups: int = 1,
+    dilation: Steps = 1,
+    corner: str = "general",
+) -> Tensor:
+    """:func:`inverse_flow.functional.inverse_conv2d` as a dense solve in float64: the oracle. Returns float64."""
+    return _dense(2, input, weight, bias, order, groups, dilation, corner)
+
+
+def inverse_conv3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    order: OrderNames = "front_top_left",
+    groups: int = 1,
+    dilation: Steps = 1,
+    corner: str = "general",
+) -> Tensor:
+    """:func:`inverse_flow.functional.inverse_conv3d` as the plain recurrence, one pixel after the other, in the
+    dtype of ``input``: what rounding alone costs. Same arguments and errors."""
+    return _recurrence(3, input, weight, bias, order, groups, dilation, corner)
+
+
+def inverse_conv3d_dense(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    order: OrderNames = "front_top_left",
+    groups: int = 1,
+    dilation: Steps = 1,
+    corner: str = "general",
+) -> Tensor:
+    """:func:`inverse_flow.functional.inverse_conv3d` as a dense solve in float64: the oracle. Returns float64."""
+    return _dense(3, input, weight, bias, order, groups, dilation, corner)

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -159,7 +160,7 @@ def test_everything_at_once(small: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     flags = ["--model", "FInCFlow", "--levels", 2, "--orders", "alternating", "--conditional", "--memory-efficient"]
     flags += ["--dequantization", "variational", "--bits", 5, "--optimizer", "adamax", "--decay-at", 0.5]
-    flags += ["--decay-at", 8, "--patience", 9, "--parts", "across:2", "--schedule", "simultaneous"]
+    flags += ["--max-gain", 50, "--decay-at", 8, "--patience", 9, "--parts", "across:2", "--schedule", "simultaneous"]
     result = call(
         "train", "--data", small, "--out", run, "--steps", 4, "--tensorboard", "--sample-every", 2, *SMALL, *flags
     )
@@ -237,7 +238,13 @@ def test_evaluate_agrees_with_the_training_run(trained: Path) -> None:
     evaluated = json.loads(result.output)
     for name in ("train_bits_per_dim", "test_bits_per_dim", "baseline_test_bits_per_dim", "parameters"):
         assert evaluated[name] == pytest.approx(summary[name], rel=1e-6)
-    assert "bits/dim of independent pixels, test" in call("evaluate", trained).output
+    (layer,) = evaluated["stability"]
+    assert layer["path"] == "layers.2.layers.0"
+    assert layer["image_size"] == [14, 14]
+    assert 1 < layer["gain"] < 3
+    told = call("evaluate", trained).output
+    assert "bits/dim of independent pixels, test" in told
+    assert re.search(rf"layers.2.layers.0 +14 × 14 +{layer['gain']:.3g} ", told)
 
 
 def test_errors_are_told_in_a_line(tmp_path: Path) -> None:

@@ -88,6 +88,7 @@ CASES = {
     "inverse_conv": Case(partial(InverseConv2d, 2), (2, 3, 5)),
     "inverse_conv_plu": Case(partial(InverseConv2d, 3, (2, 3), corner="plu"), (3, 4, 3)),
     "inverse_conv_four_orders": Case(partial(InverseConv2d, 4, groups=4, order=FOUR_ORDERS), (4, 3, 3)),
+    "inverse_conv_bounded": Case(partial(InverseConv2d, 3, corner="plu", max_row_sum=0.1), (3, 3, 2)),
     "actnorm": Case(partial(ActNorm, 3), (3, 3, 5)),
     "actnorm_one_pixel": Case(partial(ActNorm, 1), (1, 1, 1)),
     "conv1x1": Case(partial(Conv1x1, 5), (5, 3, 1)),

@@ -13,11 +13,9 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from inverse_flow import InverseConv2d, reference
 from inverse_flow.functional import causal_conv2d, inverse_conv2d
 from inverse_flow.ops import library as ops
-from inverse_flow.ops.autograd import Solve
-from inverse_flow.ops.spec import Spec
 
 from ..cases import CORNERS, ORDERS, Case
-from ..checks import check_vmap
+from ..checks import check_vmap, solve
 
 SUBSETS = [subset for subset in product([False, True], repeat=3) if any(subset)]
 SUBSET = pytest.mark.parametrize(
@@ -30,6 +28,9 @@ TINY = [
     *(Case(2, 4, 2, 2, (2, 2), groups=2, order=("bottom_left", "top_right"), corner=corner) for corner in CORNERS),
     Case(9, 1, 2, 2, (2, 1), order="bottom_right"),
     Case(1, 2, 2, 1, (3, 2), corner="unit_triangular"),
+    Case(1, 2, None, 4, (2,), order="right"),
+    Case(1, 2, None, 5, (2,), dilation=2),
+    Case(1, 1, 3, 2, (2, 2), order="bottom_left", dilation=(2, 1)),
 ]
 FEW_TINY = [TINY[0], TINY[4], TINY[8], *TINY[12:]]
 
@@ -45,20 +46,20 @@ def leaves(
 @SUBSET
 @pytest.mark.parametrize("case", TINY, ids=str)
 def test_gradcheck(case: Case, needed: tuple[bool, bool, bool], device: torch.device) -> None:
-    assert gradcheck(lambda *t: inverse_conv2d(*t, **case.arguments), leaves(case, needed, device))
+    assert gradcheck(lambda *t: case.inverse_conv(*t, **case.arguments), leaves(case, needed, device))
 
 
 @SUBSET
 @pytest.mark.parametrize("case", FEW_TINY, ids=str)
 def test_gradgradcheck(case: Case, needed: tuple[bool, bool, bool], device: torch.device) -> None:
-    assert gradgradcheck(lambda *t: inverse_conv2d(*t, **case.arguments), leaves(case, needed, device))
+    assert gradgradcheck(lambda *t: case.inverse_conv(*t, **case.arguments), leaves(case, needed, device))
 
 
 @SUBSET
 @pytest.mark.parametrize("case", FEW_TINY, ids=str)
 def test_gradcheck_of_the_transposed_solve(case: Case, needed: tuple[bool, bool, bool], device: torch.device) -> None:
     def transposed(*tensors: Tensor) -> Tensor:
-        return Solve.apply(*tensors, Spec(case.order_codes, case.corner_code, transposed=True))
+        return solve(case, *tensors, transposed=True)
 
     assert gradcheck(transposed, leaves(case, needed, device))
 
@@ -78,7 +79,7 @@ def test_third_derivatives() -> None:
 @SUBSET
 @pytest.mark.parametrize("case", FEW_TINY, ids=str)
 def test_forward_mode(case: Case, needed: tuple[bool, bool, bool], device: torch.device) -> None:
-    function = lambda *t: inverse_conv2d(*t, **case.arguments)  # noqa: E731
+    function = lambda *t: case.inverse_conv(*t, **case.arguments)  # noqa: E731
     assert gradcheck(function, leaves(case, needed, device), check_forward_ad=True, check_backward_ad=False)
 
 
@@ -86,8 +87,8 @@ def test_forward_mode(case: Case, needed: tuple[bool, bool, bool], device: torch
 def test_jvp_agrees_with_the_dense_solve_and_is_not_zero(case: Case) -> None:
     tensors = tuple(t.masked_fill(t.isnan(), 0) for t in leaves(case, (False, False, False)))
     tangents = tuple(torch.randn_like(t) for t in tensors)
-    value, tangent = torch.func.jvp(lambda *t: inverse_conv2d(*t, **case.arguments), tensors, tangents)
-    exact = torch.func.jvp(lambda *t: reference.inverse_conv2d_dense(*t, **case.arguments), tensors, tangents)
+    value, tangent = torch.func.jvp(lambda *t: case.inverse_conv(*t, **case.arguments), tensors, tangents)
+    exact = torch.func.jvp(lambda *t: case.dense(*t, **case.arguments), tensors, tangents)
     assert tangent.any()
     torch.testing.assert_close((value, tangent), exact)
 
@@ -112,9 +113,9 @@ def test_jacobians_of_both_modes_agree_with_the_dense_solve(case: Case) -> None:
     everything = (0, 1, 2)
 
     def fast(*t: Tensor) -> Tensor:
-        return inverse_conv2d(*t, **case.arguments)
+        return case.inverse_conv(*t, **case.arguments)
 
-    exact = torch.func.jacrev(lambda *t: reference.inverse_conv2d_dense(*t, **case.arguments), everything)(*tensors)
+    exact = torch.func.jacrev(lambda *t: case.dense(*t, **case.arguments), everything)(*tensors)
     torch.testing.assert_close(torch.func.jacrev(fast, everything)(*tensors), exact)
     torch.testing.assert_close(torch.func.jacfwd(fast, everything)(*tensors), exact)
 
@@ -166,6 +167,9 @@ def test_hessian() -> None:
         Case(2, 3, 4, 3, corner="unit_triangular"),
         Case(9, 4, 3, 3, (2, 2), 2, ("bottom_left", "top_right")),
         Case(0, 2, 2, 2),
+        Case(2, 2, None, 5, (2,), order="right"),
+        Case(2, 2, 4, 3, (2, 2), dilation=(2, 1)),
+        Case(2, 2, 3, 3, (2, 2), dilation=2),
     ],
     ids=str,
 )

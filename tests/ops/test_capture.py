@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from inverse_flow import InverseConv2d
+from inverse_flow import InverseConv1d, InverseConv2d
+from inverse_flow.conv import InverseConvNd
 from inverse_flow.flows import ActNorm
 from inverse_flow.functional import causal_conv2d, inverse_conv2d
 
@@ -27,10 +28,10 @@ LAYERS = list(itertools.product(["identity", "unit_triangular", "plu"], ["forwar
 class Direction(nn.Module):
     """One direction of a layer as a module, which is what is exported."""
 
-    def __init__(self, corner: str, direction: str) -> None:
+    def __init__(self, corner: str, direction: str, layer: InverseConvNd | None = None) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.layer = InverseConv2d(4, 3, groups=2, order=("bottom_right", "top_left"), corner=corner)
+        self.layer = layer or InverseConv2d(4, 3, groups=2, order=("bottom_right", "top_left"), corner=corner)
         self.inverse = direction == "inverse"
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,6 +156,30 @@ def test_an_exported_layer_is_trained(corner: str, direction: str, strict: bool,
     parameters = [of_name[name] for name, _ in module.named_parameters()]
     for shape in [(2, 4, 6, 5), (5, 4, 3, 7)]:
         assert_same(exported, module, parameters, torch.randn(shape, requires_grad=True))
+
+
+OTHERS = {
+    "signals": (lambda: InverseConv1d(4, 3, groups=2, order=("right", "left")), (6,)),
+    "dilated images": (lambda: InverseConv2d(4, 2, corner="plu", dilation=(2, 3)), (6, 5)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of torch.export itself
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+@pytest.mark.parametrize("other", OTHERS)
+def test_other_layers_are_compiled_and_exported(other: str, direction: str) -> None:
+    make, sizes = OTHERS[other]
+    module = Direction("", direction, make())
+    x = torch.randn(2, 4, *sizes, requires_grad=True)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    exported = torch.export.export(
+        copy.deepcopy(module), (x.detach(),), dynamic_shapes={"x": {0: torch.export.Dim("b")}}
+    )
+    of_name = dict(exported.module().named_parameters())
+    for batch in (x, torch.randn(5, 4, *sizes, requires_grad=True)):
+        assert_same(compiled, module, list(module.parameters()), batch)
+        parameters = [of_name[name] for name, _ in module.named_parameters()]
+        assert_same(exported.module(), module, parameters, batch)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

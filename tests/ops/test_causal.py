@@ -7,22 +7,23 @@ import torch
 
 from inverse_flow import reference
 from inverse_flow.functional import causal_conv2d
+from inverse_flow.ops.causal import per_channel
 
-from ..cases import CORNERS, DTYPES, FEW, ORDERS, SHAPES, Case
+from ..cases import CORNERS, DTYPES, FEW, FEW_MORE, ORDERS, SHAPES, Case
 from ..tolerance import assert_accurate, state_dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [*SHAPES[::3], *FEW], ids=str)
+@pytest.mark.parametrize("case", [*SHAPES[::3], *FEW, *FEW_MORE], ids=str)
 def test_value(case: Case, dtype: torch.dtype, device: torch.device) -> None:
     input, weight, bias = case.tensors(dtype, device)
-    actual = causal_conv2d(input, weight, bias, **case.arguments)
+    actual = case.causal_conv(input, weight, bias, **case.arguments)
     matrix = reference.dense_matrix(weight.double(), *input.shape[2:], **case.arguments)
-    offset = 0 if bias is None else bias.double().view(-1, 1, 1)
+    offset = 0 if bias is None else per_channel(bias.double(), input)
     exact = (input.double().flatten(1) @ matrix.mT).reshape(input.shape) + offset
     state = state_dtype(dtype)
     product = (input.to(state).flatten(1) @ matrix.to(state).mT).reshape(input.shape)
-    plain = (product if bias is None else product + bias.to(state).view(-1, 1, 1)).to(dtype)
+    plain = (product if bias is None else product + per_channel(bias.to(state), input)).to(dtype)
     terms = (input.double().abs().flatten(1) @ matrix.abs().mT).reshape(input.shape)
     assert_accurate(actual, plain, exact, dtype, magnitude=terms)
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from inverse_flow import InverseConv2d
+from inverse_flow import InverseConv1d, InverseConv2d
+from inverse_flow.conv import InverseConvNd
 from inverse_flow.functional import causal_conv2d, inverse_conv2d
 
 from ..cases import DTYPES, ORDERS
@@ -21,7 +22,28 @@ CORNER = pytest.mark.parametrize("corner", CORNERS)
 FOUR = {"groups": 4, "order": ORDERS}
 
 
-def randomised(layer: InverseConv2d) -> InverseConv2d:
+# Layers of more than plain images, and the sizes of what they are shown.
+OTHERS = {
+    "signals": (InverseConv1d, {"order": "right"}, (6,)),
+    "dilated signals": (
+        InverseConv1d,
+        {"groups": 2, "order": ("left", "right"), "dilation": 2, "kernel_size": 2},
+        (5,),
+    ),
+    "dilated images": (InverseConv2d, {"groups": 4, "order": ORDERS, "dilation": (2, 1)}, (3, 4)),
+    "images dilated beyond their size": (InverseConv2d, {"dilation": 3, "kernel_size": 2}, (4, 2)),
+}
+OTHER = pytest.mark.parametrize("other", OTHERS)
+
+
+def other_layer(other: str, corner: str, **options: object) -> tuple[InverseConvNd, torch.Tensor]:
+    """A layer of the list, away from its initial values, and a batch for it."""
+    kind, arguments, sizes = OTHERS[other]
+    layer = randomised(kind(4, corner=corner, dtype=torch.float64, **{**arguments, **options}))
+    return layer, torch.randn(2, 4, *sizes, dtype=torch.float64)
+
+
+def randomised(layer: InverseConvNd) -> InverseConvNd:
     """Parameters away from their initial values, so that a bias or scale that is ignored shows."""
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -38,6 +60,43 @@ def randomised(layer: InverseConv2d) -> InverseConv2d:
 def test_log_det_against_the_jacobian_in_both_directions(corner: str, arguments: dict) -> None:
     layer = randomised(InverseConv2d(4, corner=corner, dtype=torch.float64, **arguments))
     check_log_det(layer, torch.randn(2, 4, 2, 3, dtype=torch.float64))
+
+
+@CORNER
+@OTHER
+def test_log_det_of_other_layers(corner: str, other: str) -> None:
+    check_log_det(*other_layer(other, corner))
+
+
+@CORNER
+@OTHER
+def test_other_layers_keep_types_and_round_trip(corner: str, other: str) -> None:
+    layer, x = other_layer(other, corner)
+    torch.testing.assert_close(layer(layer.inverse(x)[0])[0], x)
+    for dtype in DTYPES:
+        z, log_det = layer.to(dtype)(x.to(dtype))
+        assert (z.shape, z.dtype, log_det.shape) == (x.shape, dtype, (2,))
+    assert layer(x[:0].to(dtype))[0].shape == (0, *x.shape[1:])
+    with pytest.raises(ValueError, match=f"{type(layer).__name__} takes batches of shape"):
+        layer(x[0])
+    assert eval(repr(layer)).weight.shape == layer.weight.shape
+
+
+@CORNER
+@OTHER
+def test_the_closed_form_of_the_backward_pass(corner: str, other: str) -> None:
+    """backward_from_output against autograd, for what is made of the operator's own."""
+    layer, x = other_layer(other, corner)
+    z, log_det = layer(x.requires_grad_())
+    grad_z, grad_log_det = torch.randn_like(z), torch.randn_like(log_det)
+    parameters = list(layer.parameters())
+    outputs, grads = [z], [grad_z]
+    if log_det.requires_grad:
+        outputs, grads = [z, log_det], [grad_z, grad_log_det]
+    expected = torch.autograd.grad(outputs, [x, *parameters], grads)
+    with torch.no_grad():
+        again, grad_x = layer.backward_from_output(z.detach(), grad_z, grad_log_det)
+    torch.testing.assert_close((again, grad_x, *(p.grad for p in parameters)), (x.detach(), *expected))
 
 
 @CORNER

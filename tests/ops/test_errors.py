@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from inverse_flow import InverseConv2d, reference
+from inverse_flow import InverseConv2d, functional, reference
 from inverse_flow.functional import causal_conv2d, inverse_conv2d
 from inverse_flow.ops import native
 
@@ -32,8 +32,12 @@ FUNCTIONS = [inverse_conv2d, causal_conv2d, reference.inverse_conv2d, reference.
         ({"input": Y.to(torch.complex64)}, TypeError, r"got torch.complex64"),
         ({"weight": W.bool()}, TypeError, r"weight must be float32, .*, got torch.bool"),
         ({"bias": B.long()}, TypeError, r"bias must be float32, .*, got torch.int64"),
-        ({"input": Y[0]}, ValueError, r"input must have shape \(B, C, H, W\), got \(4, 3, 3\)"),
+        ({"input": Y[0, 0]}, ValueError, r"input must have shape \(B, C, H, W\).*, got \(3, 3\)"),
         ({"input": Y[..., None]}, ValueError, r"input must have shape \(B, C, H, W\)"),
+        ({"input": Y[..., None], "weight": W[..., None]}, ValueError, r"input must have shape \(B, C, H, W\)"),
+        ({"dilation": 0}, ValueError, r"dilation must be one integer or a sequence of 2, each at least 1, got 0"),
+        ({"dilation": (1, 2, 3)}, ValueError, r"dilation must be .*, got \(1, 2, 3\)"),
+        ({"dilation": 1.5}, ValueError, "dilation must be .*, got 1.5"),
         ({"input": Y[:, :0]}, ValueError, r"at least one channel and one pixel, got shape \(2, 0, 3, 3\)"),
         ({"input": Y[:, :, :0]}, ValueError, r"at least one channel and one pixel, got shape \(2, 4, 0, 3\)"),
         ({"input": Y[..., :0]}, ValueError, r"at least one channel and one pixel, got shape \(2, 4, 3, 0\)"),
@@ -75,11 +79,43 @@ def test_arguments(
         function(**(arguments | change))
 
 
+@pytest.mark.parametrize("name", ["inverse_conv", "causal_conv"])
+@pytest.mark.parametrize(
+    ("dimensions", "shape", "kernel", "images"),
+    [
+        (1, (2, 4, 3, 3), (2, 2), r"\(B, C, L\) or \(C, L\)"),
+        (1, (4,), (2,), r"\(B, C, L\) or \(C, L\)"),
+        (2, (2, 4, 3, 3, 3), (2, 2, 2), r"\(B, C, H, W\) or \(C, H, W\)"),
+        (3, (4, 3, 3), (2, 2, 2), r"\(B, C, D, H, W\) or \(C, D, H, W\)"),
+    ],
+)
+def test_images_of_other_dimensions(
+    name: str, dimensions: int, shape: tuple[int, ...], kernel: tuple[int, ...], images: str
+) -> None:
+    function = getattr(functional, f"{name}{dimensions}d")
+    with pytest.raises(ValueError, match=f"input must have shape {images}, got"):
+        function(torch.zeros(shape), torch.zeros(4, 4, *kernel), corner="identity")
+
+
+@pytest.mark.parametrize(
+    ("dimensions", "weight"), [(1, r"\(4, 4, kL\)"), (2, r"\(4, 4, kH, kW\)"), (3, r"\(4, 4, kD, kH, kW\)")]
+)
+def test_weights_and_orders_of_other_dimensions(dimensions: int, weight: str) -> None:
+    function = getattr(functional, f"inverse_conv{dimensions}d")
+    y = torch.zeros(2, 4, *(3,) * dimensions)
+    with pytest.raises(ValueError, match=f"weight must have shape {weight}"):
+        function(y, torch.zeros(4, 4, *(2,) * (dimensions % 3 + 1)))
+    wrong = {1: "top_left", 2: "left", 3: "bottom_right"}[dimensions]
+    with pytest.raises(ValueError, match=f"order must be one of .*, got '{wrong}'"):
+        function(y, torch.zeros(4, 4, *(2,) * dimensions), order=wrong)
+
+
 def test_arguments_under_vmap() -> None:
     solve_all = torch.vmap(inverse_conv2d, in_dims=(0, None))
     assert solve_all(Y[None], W).shape == (1, *Y.shape)
-    with pytest.raises(ValueError, match=r"input must have shape \(B, C, H, W\), got \(4, 3, 3\)"):
-        solve_all(Y, W)
+    assert solve_all(Y, W).equal(inverse_conv2d(Y, W))  # each of them alone
+    with pytest.raises(ValueError, match=r"input must have shape \(B, C, H, W\) or \(C, H, W\), got \(3, 3\)"):
+        solve_all(Y[:, 0], W)
     with pytest.raises(ValueError, match=r"weight must have shape \(4, 4, kH, kW\)"):
         solve_all(Y[None], W[:3])
 
@@ -136,7 +172,8 @@ def test_other_devices() -> None:
     [
         ({"channels": 0}, ValueError, "channels must be an integer of at least 1, got 0"),
         ({"channels": 2.0}, ValueError, "channels must be an integer of at least 1, got 2.0"),
-        ({"kernel_size": 0}, ValueError, "kernel_size must be one integer or a pair, each at least 1, got 0"),
+        ({"kernel_size": 0}, ValueError, "kernel_size must be one integer or a sequence of 2, each at least 1, got 0"),
+        ({"dilation": (2, 0)}, ValueError, r"dilation must be .*, got \(2, 0\)"),
         ({"kernel_size": (3, 0)}, ValueError, r"kernel_size .*, got \(3, 0\)"),
         ({"kernel_size": (3, 3, 3)}, ValueError, r"kernel_size .*, got \(3, 3, 3\)"),
         ({"kernel_size": 2.5}, ValueError, "kernel_size .* got 2.5"),
@@ -158,7 +195,7 @@ def test_module_calls(direction: str) -> None:
     call = getattr(InverseConv2d(4), direction)
     with pytest.raises(TypeError, match=r"input must be a torch\.Tensor, got str"):
         call("image")
-    with pytest.raises(ValueError, match=r"input must have shape \(B, C, H, W\), got \(4, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"InverseConv2d takes batches of shape \(B, 4, H, W\), got \(4, 3, 3\)"):
         call(Y[0])
     with pytest.raises(ValueError, match=r"weight must have shape \(3, 3, kH, kW\) for 3 channels"):
         call(Y[:, :3])

@@ -89,6 +89,18 @@ def test_half_precision_has_the_state_of_float32() -> None:
     assert cpu((100, 6, 8, 8), 3, dtype=torch.float64, threads=1).lanes <= single.lanes
 
 
+def test_a_signal_is_an_image_of_one_row_and_residue_classes_a_batch() -> None:
+    def facts(plan: Plan) -> list[tuple[str, str]]:
+        return list(plan.rows())
+
+    signal = cpu((20, 4, 100), 5, order="right")
+    assert facts(signal) == facts(cpu((20, 4, 1, 100), (1, 5)))
+    assert str(signal).startswith("solve of (20, 4, 100), kernel 5, 1 group, right, general corner, float32\n")
+    dilated = cuda((3, 4, 30, 31), (3, 2), dilation=(2, 3))
+    assert facts(dilated) == facts(cuda((18, 4, 15, 11), (3, 2)))
+    assert "kernel 3 × 2 dilated by 2 × 3" in str(dilated)
+
+
 def test_an_image_of_one_block_is_one_launch() -> None:
     plan = cuda((100, 8, 32, 32), 5, corner="unit_triangular")
     assert plan.regime == "images in a block, weights in shared memory"
@@ -316,12 +328,12 @@ def test_every_fact_is_documented_and_printed() -> None:
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
-        (((1, 2, 3), 3), {}, ValueError, r"shape must be \(B, C, H, W\)"),
+        (((1, 2), 3), {}, ValueError, r"shape must be \(B, C, H, W\)"),
         (((1, 2.0, 3, 3), 3), {}, TypeError, "C of shape must be an integer, got 2.0"),
         (((-1, 2, 3, 3), 3), {}, ValueError, "B of shape must be at least 0, got -1"),
         (((1, 2, 0, 3), 3), {}, ValueError, "H of shape must be at least 1, got 0"),
         (((1, 2, 3, 3), 0), {}, ValueError, "kernel must be at least 1, got 0"),
-        (((1, 2, 3, 3), (3, 3, 3)), {}, ValueError, "an integer, a pair or the shape of a weight"),
+        (((1, 2, 3, 3), (3, 3, 3)), {}, ValueError, "an integer, one for each axis or the shape of a weight"),
         (((1, 4, 3, 3), (4, 4, 3, 3)), {"groups": 2}, ValueError, r"shape \(4, 2, kH, kW\), got \(4, 4, 3, 3\)"),
         (((1, 3, 3, 3), 3), {"groups": 2}, ValueError, r"\(3\) must be divisible by groups \(2\)"),
         (((1, 2, 3, 3), 3), {"groups": 0}, ValueError, "groups must be an integer of at least 1"),

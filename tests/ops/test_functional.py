@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,19 @@ from inverse_flow import build_info, explain, reference
 from inverse_flow.functional import causal_conv2d, inverse_conv2d
 from inverse_flow.ops import library as ops
 
-from ..cases import BATCHES, DIFFERENTIABLE, DTYPES, FEW, GAIN, LAYOUTS, ORDERS, OVERLAPPING, SHAPES, Case
+from ..cases import (
+    BATCHES,
+    DIFFERENTIABLE,
+    DTYPES,
+    FEW,
+    FEW_MORE,
+    GAIN,
+    LAYOUTS,
+    ORDERS,
+    OVERLAPPING,
+    SHAPES,
+    Case,
+)
 from ..checks import (
     check_consistent,
     check_containment,
@@ -53,7 +66,7 @@ def test_batches(case: Case, batch: int, transposed: bool, dtype: torch.dtype, d
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", FEW, ids=str)
+@pytest.mark.parametrize("case", [*FEW, *FEW_MORE], ids=str)
 def test_half_precision_images_with_float32_weights(case: Case, dtype: torch.dtype, device: torch.device) -> None:
     tensors = case.tensors(dtype, device, weight_dtype=torch.float32)
     check_value(case, *tensors)
@@ -72,10 +85,39 @@ def test_gradients_of_every_batch(batch: int, device: torch.device) -> None:
     check_gradients(case, *case.tensors(torch.float32, device))
 
 
-@pytest.mark.parametrize("case", FEW, ids=str)
+@pytest.mark.parametrize("case", [*FEW, *FEW_MORE], ids=str)
 def test_the_public_function_is_the_solve(case: Case, device: torch.device) -> None:
     tensors = case.tensors(torch.float32, device)
-    torch.testing.assert_close(inverse_conv2d(*tensors, **case.arguments), solve(case, *tensors), rtol=0, atol=0)
+    torch.testing.assert_close(case.inverse_conv(*tensors, **case.arguments), solve(case, *tensors), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", [*FEW, *FEW_MORE], ids=str)
+def test_one_image_alone(case: Case, device: torch.device) -> None:
+    input, weight, bias = case.tensors(torch.float64, device)
+    for function in (case.inverse_conv, case.causal_conv):
+        alone = function(input[0], weight, bias, **case.arguments)
+        torch.testing.assert_close(alone, function(input, weight, bias, **case.arguments)[0])
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case(1, 3, 4, 9, dilation=(1, 3)), Case(1, 3, 4, 9, dilation=(2, 1)), Case(1, 2, None, 8, (3,), dilation=2)],
+)
+def test_one_dilated_axis_of_one_image_is_not_copied(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operator reads the residue classes where they are, and its output is what is returned."""
+    input, weight, bias = case.tensors(torch.float32)
+    seen: list[int] = []
+
+    def listen(images: Tensor, *rest: Any) -> Tensor:
+        output = operator(images, *rest)
+        seen.extend((images.data_ptr(), output.data_ptr()))
+        return output
+
+    operator = ops.solve
+    monkeypatch.setattr(ops, "solve", listen)
+    output = case.inverse_conv(input, weight, bias, **case.arguments)
+    assert seen == [input.data_ptr(), output.data_ptr()]
+    check_value(case, input, weight, bias, found=output)
 
 
 def test_the_defaults_are_top_left_one_group_general_corner(device: torch.device) -> None:
@@ -90,7 +132,9 @@ def test_adjoint_and_round_trips(case: Case, device: torch.device) -> None:
 
 
 @TRANSPOSED
-@pytest.mark.parametrize("case", [*FEW, Case(10, 9, 3, 17), Case(2, 17, 9, 8), Case(9, 2, 4, 5, (1, 1))], ids=str)
+@pytest.mark.parametrize(
+    "case", [*FEW, *FEW_MORE, Case(10, 9, 3, 17), Case(2, 17, 9, 8), Case(9, 2, 4, 5, (1, 1))], ids=str
+)
 @pytest.mark.parametrize("layout", [*LAYOUTS, *OVERLAPPING])
 def test_layouts(case: Case, layout: str, transposed: bool, device: torch.device) -> None:
     check_layout(case, (LAYOUTS | OVERLAPPING)[layout], transposed, device)
@@ -123,7 +167,7 @@ def test_weight_and_bias_of_any_layout(layout: str, device: torch.device) -> Non
     check_gradients(case, input, LAYOUTS[layout](weight), bias)
 
 
-@pytest.mark.parametrize("case", FEW, ids=str)
+@pytest.mark.parametrize("case", [*FEW, *FEW_MORE], ids=str)
 @pytest.mark.parametrize("layout", [*LAYOUTS, *OVERLAPPING])
 def test_layouts_of_the_incoming_gradient(case: Case, layout: str, device: torch.device) -> None:
     input, weight, bias = case.tensors(torch.float32, device)
@@ -139,10 +183,11 @@ def test_the_gradient_of_a_sum_is_an_expanded_one() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("case", [*FEW, Case(33, 2, 3, 4), Case(1, 1, 40, 12, (3, 3))], ids=str)
+@pytest.mark.parametrize("case", [*FEW, *FEW_MORE, Case(33, 2, 3, 4), Case(1, 1, 40, 12, (3, 3))], ids=str)
 def test_a_bad_value_stays_in_its_image(case: Case, value: float, device: torch.device) -> None:
     for image in {0, case.batch // 2, case.batch - 1}:
-        for pixel in [(0, 0), (case.height // 2, case.width // 2), (case.height - 1, 0)]:
+        ends = [tuple(0 for _ in case.sizes), (case.sizes[0] - 1, *(0 for _ in case.sizes[1:]))]
+        for pixel in [*ends, tuple(size // 2 for size in case.sizes)]:
             check_containment(case, image, case.channels // 2, pixel, value, device)
 
 
@@ -159,7 +204,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("case", [*FEW, Case(100, 6, 6, 5), Case(1, 3, 70, 20)], ids=str)
+@pytest.mark.parametrize("case", [*FEW, *FEW_MORE, Case(100, 6, 6, 5), Case(1, 3, 70, 20)], ids=str)
 def test_repeated_runs_are_bit_identical(case: Case, count: int, device: torch.device) -> None:
     with threads(count):
         check_repeatable(case, device)

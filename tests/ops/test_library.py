@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from inverse_flow import InverseConv2d
 from inverse_flow.functional import inverse_conv2d
 from inverse_flow.ops import library as ops
 
-from ..cases import FEW, LAYOUTS, Case
+from ..cases import FEW, FEW_MORE, LAYOUTS, Case
 
 SOLVE = torch.ops.inverse_flow.solve
 SOLVE_BACKWARD = torch.ops.inverse_flow.solve_backward
@@ -84,23 +85,25 @@ def _fresh_compiler() -> None:
 class TestCompile:
     """torch.compile takes the operator whole: forward and backward, no graph break."""
 
-    @pytest.mark.parametrize("case", FEW, ids=str)
+    @pytest.mark.parametrize("case", [*FEW, *FEW_MORE], ids=str)
     def test_aot_eager(self, case: Case) -> None:
         tensors = [t for t in case.tensors(torch.float32) if t is not None]
         tensors[1] = tensors[1].masked_fill(tensors[1].isnan(), 0)
 
         def function(*t: Tensor) -> Tensor:
-            return torch.sin(inverse_conv2d(*t, **case.arguments)) * 2
+            return torch.sin(case.inverse_conv(*t, **case.arguments)) * 2
 
         compiled_against_eager(function, tensors, backend="aot_eager")
 
-    def test_dynamic_shapes_and_layouts(self) -> None:
-        function = torch.compile(inverse_conv2d, fullgraph=True, dynamic=True, backend="aot_eager")
-        weight = Case(1, 3, 4, 5).tensors(torch.float32)[1]
-        for batch, height, width in [(2, 4, 5), (9, 6, 3), (3, 7, 7)]:
+    @pytest.mark.parametrize("case", [Case(1, 3, 4, 5), Case(1, 3, None, 5, (3,)), Case(1, 3, 4, 5, dilation=(2, 3))])
+    def test_dynamic_shapes_and_layouts(self, case: Case) -> None:
+        solve = partial(case.inverse_conv, **case.arguments)
+        function = torch.compile(solve, fullgraph=True, dynamic=True, backend="aot_eager")
+        weight = case.tensors(torch.float32)[1]
+        for batch, *sizes in [(2, 4, 5), (9, 6, 3), (3, 7, 7)]:
             for layout in ("contiguous", "channels_last"):
-                images = LAYOUTS[layout](torch.randn(batch, 3, height, width))
-                found, expected = function(images, weight), inverse_conv2d(images, weight)
+                images = LAYOUTS[layout](torch.randn(batch, 3, *sizes[: case.dimensions]))
+                found, expected = function(images, weight), solve(images, weight)
                 torch.testing.assert_close(found, expected)
                 assert found.stride() == expected.stride()
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from torch.autograd import gradcheck
 
 from inverse_flow import reference
 
-from ..cases import CORNERS, FEW, ORDERS, SHAPES, Case, corner_tap
+from ..cases import ALL_ORDERS, CORNERS, FEW, FEW_MORE, SHAPES, Case, corner_tap
 
 
 def test_the_matrix_of_a_small_image_by_hand() -> None:
@@ -31,40 +33,56 @@ def test_the_matrix_of_a_small_image_by_hand() -> None:
     ]
 
 
-@pytest.mark.parametrize("order", ORDERS)
+SIZES = {1: ((5,), (3,)), 2: ((3, 4), (2, 3)), 3: ((2, 3, 2), (2, 2, 1))}
+
+
+@pytest.mark.parametrize("order", [order for orders in ALL_ORDERS.values() for order in orders])
+@pytest.mark.parametrize("dilation", [1, 2])
 @pytest.mark.parametrize("corner", CORNERS)
-def test_every_entry_of_the_matrix(order: str, corner: str) -> None:
-    """Entry by entry from the definition: output (o, i, j) reads input (c, i + p − row, j + q − column)."""
-    case = Case(1, 4, 3, 4, (2, 3), groups=2, order=(order, "top_right"), corner=corner)
+def test_every_entry_of_the_matrix(order: str, corner: str, dilation: int) -> None:
+    """Entry by entry from the definition: an output pixel reads the pixels that lie where their tap lies beside the
+    corner tap."""
+    dimensions = order.count("_") + 1
+    sizes, kernel = SIZES[dimensions]
+    orders = (order, ALL_ORDERS[dimensions][1])
+    depth, height, width = [None] * (3 - dimensions) + list(sizes)
+    case = Case(1, 4, height, width, kernel, 2, orders, corner, depth=depth, dilation=dilation)
     _, weight, _ = case.tensors()
-    matrix = reference.dense_matrix(weight, 3, 4, **case.arguments).view(4, 3, 4, 4, 3, 4)
+    matrix = reference.dense_matrix(weight, *sizes, **case.arguments).view(4, *sizes, 4, *sizes)
     expected = torch.zeros_like(matrix)
-    for o in range(4):
-        group = o // 2
-        row, column = corner_tap(case.orders[group], case.kernel)
-        for c, p, q, i, j in torch.cartesian_prod(*(torch.arange(n) for n in (2, 2, 3, 3, 4))).tolist():
-            y, x = i + p - row, j + q - column
-            if 0 <= y < 3 and 0 <= x < 4:
-                value = weight[o, c, p, q]
-                if (p, q) == (row, column) and corner != "general" and (corner == "identity" or c >= o % 2):
+    for o, c in product(range(4), range(2)):
+        corner_place = corner_tap(case.orders[o // 2], kernel)
+        for tap, pixel in product(product(*map(range, kernel)), product(*map(range, sizes))):
+            source = tuple(i + (q - m) * dilation for i, q, m in zip(pixel, tap, corner_place, strict=True))
+            if all(0 <= i < size for i, size in zip(source, sizes, strict=True)):
+                value = weight[(o, c, *tap)]
+                if tap == corner_place and corner != "general" and (corner == "identity" or c >= o % 2):
                     value = torch.tensor(float(c == o % 2))
-                expected[o, i, j, group * 2 + c, y, x] = value
+                expected[(o, *pixel, o // 2 * 2 + c, *source)] = value
     torch.testing.assert_close(matrix, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("case", [*SHAPES[::2], *FEW], ids=str)
+@pytest.mark.parametrize("case", [*SHAPES[::2], *FEW, *FEW_MORE], ids=str)
 def test_the_two_references_agree(case: Case) -> None:
     input, weight, bias = case.tensors()
-    dense = reference.inverse_conv2d_dense(input, weight, bias, **case.arguments)
-    plain = reference.inverse_conv2d(input, weight, bias, **case.arguments)
+    dense = case.dense(input, weight, bias, **case.arguments)
+    plain = case.recurrence(input, weight, bias, **case.arguments)
     torch.testing.assert_close(plain, dense)
 
 
-@pytest.mark.parametrize("function", [reference.inverse_conv2d, reference.inverse_conv2d_dense])
-@pytest.mark.parametrize("case", [Case(1, 2, 2, 3, (2, 2), order=o, corner=c) for o, c in zip(ORDERS, CORNERS * 2)])  # noqa: B905
-def test_both_are_differentiable(case: Case, function: object) -> None:
+@pytest.mark.parametrize("kind", ["recurrence", "dense"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(Case(1, 2, 2, 3, (2, 2), order=o, corner=c) for o, c in zip(ALL_ORDERS[2], CORNERS * 2)),  # noqa: B905
+        Case(1, 2, None, 4, (2,), order="right", dilation=2),
+        Case(1, 1, 2, 2, (2, 1, 2), order="back_bottom_left", depth=2),
+    ],
+    ids=str,
+)
+def test_both_are_differentiable(case: Case, kind: str) -> None:
     tensors = [t.requires_grad_() for t in case.tensors()]
-    assert gradcheck(lambda *t: function(*t, **case.arguments), tensors)  # type: ignore[operator]
+    assert gradcheck(lambda *t: getattr(case, kind)(*t, **case.arguments), tensors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

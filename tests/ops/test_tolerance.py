@@ -18,7 +18,7 @@ EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES} | {
 def quantities(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(plain, exact, matrix, right) of one problem."""
     input, weight, bias = CASE.tensors(dtype)
-    plain = plain_solve(input, weight, bias, **CASE.arguments)
+    plain = plain_solve(CASE, input, weight, bias)
     exact = reference.inverse_conv2d_dense(input, weight, bias, **CASE.arguments)
     matrix = reference.dense_matrix(weight.double(), CASE.height, CASE.width, **CASE.arguments)
     return plain, exact, matrix, input.double() - bias.double().view(-1, 1, 1)

@@ -27,6 +27,8 @@ RUNS = {
     "--evaluate-every 2",
     "gradient_norms": "--data {source} --learning-rates 1e-3 --steps 4 --every 2 --levels 1 --depth 1 --hidden 2 "
     "--batch-size 4 --threads 1 --plot {out}/plot",
+    "stability": "--data {source} --learning-rates 1e-3 2e-2 --steps 3 --every 2 --levels 1 --depth 1 --hidden 2 "
+    "--side 16 --seeds 2 --threads 1 --plot {out}/plot",
     "classifier": "--epochs 1 --hidden 2 --threads 1",
 }
 

@@ -25,6 +25,7 @@ def test_a_config_survives_json() -> None:
         ("decay_factor", 0.0, "decay_factor must be a finite number above 0, got 0"),
         ("optimizer", "sgd", 'optimizer must be "adam" or "adamax", got \'sgd\''),
         ("precision", "fp8", 'precision must be "float32" or "bf16", got \'fp8\''),
+        ("max_gain", 0.0, "max_gain must be a finite number above 0, got 0"),
         ("max_inverse_error", 0.0, "max_inverse_error must be a finite number above 0, got 0"),
     ],
 )

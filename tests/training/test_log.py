@@ -19,9 +19,18 @@ def write(path: Path, steps_done: int, reports: list[StepReport]) -> None:
 
 
 def test_reports_survive_the_file(tmp_path: Path) -> None:
-    reports = [report(1), report(2, validation=4.5)]
+    reports = [report(1), replace(report(2, validation=4.5), largest_gain=3.5)]
     write(tmp_path / "log.csv", 0, reports)
     assert read_log(tmp_path / "log.csv") == reports
+
+
+def test_a_log_from_before_there_was_a_gain_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    write(path, 0, [report(1), report(2)])
+    lines = [line.rpartition(",")[0] for line in path.read_text(encoding="utf-8").splitlines()]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write(path, 1, [replace(report(2), largest_gain=2.0)])
+    assert read_log(path) == [report(1), replace(report(2), largest_gain=2.0)]
 
 
 def test_a_resumed_run_replaces_what_it_does_again(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,10 +26,11 @@ def read(folder: Path, name: str) -> list[tuple[int, float]]:
 
 
 def test_every_report_is_a_point_of_each_curve(tmp_path: Path) -> None:
-    write(tmp_path, 0, report(1, 9.0), report(2, 8.0, validation=4.5))
+    write(tmp_path, 0, report(1, 9.0), replace(report(2, 8.0, validation=4.5), largest_gain=3.5))
     assert read(tmp_path, "train/loss") == [(1, 9.0), (2, 8.0)]
     assert read(tmp_path, "train/learning_rate") == [(1, pytest.approx(1e-3)), (2, pytest.approx(1e-3))]
     assert read(tmp_path, "method/part") == [(1, 1.0), (2, 0.0)]
+    assert read(tmp_path, "train/largest_gain") == [(2, 3.5)]
     assert read(tmp_path, "validation/bits_per_dim") == [(2, 4.5)]
     (image,) = EventAccumulator(str(tmp_path / BOARD_FOLDER)).Reload().Images("samples")
     assert (image.step, image.height, image.width) == (2, 4, 6)

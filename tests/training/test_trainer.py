@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from inverse_flow import stability_report
 from inverse_flow.flows import Flow, FlowLayer, NonFiniteError
 from inverse_flow.flows.base import zero_logdet
-from inverse_flow.models import InverseFlow
+from inverse_flow.models import Glow, InverseFlow
+from inverse_flow.parts import PartsConfig
+from inverse_flow.stability import gains
 from inverse_flow.training import (
     Batches,
     InverseError,
@@ -24,6 +27,7 @@ from inverse_flow.training import (
     checkpoint,
 )
 from inverse_flow.training import trainer as trainer_module
+from inverse_flow.training.gains import naming_largest_gain
 from inverse_flow.training.log import read_log
 
 CONFIG = TrainConfig(
@@ -329,7 +333,10 @@ class Fault(FlowLayer):
 def test_a_loss_that_is_not_finite_names_its_layer() -> None:
     broken = model()
     broken.layers[1].layers[2] = Fault(in_gradient=False)
-    message = r"layers.1.layers.2: 64 of 64 values of the result of Fault.forward .*the loss of step 1 is nan"
+    message = (
+        r"layers.1.layers.2: 64 of 64 values of the result of Fault.forward .*the loss of step 1 is nan; "
+        r"the largest gain is 1.\d+, of layers.1.layers.0$"
+    )
     with pytest.raises(NonFiniteError, match=message):
         Trainer(broken, images(), CONFIG).fit()
 
@@ -362,8 +369,50 @@ def test_a_layer_that_stops_inverting_itself_stops_the_run(tmp_path: Path) -> No
 def test_a_gradient_that_is_not_finite_names_its_parameter() -> None:
     broken = model()
     broken.layers[1].layers[2] = Fault(in_gradient=True)
-    with pytest.raises(FloatingPointError, match=r"gradients of step 1 are not finite: layers.1.layers.2.weight$"):
+    with pytest.raises(FloatingPointError, match=r"not finite: layers.1.layers.2.weight; the largest gain is"):
         Trainer(broken, images(), CONFIG).fit()
+
+
+@torch.no_grad()
+def amplify(flow: InverseFlow, factor: float) -> InverseFlow:
+    """Multiplies the taps of the flow's inverse convolution, so that its gain is large."""
+    flow.layers[1].layers[0].weight.mul_(factor)
+    return flow
+
+
+def test_an_inverse_convolution_that_explodes_is_named_with_its_gain() -> None:
+    with pytest.raises(FloatingPointError, match=r"the largest gain is \S+e\+\d+, of layers.1.layers.0"):
+        Trainer(amplify(model(), 1e32), images(), CONFIG).fit()
+    # A model without one dies without.
+    broken = Flow([*Glow((1, 4, 4), 1, 1, 4).layers, Fault(in_gradient=False)], (1, 4, 4))
+    with pytest.raises(NonFiniteError) as caught, naming_largest_gain(broken):
+        raise NonFiniteError("layers.3", "NaN")
+    assert str(caught.value) == "layers.3: NaN"
+
+
+def test_the_largest_gain_is_logged_at_evaluations(tmp_path: Path) -> None:
+    trainer = Trainer(model(), images(), CONFIG, tmp_path)
+    reports = run(trainer)
+    assert [report.largest_gain is not None for report in reports] == [report.step % 4 == 0 for report in reports]
+    assert reports[-1].largest_gain == stability_report(trainer.model, (1, 4, 4)).largest.gain
+    assert [report.largest_gain for report in read_log(tmp_path / "log.csv")] == [r.largest_gain for r in reports]
+
+
+@pytest.mark.parametrize("parts", [None, PartsConfig("across", 1, "simultaneous")], ids=["end to end", "by parts"])
+def test_a_limit_on_the_gain_holds_after_every_step(parts: PartsConfig | None) -> None:
+    config = replace(CONFIG, max_gain=1.5, learning_rate=0.1, warmup_steps=0, parts=parts)
+    trainer, seen = Trainer(amplify(model(), 300), images(), config), []
+    trainer.fit(lambda _: seen.append(max(gains(trainer.model, (1, 4, 4)).values())))
+    assert max(seen) <= 1.5 * (1 + 1e-5)
+    assert seen[0] == pytest.approx(1.5, rel=1e-5)
+    free = Trainer(amplify(model(), 300), images(), replace(config, max_gain=None))
+    free.fit()
+    assert max(gains(free.model, (1, 4, 4)).values()) > 2
+
+
+def test_a_limit_that_is_never_reached_changes_nothing() -> None:
+    limited, free = (run(Trainer(model(), images(), replace(CONFIG, max_gain=most))) for most in (1e6, None))
+    assert losses(limited) == losses(free)
 
 
 # ------------------------------------------------------------------------- what a run must not do to its files or data

@@ -32,9 +32,11 @@ from inverse_flow.command.run_options import (
 from inverse_flow.data.images import class_number
 from inverse_flow.data.load import SOURCES
 from inverse_flow.parts import fit_parts
+from inverse_flow.stability import stability_report
 from inverse_flow.training import Stop, checkpoint, figures
 from inverse_flow.training import run as runs
 from inverse_flow.training.config import MAX_SEED
+from inverse_flow.training.labels import context_of
 from inverse_flow.training.log import StepReport, TensorBoardLog
 from inverse_flow.training.progress import TrainingProgress
 from inverse_flow.training.samples import NPZ, SampleGrids, draw, save_npz
@@ -266,10 +268,13 @@ def evaluate(
         data = runs.data_of(content, data_source)
         classes = runs.source_of(content).classes
         summary = summarize(model, data, content.training, classes=classes, importance_samples=importance_samples)
+        context = context_of(data.test, classes)
+        report = stability_report(model, model.event_shape, None if context is None else context[:1].to(device))
     if as_json:
-        click.echo(json.dumps({**summary.to_dict(), "data": data.name}, indent=2))
+        click.echo(json.dumps({**summary.to_dict(), "stability": report.to_list(), "data": data.name}, indent=2))
     else:
         print_table(summary, f"{source} on {data.name}")
+        console.print(str(report), highlight=False, markup=False, soft_wrap=True)
 
 
 @cli.command(short_help="Print versions and what this build can do.")

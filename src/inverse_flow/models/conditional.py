@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from inverse_flow.flows import Flow, Squeeze
 from inverse_flow.flows.base import Shape
@@ -81,7 +82,7 @@ class LabelContext(nn.Module):
         if labels.dim() != 1:
             raise ValueError(f"class labels must be (B,), got shape {tuple(labels.shape)}")
         classes = self.config.classes
-        seen = labels.device.type == "cpu" and not torch.compiler.is_compiling()
+        seen = labels.device.type == "cpu" and not isinstance(labels, FakeTensor) and not torch.compiler.is_compiling()
         if seen and bool(((labels < 0) | (labels >= classes)).any()):
             raise ValueError(f"labels must lie in 0 … {classes - 1}, got {labels.min().item()} … {labels.max().item()}")
         context: Tensor = self.embedding(labels.long())

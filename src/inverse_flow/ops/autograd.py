@@ -21,7 +21,7 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
 from inverse_flow.ops import library as ops
-from inverse_flow.ops.causal import convolve, read_part
+from inverse_flow.ops.causal import convolve, per_channel, read_part, sum_channels
 from inverse_flow.ops.spec import Spec
 
 
@@ -46,7 +46,7 @@ class Solve(torch.autograd.Function):
             grads = solve_backward(grad_output, output, weight, ctx.spec)
             return (*grads[:2], grads[2] if bias_needed else None, None)
         grad_input = solve(grad_output, weight, None, ctx.spec.adjoint())
-        grad_bias = -grad_input.sum((0, 2, 3), dtype=weight.dtype) if bias_needed else None
+        grad_bias = -sum_channels(grad_input, weight.dtype) if bias_needed else None
         return grad_input, None, grad_bias, None
 
     @staticmethod
@@ -86,7 +86,7 @@ class SolveBackward(torch.autograd.Function):
         # gradient as the weight.
         taps = read_part(into_weight, ctx.spec)
         into_u = into_u - convolve(x, taps, ctx.spec)
-        into_u = into_u - into_bias.to(into_u.dtype).view(-1, 1, 1)
+        into_u = into_u - per_channel(into_bias.to(into_u.dtype), into_u)
         into_x = -convolve(u, taps, adjoint) if ctx.needs_input_grad[1] else None
         # u = A⁻ᵀ g is a solve like any other.
         into_grad, into_w, _ = solve_backward(into_u, u, weight, adjoint)
@@ -126,7 +126,7 @@ class SolveForwardMode(Solve):
         output, weight = ctx.saved_tensors
         tangent = torch.zeros_like(output) if input_tangent is None else input_tangent
         if bias_tangent is not None:
-            tangent = tangent - bias_tangent.to(tangent.dtype).view(-1, 1, 1)
+            tangent = tangent - per_channel(bias_tangent.to(tangent.dtype), tangent)
         if weight_tangent is not None:
             tangent = tangent - convolve(output, read_part(weight_tangent, ctx.spec), ctx.spec)
         return solve(tangent, weight, None, ctx.spec)
@@ -173,8 +173,8 @@ def _in_forward_mode() -> bool:
         return False
     if eager_transforms.JVP_NESTING > 1:
         raise NotImplementedError(
-            "inverse_conv2d cannot be differentiated in forward mode twice: put forward mode over reverse mode, "
-            "as torch.func.hessian does"
+            "the inverse convolution cannot be differentiated in forward mode twice: put forward mode over reverse "
+            "mode, as torch.func.hessian does"
         )
     return True
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from inverse_flow.ops.spec import AXES
+
 # Every operator's images are float32 or float64, or one of these with a float32 recurrence.
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 FLOAT_DTYPES = (torch.float32, torch.float64, *HALF_DTYPES)
@@ -22,9 +24,17 @@ def _floating(name: str, value: object) -> torch.dtype:
     return dtype
 
 
-def check_arguments(input: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> None:
+def shape_of_images(dimensions: int, channels: object = "C") -> str:
+    """``(B, C, H, W)`` and the like, as errors put it."""
+    return f"(B, {channels}, {', '.join(AXES[dimensions])})"
+
+
+def check_arguments(
+    input: Tensor, weight: Tensor, bias: Tensor | None, groups: int, dimensions: int = 2, *, batched: bool = True
+) -> None:
     """Checks types, shapes, dtypes and devices of (input, weight, bias) without reading a value, so that nothing
-    here synchronises a device or breaks graph capture.
+    here synchronises a device or breaks graph capture. ``dimensions`` is the number of an image's axes; ``input`` may
+    be one image alone unless it must be ``batched``.
 
     Raises:
         TypeError: an argument is not a tensor or not floating.
@@ -35,16 +45,20 @@ def check_arguments(input: Tensor, weight: Tensor, bias: Tensor | None, groups: 
     dtype, weight_dtype = _floating("input", input), _floating("weight", weight)
     shape, weight_shape, device = input.shape, weight.shape, input.device
 
-    if len(shape) != 4:
-        raise ValueError(f"input must have shape (B, C, H, W), got {tuple(shape)}")
-    _, channels, height, width = shape
-    if channels < 1 or height < 1 or width < 1:
+    if len(shape) != dimensions + 2 and (batched or len(shape) != dimensions + 1):
+        wanted = shape_of_images(dimensions)
+        alone = "" if batched else f" or {wanted.replace('B, ', '')}"
+        raise ValueError(f"input must have shape {wanted}{alone}, got {tuple(shape)}")
+    channels, *sizes = shape[-dimensions - 1 :]
+    if channels < 1 or any(size < 1 for size in sizes):
         raise ValueError(f"input must have at least one channel and one pixel, got shape {tuple(shape)}")
     if channels % groups:
         raise ValueError(f"the channels of input ({channels}) must be divisible by groups ({groups})")
-    if len(weight_shape) != 4 or weight_shape[:2] != (channels, channels // groups) or 0 in weight_shape:
+    fits = len(weight_shape) == dimensions + 2 and weight_shape[:2] == (channels, channels // groups)
+    if not fits or 0 in weight_shape:
+        kernel = ", ".join(f"k{axis}" for axis in AXES[dimensions])
         raise ValueError(
-            f"weight must have shape ({channels}, {channels // groups}, kH, kW) for {channels} channels in "
+            f"weight must have shape ({channels}, {channels // groups}, {kernel}) for {channels} channels in "
             f"{groups} group{'s' if groups > 1 else ''}, got {tuple(weight_shape)}"
         )
     if weight_dtype != dtype and not (dtype in HALF_DTYPES and weight_dtype == torch.float32):

@@ -7,6 +7,7 @@ plans name their facts there, and nobody names them again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +15,9 @@ from typing import Any
 import torch
 
 from inverse_flow import _C
-from inverse_flow.ops.checks import FLOAT_DTYPES
+from inverse_flow.ops.checks import FLOAT_DTYPES, shape_of_images
 from inverse_flow.ops.library import switches_allow_tf32
-from inverse_flow.ops.spec import ORDERS, OrderNames, make_spec
+from inverse_flow.ops.spec import AXES, ORDERS, OrderNames, Steps, each_axis, make_spec
 
 __all__ = ["H200", "Facts", "GpuProperties", "Plan", "Problem", "explain"]
 
@@ -76,23 +77,34 @@ class Problem:
 
     batch: int
     channels: int
-    height: int
-    width: int
-    kernel_size: tuple[int, int]
+    sizes: tuple[int, ...]
+    kernel_size: tuple[int, ...]
     groups: int
     order: tuple[str, ...]
+    dilation: tuple[int, ...]
     corner: str
     dtype: torch.dtype
     backward: bool
 
     def __str__(self) -> str:
-        shape = f"({self.batch}, {self.channels}, {self.height}, {self.width})"
-        kernel = f"kernel {self.kernel_size[0]} × {self.kernel_size[1]}"
+        shape = ", ".join(map(str, (self.batch, self.channels, *self.sizes)))
+        kernel = f"kernel {' × '.join(map(str, self.kernel_size))}"
+        if max(self.dilation) > 1:
+            kernel += f" dilated by {' × '.join(map(str, self.dilation))}"
         groups = f"{self.groups} group{'s' if self.groups > 1 else ''}"
         orders = " ".join(dict.fromkeys(self.order))
         dtype = str(self.dtype).removeprefix("torch.")
         what = "backward pass" if self.backward else "solve"
-        return f"{what} of {shape}, {kernel}, {groups}, {orders}, {self.corner} corner, {dtype}"
+        return f"{what} of ({shape}), {kernel}, {groups}, {orders}, {self.corner} corner, {dtype}"
+
+    def operator_sizes(self) -> tuple[int, ...]:
+        """What the operator is given: (batch, groups, channels a group, depth, height, width, kernel_d, kernel_h,
+        kernel_w). Signals are images of one row, and residue classes images of a batch; see
+        :mod:`inverse_flow.ops.views`."""
+        images = self.batch * math.prod(self.dilation)
+        sizes = [-(-size // step) for size, step in zip(self.sizes, self.dilation, strict=True)]
+        ones = [1] * (3 - len(sizes))
+        return (images, self.groups, self.channels // self.groups, *ones, *sizes, *ones, *self.kernel_size)
 
 
 @dataclass(frozen=True)
@@ -185,7 +197,8 @@ def explain(
     kernel: int | Sequence[int],
     *,
     groups: int = 1,
-    order: OrderNames = "top_left",
+    order: OrderNames | None = None,
+    dilation: Steps = 1,
     corner: str = "general",
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
@@ -200,10 +213,11 @@ def explain(
     ```
 
     Args:
-        shape: (B, C, H, W) of the images.
-        kernel: Kernel size, an integer or a pair, or the shape (C, C / groups, kH, kW) of the weight.
+        shape: (B, C, H, W) of the images, or (B, C, L) of signals.
+        kernel: Kernel size, an integer or one for each axis, or the shape (C, C / groups, kH, kW) of the weight.
         groups: As for the solve.
         order: As for the solve.
+        dilation: As for the solve. The plan is that of the residue classes, which are images of their own.
         corner: As for the solve: "general", "unit_triangular" or "identity".
         dtype: Of the images.
         device: "cpu" or "cuda". No GPU is needed for "cuda".
@@ -220,45 +234,43 @@ def explain(
             device.
         RuntimeError: A pixel has more channels in a group than fit the GPU's shared memory.
     """
-    orders, corner_code, *_ = make_spec(order, groups, corner)
+    batch, channels, *sizes = _check_shape(shape)
+    dimensions = len(sizes)
+    names = ORDERS[dimensions]
+    orders, corner_code, *_ = make_spec(names[0] if order is None else order, groups, corner, dimensions)
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype must be float32, float64, bfloat16 or float16, got {dtype}")
-    batch, channels, height, width = _check_shape(shape)
     if channels % groups:
         raise ValueError(f"the channels of shape ({channels}) must be divisible by groups ({groups})")
-    kernel_size = _kernel_size(kernel, channels, groups)
-    names = list(ORDERS)
     problem = Problem(
-        batch, channels, height, width, kernel_size, groups, tuple(names[code] for code in orders), corner, dtype,
-        backward,
+        batch, channels, tuple(sizes), _kernel_size(kernel, channels, groups, dimensions), groups,
+        tuple(names[code] for code in orders), each_axis("dilation", dilation, dimensions), corner, dtype, backward,
     )  # fmt: skip
-    sizes = (batch, groups, channels // groups, 1, height, width, 1, *kernel_size)
     dtype_name = str(dtype).removeprefix("torch.")
 
     place = torch.device(device)
     if place.type == "cpu":
         if gpu is not None:
             raise ValueError("gpu belongs to device='cuda', got device='cpu'")
-        return _explain_cpu(problem, sizes, corner_code, dtype_name, threads)
+        return _explain_cpu(problem, corner_code, dtype_name, threads)
     if place.type != "cuda":
         raise ValueError(f"device must be 'cpu' or 'cuda', got {str(device)!r}")
     if threads is not None:
         raise ValueError("threads belongs to device='cpu', got device='cuda'")
     if gpu is None:
         gpu = GpuProperties.of(place) if torch.cuda.is_available() else H200
-    return _explain_cuda(problem, sizes, orders, corner_code, dtype_name, gpu)
+    return _explain_cuda(problem, orders, corner_code, dtype_name, gpu)
 
 
-def _explain_cpu(problem: Problem, sizes: tuple[int, ...], corner: int, dtype: str, threads: int | None) -> Plan:
+def _explain_cpu(problem: Problem, corner: int, dtype: str, threads: int | None) -> Plan:
     if threads is None:
         threads = torch.get_num_threads()
     _check_integer("threads", threads, 1)
-    return Plan(_C.plan_cpu(sizes, corner, dtype, threads, problem.backward), problem)
+    return Plan(_C.plan_cpu(problem.operator_sizes(), corner, dtype, threads, problem.backward), problem)
 
 
 def _explain_cuda(
     problem: Problem,
-    sizes: tuple[int, ...],
     orders: tuple[int, ...],
     corner: int,
     dtype: str,
@@ -267,10 +279,11 @@ def _explain_cuda(
 ) -> Plan:
     """The plan of csrc/cuda. Tests ask for a regime by its place in SolvePlan of csrc/cuda/regimes.h."""
     limits = (gpu.threads_per_block, gpu.shared_bytes, gpu.multiprocessors)
-    facts = _C.plan_cuda(sizes, orders, corner, dtype, problem.backward, *limits, regime)
+    facts = _C.plan_cuda(problem.operator_sizes(), orders, corner, dtype, problem.backward, *limits, regime)
     if facts is None:
         raise RuntimeError(
-            f"{sizes[2]} channels a group are more than fit the shared memory of {gpu.name} ({gpu.shared_bytes} bytes)"
+            f"{problem.channels // problem.groups} channels a group are more than fit the shared memory of {gpu.name} "
+            f"({gpu.shared_bytes} bytes)"
         )
     tf32 = switches_allow_tf32()
     for part in ("tensor", "gradient"):
@@ -281,27 +294,27 @@ def _explain_cuda(
     return Plan({**facts, "tf32": tf32}, problem, gpu)
 
 
-def _check_shape(shape: Sequence[int]) -> tuple[int, int, int, int]:
-    if len(shape) != 4:
-        raise ValueError(f"shape must be (B, C, H, W), got {tuple(shape)}")
-    for name, size, least in zip(("B", "C", "H", "W"), shape, (0, 1, 1, 1), strict=True):
+def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    if len(shape) not in (3, 4):
+        raise ValueError(f"shape must be {shape_of_images(2)} or {shape_of_images(1)}, got {tuple(shape)}")
+    axes = AXES[len(shape) - 2]
+    for name, size, least in zip(("B", "C", *axes), shape, (0, 1, *(1 for _ in axes)), strict=True):
         _check_integer(f"{name} of shape", size, least)
-    batch, channels, height, width = shape
-    return batch, channels, height, width
+    return tuple(shape)
 
 
-def _kernel_size(kernel: int | Sequence[int], channels: int, groups: int) -> tuple[int, int]:
-    sizes = (kernel, kernel) if isinstance(kernel, int) else tuple(kernel)
-    if len(sizes) not in (2, 4):
-        raise ValueError(f"kernel must be an integer, a pair or the shape of a weight, got {kernel!r}")
+def _kernel_size(kernel: int | Sequence[int], channels: int, groups: int, dimensions: int) -> tuple[int, ...]:
+    sizes = (kernel,) * dimensions if isinstance(kernel, int) else tuple(kernel)
+    if len(sizes) not in (dimensions, dimensions + 2):
+        raise ValueError(f"kernel must be an integer, one for each axis or the shape of a weight, got {kernel!r}")
     for size in sizes:
         _check_integer("kernel", size, 1)
-    if len(sizes) == 4 and sizes[:2] != (channels, channels // groups):
+    if len(sizes) > dimensions and sizes[:2] != (channels, channels // groups):
         raise ValueError(
             f"the weight of {channels} channels in {groups} group{'s' if groups > 1 else ''} has shape "
-            f"({channels}, {channels // groups}, kH, kW), got {sizes}"
+            f"({channels}, {channels // groups}, {', '.join(f'k{axis}' for axis in AXES[dimensions])}), got {sizes}"
         )
-    return sizes[-2], sizes[-1]
+    return sizes[-dimensions:]
 
 
 def _bytes(count: int) -> str:

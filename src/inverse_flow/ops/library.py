@@ -58,7 +58,7 @@ def _(
     transposed: bool,
     allow_tf32: bool = False,
 ) -> Tensor:
-    check_arguments(input, weight, bias, len(orders))
+    check_arguments(input, weight, bias, len(orders), 3 if input.dim() == 5 else 2)
     native.check_device(input.device)
     return torch.empty_like(input)
 

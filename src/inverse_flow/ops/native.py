@@ -45,7 +45,7 @@ def check_device(device: torch.device) -> None:
     if device.type in ("cpu", "meta"):
         return
     if device.type != "cuda":
-        raise RuntimeError(f"inverse_conv2d runs on CPU and CUDA tensors, got a tensor on {device}")
+        raise RuntimeError(f"the inverse convolution runs on CPU and CUDA tensors, got a tensor on {device}")
     if cuda_absent_reason:
         raise RuntimeError(f"input is on {device}, but the CUDA kernels are not available: {cuda_absent_reason}")
 

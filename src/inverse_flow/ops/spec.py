@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from typing import NamedTuple
 
-# The corner of the image an order pads, and recurs, from. The codes are those of csrc/params.h: bit 0 mirrors the
-# columns, bit 1 the rows.
-ORDERS = {"top_left": 0, "top_right": 1, "bottom_left": 2, "bottom_right": 3}
-MIRROR_COLUMNS = 1
-MIRROR_ROWS = 2
+# The axes of an image by their number, outermost first, and the two sides of each.
+AXES = {1: ("L",), 2: ("H", "W"), 3: ("D", "H", "W")}
+SIDES = (("front", "back"), ("top", "bottom"), ("left", "right"))
+
+# The corner an order pads, and recurs, from: (left, right), (top_left, top_right, …), (front_top_left, …). The place of
+# a name is its code, that of csrc/params.h: bit 0 mirrors the columns, bit 1 the rows, bit 2 the planes.
+ORDERS = {n: tuple("_".join(words) for words in product(*SIDES[-n:])) for n in AXES}
 
 # What is read of the corner tap M; the codes are those of csrc/params.h.
 CORNERS = {"identity": 0, "unit_triangular": 1, "general": 2}
@@ -21,10 +24,13 @@ OrderNames = str | Sequence[str]
 Orders = tuple[int, ...]
 """One code a group."""
 
+Steps = int | Sequence[int]
+"""One integer for all axes, or one for each."""
+
 
 class Spec(NamedTuple):
     """The arguments of the operators after their tensors, in the order of csrc/ops.cpp: ``ops.solve(y, w, b, *spec)``.
-    What else may come to describe a convolution, as a dilation would, is one more field here and there."""
+    The number of dimensions is that of the tensors."""
 
     orders: Orders
     corner: int
@@ -42,13 +48,14 @@ class Spec(NamedTuple):
 
 # The descriptions of one group, made beforehand: small solves are short.
 _ONE_GROUP = {
-    (order, corner): Spec((order_code,), corner_code)
-    for order, order_code in ORDERS.items()
+    (dimensions, order, corner): Spec((order_code,), corner_code)
+    for dimensions, orders in ORDERS.items()
+    for order_code, order in enumerate(orders)
     for corner, corner_code in CORNERS.items()
 }
 
 
-def make_spec(order: OrderNames, groups: int, corner: str, allow_tf32: bool = False) -> Spec:
+def make_spec(order: OrderNames, groups: int, corner: str, dimensions: int = 2, allow_tf32: bool = False) -> Spec:
     """The description in codes of a plain solve given in names.
 
     Raises:
@@ -59,19 +66,32 @@ def make_spec(order: OrderNames, groups: int, corner: str, allow_tf32: bool = Fa
         and groups == 1
         and not allow_tf32
         and isinstance(order, str)
-        and (order, corner) in _ONE_GROUP
+        and (dimensions, order, corner) in _ONE_GROUP
     ):
-        return _ONE_GROUP[order, corner]
+        return _ONE_GROUP[dimensions, order, corner]
     if corner not in CORNERS:
         raise ValueError(f"corner must be one of {', '.join(CORNERS)}, got {corner!r}")
     if not isinstance(groups, int) or groups < 1:
         raise ValueError(f"groups must be an integer of at least 1, got {groups!r}")
-    if isinstance(order, str) and order in ORDERS:
-        return Spec((ORDERS[order],) * groups, CORNERS[corner], False, allow_tf32)
     names = (order,) * groups if isinstance(order, str) else tuple(order)
     if len(names) != groups:
         raise ValueError(f"order must be one name or one name for each of the {groups} groups, got {len(names)} names")
-    for name in names:
-        if name not in ORDERS:
-            raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {name!r}")
-    return Spec(tuple(ORDERS[name] for name in names), CORNERS[corner], False, allow_tf32)
+    known = ORDERS[dimensions]
+    for name in dict.fromkeys(names):
+        if name not in known:
+            raise ValueError(f"order must be one of {', '.join(known)}, got {name!r}")
+    return Spec(tuple(known.index(name) for name in names), CORNERS[corner], False, allow_tf32)
+
+
+def each_axis(name: str, value: Steps, dimensions: int) -> tuple[int, ...]:
+    """``value``, the argument called ``name``, for every axis.
+
+    Raises:
+        ValueError: it is neither one integer of at least 1 nor one for each axis.
+    """
+    steps = (value,) * dimensions if isinstance(value, int) else value
+    fits = isinstance(steps, Sequence) and len(steps) == dimensions
+    if not fits or any(not isinstance(step, int) or step < 1 for step in steps):
+        each = f" or a sequence of {dimensions}, each" if dimensions > 1 else ""
+        raise ValueError(f"{name} must be one integer{each} at least 1, got {value!r}")
+    return tuple(steps)

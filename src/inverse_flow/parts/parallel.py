@@ -104,7 +104,7 @@ def _step(trainer: Trainer, method: ByParts, line: _Line, step: int) -> float:
     factor = trainer.config.rate_factor(step, trainer.config.progress(step, 0.0))
     context = None if context is None else context.to(device)
     result = method.train_part(line.rank, carried, context, step=step, rate_factor=factor)
-    trainer.average.update_parameters(trainer.model)
+    trainer.follow()
     line.send(result.carried)
     return method.report(result.log_prob, result.grad_norm, line.rank + 1).bits_per_dim
 

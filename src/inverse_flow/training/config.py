@@ -58,6 +58,8 @@ class TrainConfig:
             averaged weights stand in for a decay.
         decay_factor: what the learning rate is multiplied by at each ``decay_at``.
         max_grad_norm: largest norm of the gradient of the bits per dimension; longer ones are scaled down to it.
+        max_gain: largest gain of an inverse convolution: after every step, one above it is damped to it by
+            ``inverse_flow.limit_gain_``. None for no limit.
         precision: ``"float32"``, or ``"bf16"`` for the networks of couplings and priors in bfloat16. Solves and
             log-determinants are float32 in both.
         average_decay: decay of the exponential moving average of the weights, with which the model is evaluated
@@ -87,6 +89,7 @@ class TrainConfig:
     decay_at: tuple[float, ...] = ()
     decay_factor: Annotated[float, Bounds(above=0)] = 0.1
     max_grad_norm: Annotated[float, Bounds(above=0)] = 1.0
+    max_gain: Annotated[float, Bounds(above=0)] | None = None
     precision: Literal["float32", "bf16"] = "float32"
     average_decay: Annotated[float, Bounds(0, below=1)] = 0.99
     flip: bool = False

@@ -32,6 +32,7 @@ class StepReport:
         images_per_second: of this step.
         validation: bits per dimension of the averaged weights on the validation images, at the steps that evaluate.
         columns: further figures of the training method, with the same names at every step.
+        largest_gain: the largest ‖A⁻¹‖∞ of the inverse convolutions, at the steps that evaluate; None without any.
     """
 
     step: int
@@ -44,6 +45,7 @@ class StepReport:
     images_per_second: float
     validation: float | None = None
     columns: dict[str, float] = field(default_factory=dict)
+    largest_gain: float | None = None
 
 
 COLUMNS = tuple(entry.name for entry in fields(StepReport) if entry.name != "columns")
@@ -109,6 +111,7 @@ def _report(row: dict[str, str | None]) -> StepReport:
         learning_rate=float(values["learning_rate"]),
         images_per_second=float(values["images_per_second"]),
         validation=float(values["validation"]) if values["validation"] else None,
+        largest_gain=float(values["largest_gain"]) if values.get("largest_gain") else None,
         columns={name: float(value) for name, value in values.items() if name not in COLUMNS},
     )
 
@@ -134,6 +137,8 @@ class TensorBoardLog:
             self._writer.add_scalar(f"train/{name}", getattr(report, name), report.step)
         for name, value in report.columns.items():
             self._writer.add_scalar(f"method/{name}", value, report.step)
+        if report.largest_gain is not None:
+            self._writer.add_scalar("train/largest_gain", report.largest_gain, report.step)
         if report.validation is not None:
             self._writer.add_scalar("validation/bits_per_dim", report.validation, report.step)
             self._writer.flush()

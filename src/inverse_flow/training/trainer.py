@@ -19,6 +19,7 @@ from inverse_flow import models
 from inverse_flow.data.holdout import held_out
 from inverse_flow.flows.conditioner import arrange_for
 from inverse_flow.models import ImageFlow
+from inverse_flow.stability import limit_gain_
 from inverse_flow.training import checkpoint, dequantization
 from inverse_flow.training import log as logs
 from inverse_flow.training.batches import EVALUATION, VALIDATION, Batches, generator
@@ -26,6 +27,7 @@ from inverse_flow.training.checkpoint import Best, Checkpoint, DataSource, Finge
 from inverse_flow.training.config import TrainConfig
 from inverse_flow.training.dequantization import dequantize
 from inverse_flow.training.files import locked
+from inverse_flow.training.gains import largest_gain, naming_largest_gain
 from inverse_flow.training.interrupt import deferred_interrupt
 from inverse_flow.training.inverses import check_inverses
 from inverse_flow.training.log import CsvLog, StepReport
@@ -167,7 +169,7 @@ class Trainer:
         Raises:
             NonFiniteError: the loss is NaN or infinite; names the layer in which that arose.
             FloatingPointError: a gradient is; names the parameters. Or a layer does not invert its own output; names
-                the layer.
+                the layer. All of them say which inverse convolution has the largest gain.
         """
         folder = self.folder if self.workers.first else None
         with locked(folder) if folder else nullcontext():
@@ -224,7 +226,7 @@ class Trainer:
     def _fit(self, observers: Iterable[Callable[[StepReport], None]]) -> Stop:
         if self.step == 0:
             self._initialize()
-        with deferred_interrupt() as interrupted:
+        with deferred_interrupt() as interrupted, naming_largest_gain(self.model, self.batches.all_context):
             while (stop := self._stop(interrupted)) is None:
                 report = self._advance()
                 for observe in observers:
@@ -293,12 +295,13 @@ class Trainer:
         factor = self.config.rate_factor(self.step, progress)
         images, context = self._batch()
         result = self.method.step(images, context, step=self.step, progress=progress, rate_factor=factor)
-        self.average.update_parameters(self.model)
+        self.follow()
         self.step += 1
         step_seconds = time.perf_counter() - started
 
         due = self.step % self.config.evaluate_every == 0
         validation = self._evaluate() if due else None
+        found = largest_gain(self.model, self.batches.all_context) if due else None
         self.seconds += time.perf_counter() - started
         if due:
             self.save()
@@ -312,8 +315,15 @@ class Trainer:
             learning_rate=self.config.learning_rate * factor,
             images_per_second=self.batches.batch_size / step_seconds,
             validation=validation,
+            largest_gain=found[1] if found else None,
             columns=dict(result.columns),
         )
+
+    def follow(self) -> None:
+        """What follows every change of the weights: the limit on the gains, and the moving average."""
+        if self.config.max_gain is not None:
+            limit_gain_(self.model, self.model.event_shape, self.config.max_gain, self.batches.all_context)
+        self.average.update_parameters(self.model)
 
     def _evaluate(self) -> float | None:
         """Checks that the layers invert themselves, and validates; keeps the weights if they are the best so far."""

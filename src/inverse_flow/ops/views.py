@@ -1,0 +1,94 @@
+r"""The problems that the operators do not know, as views of those they do: signals, and dilated ones.
+
+A signal is an image of one row. With dilation d taps lie d pixels apart, so that the pixels of each residue class
+modulo d form an image of their own, and those of all classes a batch: a dilated solve is a plain one of more and
+smaller images, and needs no kernel. Where the strides let that batch be seen in the memory that is there, as with one
+dilated axis of one image, nothing is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from inverse_flow.ops import autograd
+from inverse_flow.ops.causal import per_channel, sum_channels
+from inverse_flow.ops.spec import Spec, Steps, each_axis
+
+
+def solve(input: Tensor, weight: Tensor, bias: Tensor | None, spec: Spec, dilation: Steps = 1) -> Tensor:
+    """:func:`inverse_flow.ops.autograd.solve` for signals (B, C, L), images and volumes, with dilation."""
+    if dilation == 1 and weight.dim() > 3:
+        return autograd.solve(input, weight, bias, spec)
+    steps = each_axis("dilation", dilation, weight.dim() - 2)
+    if bias is not None and _is_padded(input, steps):
+        # The zeros behind the last pixels must be so without the bias.
+        wide = torch.promote_types(input.dtype, torch.float32)
+        centred = input.to(wide) - per_channel(bias.to(wide), input)
+        return solve(centred, weight.to(wide), None, spec, steps).to(input.dtype)
+    output = autograd.solve(_apart(input, steps), _as_image(weight), bias, spec)
+    return _together(output, input, steps)
+
+
+def solve_backward(
+    grad_output: Tensor, output: Tensor, weight: Tensor, spec: Spec, dilation: Steps = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`inverse_flow.ops.autograd.solve_backward` for the same."""
+    if dilation == 1 and weight.dim() > 3:
+        return autograd.solve_backward(grad_output, output, weight, spec)
+    steps = each_axis("dilation", dilation, weight.dim() - 2)
+    grad_input, grad_weight, _ = autograd.solve_backward(
+        _apart(grad_output, steps), _apart(output, steps), _as_image(weight), spec
+    )
+    grad_input = _together(grad_input, grad_output, steps)
+    return grad_input, grad_weight.view(weight.shape), -sum_channels(grad_input, weight.dtype)
+
+
+def _as_image(tensor: Tensor) -> Tensor:
+    """(B, C, L) as (B, C, 1, L); images and volumes as they are."""
+    return tensor.unsqueeze(-2) if tensor.dim() == 3 else tensor
+
+
+def _is_padded(images: Tensor, steps: Sequence[int]) -> bool:
+    return any(size % step for size, step in zip(images.shape[2:], steps, strict=True))
+
+
+def _apart(images: Tensor, steps: Sequence[int]) -> Tensor:
+    """Every residue class of pixels an image in the batch: (B · d_H · d_W, C, ⌈H / d_H⌉, ⌈W / d_W⌉).
+
+    Where the sizes are no multiples of the steps, zeros follow. They change no other pixel, whatever the order: those
+    that come first solve to zeros, and those that come last are read by none.
+    """
+    if max(steps) == 1:
+        return _as_image(images)
+    if _is_padded(images, steps):
+        margins = [-size % step for size, step in zip(images.shape[2:], steps, strict=True)]
+        images = F.pad(images, [size for margin in reversed(margins) for size in (0, margin)])
+    n = len(steps)
+    for axis, step in enumerate(steps):
+        place = 2 + 2 * axis
+        images = images.unflatten(place, (images.shape[place] // step, step))
+    # From (B, C, H / d_H, d_H, W / d_W, d_W).
+    residues, pixels = range(3, 3 + 2 * n, 2), range(2, 2 + 2 * n, 2)
+    return _as_image(images.permute(0, *residues, 1, *pixels).flatten(0, n))
+
+
+def _together(images: Tensor, like: Tensor, steps: Sequence[int]) -> Tensor:
+    """What :func:`_apart` made of a tensor ``like`` this, put together again, channels last where ``like`` is."""
+    n = len(steps)
+    if n == 1:
+        images = images.squeeze(-2)
+    if max(steps) == 1:
+        return images
+    images = images.unflatten(0, (like.shape[0], *steps))
+    # Each axis of ``like`` as the axes of what is there now, (B, d_H, d_W, C, H / d_H, W / d_W).
+    parts = [(0,), (n + 1,), *((n + 2 + axis, 1 + axis) for axis in range(n))]
+    channels_last = like.stride(1) < like.stride(-1)
+    in_memory = [0, *range(2, n + 2), 1] if channels_last else list(range(n + 2))
+    images = images.permute([part for axis in in_memory for part in parts[axis]])
+    for place, axis in enumerate(in_memory):
+        images = images.flatten(place, place + len(parts[axis]) - 1).narrow(place, 0, like.shape[axis])
+    return images.contiguous().permute([in_memory.index(axis) for axis in range(n + 2)])
