@@ -99,9 +99,10 @@ inline int64_t outputs_cost(const Shape& shape, int64_t block, int64_t signals, 
          prepared;
 }
 
-// What a line of so many lanes costs per step with images as lanes. A vector of few channels waits for its own sums.
-inline int64_t images_cost(const Shape& shape, int64_t lanes) {
-  return shape.channels * (std::max<int64_t>(shape.channels, 2) * shape.taps() + kImagesPacking * lanes);
+// What a line of `line` lanes costs per step with images as lanes. A vector of few channels waits for its own sums.
+inline int64_t images_cost(const Shape& shape, int64_t line, int64_t lanes) {
+  const int64_t products = std::max<int64_t>(shape.channels, 2) * shape.taps() * pieces(line, lanes);
+  return shape.channels * (products + kImagesPacking * line);
 }
 
 template <class IO, class T>
@@ -135,7 +136,7 @@ Plan make_plan(const Shape& shape, bool with_gradient, const Kernels<IO, T>& ker
       outputs.block = block;
     }
     const int64_t by_outputs = pieces(shape.groups * units, threads) * least;
-    if (by_outputs < std::min(by_images, by_rows) * images_cost(shape, min_lanes)) {
+    if (by_outputs < std::min(by_images, by_rows) * images_cost(shape, min_lanes, kernels.block_lanes.step)) {
       const int64_t jobs = std::min(threads, shape.groups * units);
       return {Regime::kOutputs, {}, outputs, outputs.block * shape.channels, units, jobs, jobs, jobs + shape.groups};
     }
