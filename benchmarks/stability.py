@@ -1,8 +1,7 @@
 """When does an inverse convolution blow up in training, and what stops it?
 
-    python benchmarks/stability.py                                                     the embedded slice
-    python benchmarks/stability.py --data slice.npz \
-        --json benchmarks/results/stability.json --plot docs/images/stability
+    python benchmarks/stability.py --json benchmarks/results/stability.json --plot docs/images/stability
+    python benchmarks/stability.py --cost 50                    what a limit costs beside a step of the demo's model
 
 Two models are trained by maximum likelihood in a plain loop with Adam, as one writes it oneself: one inverse
 convolution and one ActNorm on smooth images (those of the data, enlarged), and an InverseFlow on the images as they
@@ -30,15 +29,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import Report, Table, new_figure, parser, save_figure
+from harness import RATIOS, Report, Table, compare, new_figure, parser, save_figure, time_alternately
 from torch import Tensor, nn
 
 from inverse_flow import InverseConv2d, limit_gain_
 from inverse_flow.data import load
 from inverse_flow.flows import ActNorm, Flow
+from inverse_flow.flows.logit import DEFAULT_MARGIN
 from inverse_flow.models import InverseFlow
 from inverse_flow.stability import gains
-from inverse_flow.training import bits_per_dim
+from inverse_flow.training import EndToEnd, TrainConfig, Workers, bits_per_dim
 
 WAYS = ("free", "clipped", "limited", "row sums")
 MODELS = ("one layer", "InverseFlow")
@@ -108,6 +108,39 @@ def run(name: str, way: str, rate: float, seed: int, images: Tensor, settings: a
     return entry | {"seconds": time.perf_counter() - started}
 
 
+def cost(images: int, report: Report, settings: argparse.Namespace) -> None:
+    """Times a training step of the demo's model, a limit that finds nothing to do, and one that damps every layer."""
+    torch.manual_seed(0)
+    shape = (1, 28, 28)
+    flow = InverseFlow(shape, logit_margin=DEFAULT_MARGIN)
+    method, batch = EndToEnd(flow, TrainConfig(), Workers()), torch.rand(images, *shape)
+    layers = [layer for layer in flow.modules() if isinstance(layer, InverseConv2d)]
+    weights = [layer.weight.detach().clone() for layer in layers]
+
+    @torch.no_grad()
+    def restore() -> None:
+        for layer, weight in zip(layers, weights, strict=True):
+            layer.weight.copy_(weight)
+
+    def damp() -> None:
+        restore()
+        if len(limit_gain_(flow, shape, low)) != len(layers):
+            raise ArithmeticError("a layer was not damped")
+
+    work = {
+        "step": lambda: method.step(batch, step=0, progress=0.0, rate_factor=1e-9),
+        "limit": lambda: limit_gain_(flow, shape, LIMIT),
+        "limit, all layers damped": damp,
+    }
+    work["step"]()  # initialises ActNorm
+    restore()
+    low = 0.99 * min(gains(flow, shape).values())
+    samples = time_alternately(work, torch.device("cpu"), settings.budget)
+    rows = [{"what": name, **compare(samples[name], samples["step"])} for name in work]
+    report.set(cost=rows)
+    Table({"": "{what}", "ms": "{ours_ms:.2f}", **RATIOS}).add(*rows)
+
+
 def summarize(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for every model, way and rate: how many seeds blew up and when, and the extremes over the seeds."""
     rows = []
@@ -153,28 +186,33 @@ def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    made = parser(__doc__, plot=True, device=False, threads=1)
+    made = parser(__doc__, plot=True, device=False, threads=1, budget=60)
+    made.add_argument("--cost", type=int, metavar="IMAGES", help="train nothing; time steps with batches of so many")
     made.add_argument("--data", default="embedded", help="as in benchmarks/density.py")
     made.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     made.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     made.add_argument("--learning-rates", type=float, nargs="+", default=list(LEARNING_RATES))
-    made.add_argument("--seeds", type=int, default=1)
-    made.add_argument("--steps", type=int, default=1000, help="of every run")
+    made.add_argument("--seeds", type=int, default=3, help="of the one layer; the InverseFlow has one")
+    made.add_argument("--steps", type=int, default=400, help="of every run")
     made.add_argument("--every", type=int, default=10, help="steps between two records")
     made.add_argument("--batch-size", type=int, default=4)
-    made.add_argument("--side", type=int, default=96, help="of the enlarged images")
+    made.add_argument("--side", type=int, default=64, help="of the enlarged images")
     made.add_argument("--levels", type=int, default=2)
     made.add_argument("--depth", type=int, default=2, help="steps of the flow in a level")
     made.add_argument("--hidden", type=int, default=16)
     settings = made.parse_args(given)
-    report, data = Report("stability", settings), load(settings.data)
+    report = Report("stability", settings)
+    if settings.cost:
+        cost(settings.cost, report, settings)
+        return report.finish()
+    data = load(settings.data)
     report.set(data=data.name)
     runs: list[dict[str, Any]] = []
     for name in settings.models:
         images = images_for(name, data.train.images, settings.side)
         for rate in settings.learning_rates:
             for way in settings.ways:
-                for seed in range(settings.seeds):
+                for seed in range(settings.seeds if name == "one layer" else 1):
                     runs.append(run(name, way, rate, seed, images, settings))
                     end = runs[-1]["blown_up"]
                     what = "ran through" if end is None else f"blew up at step {end}"

@@ -20,7 +20,7 @@ from __future__ import annotations
 import copy
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -30,13 +30,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
-from inverse_flow.conv import InverseConv2d
-from inverse_flow.functional import causal_conv2d, inverse_conv2d
+from inverse_flow.conv import InverseConvNd
 from inverse_flow.ops.causal import corner_index, corner_taps, effective_weight, folded_taps, with_corner_taps
 
 __all__ = ["LayerStability", "Limited", "StabilityReport", "gains", "limit_gain_", "stability_report"]
 
-# Gains of healthy training are 2 to 12, and the one layer of docs/stability.md blows up from about 65.
+# In the runs of docs/stability.md the gains of a flow stay below 9. A single layer that goes on to blow up is past 50.
 LARGE_GAIN = 50.0
 # An error of rounding, 6e-8 in float32, may then grow to 6e-4 of the result.
 LARGE_CONDITION = 1e4
@@ -45,8 +44,8 @@ LARGE_GROWTH = 1.5
 
 # How close to its limit a gain counts as on it: about what rounding the taps to float32 moves a gain of 100.
 ON_THE_LIMIT = 1e-5
-# Halvings that find a γ: all of a float64's digits.
-HALVINGS = 60
+# Newton's steps to a γ: at most so many, until one is as small as this.
+MOST_STEPS, SMALL_STEP = 100, 1e-14
 # Impulse responses of so many bytes are computed at a time.
 CHUNK_BYTES = 64 * 2**20
 
@@ -82,7 +81,7 @@ class LayerStability(NamedTuple):
     @property
     def warnings(self) -> tuple[str, ...]:
         """What is unhealthy about it; nothing follows from the row sum."""
-        growth = self.gain_at_twice / self.gain
+        growth = self.gain_at_twice / self.gain if math.isfinite(self.gain) else 1.0
         # Written so that a NaN warns.
         found = {
             f"a gain of {self.gain:.3g}, above {LARGE_GAIN:g}": self.gain <= LARGE_GAIN,
@@ -115,9 +114,12 @@ class StabilityReport:
         )
 
     def to_list(self) -> list[dict[str, Any]]:
-        """Plain values for JSON, which has no infinite numbers: None stands for them."""
+        """Plain values for JSON, where None stands for a number that is not finite."""
         return [
-            {name: None if value in (math.inf, -math.inf) else value for name, value in layer._asdict().items()}
+            {
+                name: value if name in ("path", "image_size") or math.isfinite(value) else None
+                for name, value in layer._asdict().items()
+            }
             for layer in self.layers
         ]
 
@@ -181,7 +183,8 @@ def stability_report(
 @torch.no_grad()
 def gains(model: nn.Module, image_size: int | Sequence[int], context: Tensor | None = None) -> dict[str, float]:
     """‖A⁻¹‖∞ of every inverse convolution by its path: of :func:`stability_report` what is cheap, a solve a layer."""
-    return {path: _gain(layer, _weight(layer), sizes) for path, layer, sizes in _layers(model, image_size, context)}
+    found = _layers(model, image_size, context)
+    return {path: _gain(layer, _weight(layer), _apart(layer, sizes)) for path, layer, sizes in found}
 
 
 @torch.no_grad()
@@ -222,7 +225,7 @@ def limit_gain_(
     damped = []
     for path, layer, sizes in _layers(model, image_size, context):
         weight = _weight(layer)
-        response = _response(layer, weight, sizes)
+        response = _response(layer, weight, _apart(layer, sizes))
         gain = _largest_sum(response)
         if not gain <= limit * (1 + ON_THE_LIMIT):
             if layer._parameters.get("weight") is None:
@@ -244,22 +247,29 @@ def limit_gain_(
 # ---- One layer ----
 
 
-def _weight(layer: InverseConv2d) -> Tensor:
+def _weight(layer: InverseConvNd) -> Tensor:
     """The weight of A as the layer's solve reads it, in float64."""
     return effective_weight(layer._weight().detach().double(), layer.spec)
 
 
-def _stability(path: str, layer: InverseConv2d, sizes: Sizes) -> LayerStability:
+def _stability(path: str, layer: InverseConvNd, sizes: Sizes) -> LayerStability:
     weight = _weight(layer)
-    gain, twice = (_gain(layer, weight, tuple(scale * size for size in sizes)) for scale in (1, 2))
+    here, doubled = _apart(layer, sizes), _apart(layer, tuple(2 * size for size in sizes))
+    gain, twice = _gain(layer, weight, here), _gain(layer, weight, doubled)
     # The response of A itself ends where its window does.
-    norm = _largest_sum(_response(layer, weight, tuple(map(min, sizes, layer.kernel_size)), causal_conv2d))
+    norm = _largest_sum(_response(layer, weight, tuple(map(min, here, layer.kernel_size)), solve=False))
     row_sum = _largest_sum(folded_taps(weight, layer.spec).abs())
     bound = _gain(layer, weight, (1,) * len(sizes)) / (1 - row_sum) if row_sum < 1 else math.inf
     return LayerStability(path, sizes, gain, twice, norm, gain * norm, row_sum, bound)
 
 
-def _gain(layer: InverseConv2d, weight: Tensor, sizes: Sizes) -> float:
+def _apart(layer: InverseConvNd, sizes: Sizes) -> Sizes:
+    """Of the images that a dilation takes apart, every d-th pixel each, the size of the one that begins where the
+    order does. What a pixel holds stays within one of them."""
+    return tuple(-(-size // step) for size, step in zip(sizes, layer.dilation, strict=True))
+
+
+def _gain(layer: InverseConvNd, weight: Tensor, sizes: Sizes) -> float:
     """‖A⁻¹‖∞; on images of one pixel it is ‖M⁻¹‖∞."""
     try:
         return _largest_sum(_response(layer, weight, sizes))
@@ -272,28 +282,27 @@ def _largest_sum(values: Tensor) -> float:
     return float(values.flatten(1).sum(1).amax())
 
 
-def _response(
-    layer: InverseConv2d, weight: Tensor, sizes: Sizes, operator: Callable[..., Tensor] = inverse_conv2d
-) -> Tensor:
-    """(C, *sizes): Σ_c |h_oc(p)|, what the operator makes of a 1 in input channel c of every group at once, at the
-    pixel where the group's order begins."""
+def _response(layer: InverseConvNd, weight: Tensor, sizes: Sizes, *, solve: bool = True) -> Tensor:
+    """(C, *sizes): Σ_c |h_oc(p)|, what A⁻¹, or A, makes of a 1 in input channel c of every group at once, at the pixel
+    where the group's order begins; without the dilation."""
     channels, groups = layer.channels, layer.groups
     members, pixels = channels // groups, math.prod(sizes)
     device = weight.device
     starts = torch.tensor([_flat(_start(order, sizes), sizes) for order in layer.spec.orders], device=device)
+    operator, arguments = layer._solve if solve else layer._convolve, {**layer._arguments, "dilation": 1}
     total = weight.new_zeros(channels, *sizes)
     for inputs in torch.arange(members, device=device).split(max(1, CHUNK_BYTES // (8 * channels * pixels))):
         impulses = weight.new_zeros(len(inputs), groups, members, pixels)
         images = torch.arange(len(inputs), device=device)[:, None]
         impulses[images, torch.arange(groups, device=device), inputs[:, None], starts] = 1
-        total += operator(impulses.view(-1, channels, *sizes), weight, **layer._arguments).abs().sum(0)
+        total += operator(impulses.view(-1, channels, *sizes), weight, **arguments).abs().sum(0)
     return total
 
 
 # ---- Damping ----
 
 
-def _damping(path: str, layer: InverseConv2d, weight: Tensor, response: Tensor, limit: float) -> float:
+def _damping(path: str, layer: InverseConvNd, weight: Tensor, response: Tensor, limit: float) -> float:
     """The γ that brings a gain above the limit to it; ``response`` is that of ``weight``."""
     sizes = tuple(response.shape[1:])
     least, factor, most = 0.0, 1.0, 1.0
@@ -314,18 +323,26 @@ def _damping(path: str, layer: InverseConv2d, weight: Tensor, response: Tensor, 
 
 
 def _root(sums: Tensor, limit: float) -> float:
-    """The largest γ with max_o Σ_k γᵏ sums[o, k] ≤ limit."""
-    sums = sums.cpu()
+    """The γ ≤ 1 with max_o Σ_k γᵏ sums[o, k] = limit, where γ = 1 gives more.
+
+    The logarithm of the sum is convex in log γ, so that Newton's steps come from above, and soon: it is nearly linear
+    where a response explodes.
+    """
+    logs = sums.cpu().log()
     distances = torch.arange(sums.shape[1], dtype=sums.dtype)
-    least, most = 0.0, 1.0
-    for _ in range(HALVINGS):
-        middle = (least + most) / 2
-        fits = float((sums @ middle**distances).amax()) <= limit
-        least, most = (middle, most) if fits else (least, middle)
-    return least
+    log_factor = 0.0
+    for _ in range(MOST_STEPS):
+        terms = logs + log_factor * distances
+        totals = terms.logsumexp(1)
+        row = terms[totals.argmax()]
+        step = float((totals.amax() - math.log(limit)) / (row.softmax(0) * distances).sum())
+        log_factor -= step
+        if step < SMALL_STEP:
+            break
+    return math.exp(log_factor)
 
 
-def _sums_by_distance(layer: InverseConv2d, response: Tensor) -> Tensor:
+def _sums_by_distance(layer: InverseConvNd, response: Tensor) -> Tensor:
     """(C, K): the sum of a response (C, *sizes) over the pixels k steps away from where the group's order begins."""
     sizes, parts = tuple(response.shape[1:]), response.unflatten(0, (layer.groups, -1)).flatten(2)
     found = parts.new_zeros(*parts.shape[:2], sum(sizes) - len(sizes) + 1)
@@ -334,7 +351,7 @@ def _sums_by_distance(layer: InverseConv2d, response: Tensor) -> Tensor:
     return found.flatten(0, 1)
 
 
-def _damped(layer: InverseConv2d, weight: Tensor, factor: float) -> Tensor:
+def _damped(layer: InverseConvNd, weight: Tensor, factor: float) -> Tensor:
     """γ^|δ| W_δ"""
     orders, kernel = layer.spec.orders, layer.kernel_size
     steps = torch.stack([_distances(corner_index(order, kernel), kernel) for order in orders]).to(weight)
@@ -376,10 +393,10 @@ _seen: weakref.WeakKeyDictionary[nn.Module, _Seen] = weakref.WeakKeyDictionary()
 
 def _layers(
     model: nn.Module, image_size: int | Sequence[int], context: Tensor | None
-) -> list[tuple[str, InverseConv2d, Sizes]]:
+) -> list[tuple[str, InverseConvNd, Sizes]]:
     """The inverse convolutions with their paths, and the sizes of image that they see."""
     model = getattr(model, "_orig_mod", model)  # of torch.compile
-    if isinstance(model, InverseConv2d):
+    if isinstance(model, InverseConvNd):
         return [("", model, _sizes_of(model, image_size))]
     shape = _example_shape(model, image_size)
     modules = list(model.modules())
@@ -395,8 +412,8 @@ def _layers(
     return [(path, layer, known.sizes[path]) for path, layer in layers.items()]
 
 
-def _sizes_of(layer: InverseConv2d, image_size: int | Sequence[int]) -> Sizes:
-    axes = len(layer.kernel_size)
+def _sizes_of(layer: InverseConvNd, image_size: int | Sequence[int]) -> Sizes:
+    axes = layer.dimensions
     given = (image_size,) * axes if isinstance(image_size, int) else tuple(image_size)
     sizes = given[1:] if len(given) == axes + 1 and given[0] == layer.channels else given
     if len(sizes) != axes or min(sizes) < 1:
@@ -416,14 +433,14 @@ def _example_shape(model: nn.Module, image_size: int | Sequence[int]) -> Sizes:
 
 def _sizes_seen(model: nn.Module, shape: Sizes, context: Tensor | None) -> dict[str, Sizes]:
     """Runs a copy of the model whose tensors have no values: nothing is computed, drawn or initialised."""
-    if not any(isinstance(layer, InverseConv2d) for layer in model.modules()):
+    if not any(isinstance(layer, InverseConvNd) for layer in model.modules()):
         return {}
     found: dict[str, Sizes] = {}
 
     def record(path: str, layer: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         """A hook before either direction. A layer that several scales share is measured on the largest."""
         x = (*given, *named.values())[0]
-        sizes = tuple(x.shape[-len(layer.kernel_size) :])
+        sizes = tuple(x.shape[-layer.dimensions :])
         found[path] = max(found.get(path, sizes), sizes, key=math.prod)
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -435,7 +452,7 @@ def _sizes_seen(model: nn.Module, shape: Sizes, context: Tensor | None) -> dict[
         for path, layer in twin.named_modules():
             layer._forward_hooks.clear()
             layer._forward_pre_hooks.clear()
-            if isinstance(layer, InverseConv2d):
+            if isinstance(layer, InverseConvNd):
                 layer.register_forward_pre_hook(partial(record, path), with_kwargs=True)
         with mode, torch.no_grad():
             images = torch.zeros(1, *shape, dtype=like.dtype, device=like.device)
@@ -443,7 +460,7 @@ def _sizes_seen(model: nn.Module, shape: Sizes, context: Tensor | None) -> dict[
     except (TypeError, ValueError):
         raise  # the model says what it does not take
     except Exception as error:
-        raise RuntimeError(f"{what}, which failed: {str(error).splitlines()[0]}; {ADVICE}") from error
+        raise RuntimeError(f"{what}, which failed: {error or type(error).__name__}; {ADVICE}") from error
     if not found:
         raise RuntimeError(f"{what}, and no inverse convolution ran; {ADVICE}")
     return {path: found[path] for path, _ in model.named_modules() if path in found}

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inverse_flow import InverseConv2d, limit_gain_, stability, stability_report
+from inverse_flow import InverseConv1d, InverseConv2d, InverseConv3d, limit_gain_, stability, stability_report
 from inverse_flow.data import load
 from inverse_flow.flows import ActNorm, prepare_sampling
 from inverse_flow.models import ConditionalFlow, FInCFlow, Glow, InverseConvClassifier, InverseFlow, LabelContext
@@ -46,6 +46,7 @@ def test_an_integer_is_a_square() -> None:
 def test_models_of_other_kinds() -> None:
     classifier = InverseConvClassifier((1, 8, 8), 3)
     assert len(seen(classifier, (1, 8, 8))) == sum(isinstance(m, InverseConv2d) for m in classifier.modules()) > 0
+    assert seen(torch.compile(classifier), (1, 8, 8)) == seen(classifier, (1, 8, 8))
     assert seen(Glow((1, 8, 8), **SMALL), (1, 8, 8)) == {}
     flow = InverseFlow((1, 8, 8), **SMALL, context_channels=3)
     context = torch.zeros(2, 3)
@@ -57,6 +58,20 @@ def test_models_of_other_kinds() -> None:
     prepared = prepare_sampling(InverseFlow((1, 8, 8), **SMALL))
     assert len(seen(prepared, (1, 8, 8))) == 4
     assert seen(InverseFlow((1, 8, 8), **SMALL, memory_efficient=True), 8) == seen(InverseFlow((1, 8, 8), **SMALL), 8)
+
+
+class Mixed(nn.Sequential):
+    """Layers of other kinds than images', in a model that turns one into the other."""
+
+    def __init__(self) -> None:
+        super().__init__(InverseConv1d(2), InverseConv3d(1, 2, dilation=2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self[1](self[0](x)[0].view(-1, 1, 2, 3, 4))[0]
+
+
+def test_signals_and_volumes() -> None:
+    assert seen(Mixed(), (2, 12)) == {"0": (12,), "1": (2, 3, 4)}
 
 
 class TwoScales(nn.Module):

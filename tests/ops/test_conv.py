@@ -130,6 +130,14 @@ def test_half_precision_images_with_float32_parameters(corner: str) -> None:
 
 
 @CORNER
+def test_autocast_lowers_no_precision(corner: str) -> None:
+    layer, x = randomised(InverseConv2d(4, corner=corner)), torch.randn(2, 4, 6, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lowered = layer(x), layer.inverse(x)
+    torch.testing.assert_close(lowered, (layer(x), layer.inverse(x)), rtol=0, atol=0)
+
+
+@CORNER
 @pytest.mark.parametrize("arguments", [{}, FOUR, {"kernel_size": (1, 5), "bias": False}, {"kernel_size": 1}], ids=str)
 def test_round_trips_in_both_orders(corner: str, arguments: dict, device: torch.device) -> None:
     layer = randomised(InverseConv2d(4, corner=corner, **arguments)).double().to(device)

@@ -390,6 +390,21 @@ def test_an_inverse_convolution_that_explodes_is_named_with_its_gain() -> None:
     assert str(caught.value) == "layers.3: NaN"
 
 
+class Looks(FlowLayer):
+    """The identity, that looks at a value, which a run without values cannot."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return (x if x.sum() > 0 else x + 0), zero_logdet(x)
+
+    inverse = forward
+
+
+def test_a_model_that_looks_at_values_is_trained_without_a_gain() -> None:
+    looking = model()
+    looking.layers.append(Looks())
+    assert [report.largest_gain for report in run(Trainer(looking, images(), CONFIG))] == [None] * 12
+
+
 def test_the_largest_gain_is_logged_at_evaluations(tmp_path: Path) -> None:
     trainer = Trainer(model(), images(), CONFIG, tmp_path)
     reports = run(trainer)
