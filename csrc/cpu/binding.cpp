@@ -49,7 +49,7 @@ class Scratch {
   char* memory_;
 };
 
-// One group of an image tensor in the coordinates in which its solve starts at the top left.
+// One group of images that follow each other, in the coordinates in which its solve starts at the top left.
 template <class IO>
 Image<IO> mirrored_group(const Shape& shape, IO* data, Strides stride, int64_t group, int32_t flips) {
   Image<IO> image{data + group * shape.channels * stride.channel, stride, data, data + 1};
@@ -74,32 +74,29 @@ Image<IO> mirrored_group(const Shape& shape, IO* data, Strides stride, int64_t g
   return image;
 }
 
-// Solves all groups; with `other` also adds up the weight and bias gradients (contiguous, zeroed).
+// Solves all groups of shape.batch images from image `first_of_part` on; with `other` also adds up the weight and bias
+// gradients (contiguous).
 template <class IO, class T>
-void run(const Shape& shape, const std::vector<int64_t>& orders, const T* weight, const T* bias, const Tensor& input,
-         const Tensor& output, const Tensor* other, T* weight_gradient, T* bias_gradient) {
+void run_part(const Shape& shape, int64_t first_of_part, const std::vector<int64_t>& orders,
+              const Prepared<T>& prepared, const Tensor& input, const Tensor& output, const Tensor* other,
+              T* weight_gradient, T* bias_gradient) {
   const bool with_gradient = other != nullptr;
-  const KernelSet& set = isa_in_use().kernels;
-  const Kernels<IO, T>& kernels = set;
+  const Kernels<IO, T>& kernels = isa_in_use().kernels;
   const Plan plan = make_plan(shape, with_gradient, kernels, torch::stable::get_num_threads());
-  const Prepared<T> prepared =
-      plan.regime == Regime::kOutputs
-          ? prepare_blocks(shape, orders, weight, bias, plan.outputs.block, kernels.block_lanes, set.prepare)
-          : prepare(shape, orders, weight, bias, set.prepare);
-  // A singular M is an error of an empty batch, too.
-  if (shape.batch == 0) return;
 
   std::vector<Problem<IO, T>> problems;
   for (int64_t g = 0; g < shape.groups; ++g) {
     const int32_t flips = solved_order(static_cast<int32_t>(orders[g]), shape.transposed);
-    const auto view = [&](const Tensor& tensor) {
-      return mirrored_group<const IO>(shape, static_cast<const IO*>(tensor.const_data_ptr()), strides_of(tensor), g,
-                                      flips);
+    const auto view = [&](const Tensor& tensor, auto* data) {
+      const Strides stride = strides_of(tensor);
+      return mirrored_group(shape, data + first_of_part * stride.batch, stride, g, flips);
     };
-    problems.push_back(
-        {shape, prepared.group(shape, g), view(input),
-         mirrored_group<IO>(shape, static_cast<IO*>(output.mutable_data_ptr()), strides_of(output), g, flips),
-         with_gradient ? view(*other) : Image<const IO>{}, with_gradient});
+    const auto read = [&](const Tensor& tensor) {
+      return view(tensor, static_cast<const IO*>(tensor.const_data_ptr()));
+    };
+    problems.push_back({shape, prepared.group(shape, g), read(input),
+                        view(output, static_cast<IO*>(output.mutable_data_ptr())),
+                        with_gradient ? read(*other) : Image<const IO>{}, with_gradient});
   }
 
   // Every unit of work sums its gradients apart, and they are added up in a fixed order: the result does not depend
@@ -136,27 +133,35 @@ void run(const Shape& shape, const std::vector<int64_t>& orders, const T* weight
         }
       }
     });
-  } else {
+  } else if (plan.regime == Regime::kOutputs) {
     const int64_t units = shape.groups * plan.units;
-    const bool by_outputs = plan.regime == Regime::kOutputs;
-    // Images of a batch that stay together.
-    const int64_t together = by_outputs ? 1 : kernels.min_lanes;
-    const int64_t parts = (shape.batch + together - 1) / together;
-    const auto first_image = [&](int64_t unit) { return std::min(shape.batch, parts * unit / plan.units * together); };
     torch::stable::parallel_for(0, jobs, 1, [&](int64_t begin, int64_t end) {
       for (int64_t job = begin; job < end; ++job) {
-        for (int64_t i = units * job / jobs; i < units * (job + 1) / jobs; ++i) {
-          const int64_t group = i / plan.units;
-          const int64_t first = first_image(i % plan.units);
-          const int64_t count = first_image(i % plan.units + 1) - first;
+        for (int64_t unit = units * job / jobs; unit < units * (job + 1) / jobs; ++unit) {
+          const int64_t group = unit / plan.units;
+          const int64_t first = shape.batch * (unit % plan.units) / plan.units;
+          const int64_t last = shape.batch * (unit % plan.units + 1) / plan.units;
           const int64_t set = job + group;  // unique: both grow along the units
           group_of_set[set] = group;
-          if (by_outputs) {
-            kernels.outputs(problems[group], plan.outputs, first, count, scratch.piece(begin), gradients(set));
-            continue;
-          }
-          const int64_t lanes = count <= kernels.min_lanes ? kernels.min_lanes : plan.lanes;
-          kernels.images(problems[group], first, count, lanes, scratch.piece(begin), gradients(set));
+          kernels.outputs(problems[group], plan.outputs, first, last - first, scratch.piece(begin), gradients(set));
+        }
+      }
+    });
+  } else {
+    const int64_t units = shape.groups * plan.units;
+    torch::stable::parallel_for(0, jobs, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t job = begin; job < end; ++job) {
+        const int64_t last = units * (job + 1) / jobs;
+        for (int64_t unit = units * job / jobs; unit < last;) {
+          const int64_t group = unit / plan.units;
+          const int64_t left = std::min(last, (group + 1) * plan.units) - unit;
+          const int64_t lanes = line_lanes(left, kernels.min_lanes, plan.lanes);
+          const int64_t first = unit % plan.units * kernels.min_lanes;
+          const int64_t set = job + group;  // unique: both grow along the units
+          group_of_set[set] = group;
+          kernels.images(problems[group], first, std::min(lanes, shape.batch - first), lanes, scratch.piece(begin),
+                         gradients(set));
+          unit += lanes / kernels.min_lanes;
         }
       }
     });
@@ -169,6 +174,28 @@ void run(const Shape& shape, const std::vector<int64_t>& orders, const T* weight
     const Gradients<T> part = gradients(set);
     add_weight_gradient(shape, orders[group], part.weight, weight_gradient + group * sizes.weight);
     for (int64_t c = 0; c < shape.channels; ++c) bias_gradient[group * shape.channels + c] += part.bias[c];
+  }
+}
+
+// Solves all groups; with `other` also adds up the weight and bias gradients (contiguous, zeroed).
+template <class IO, class T>
+void run(const Shape& shape, const std::vector<int64_t>& orders, const T* weight, const T* bias, const Tensor& input,
+         const Tensor& output, const Tensor* other, T* weight_gradient, T* bias_gradient) {
+  const KernelSet& set = isa_in_use().kernels;
+  const Kernels<IO, T>& kernels = set;
+  const int64_t threads = torch::stable::get_num_threads();
+  const bool with_gradient = other != nullptr;
+  // A singular M is an error of an empty batch, too. Only batches of one part have outputs as lanes.
+  const Plan plan = shape.batch > 0 ? make_plan(shape, with_gradient, kernels, threads) : Plan{};
+  const Prepared<T> prepared =
+      plan.regime == Regime::kOutputs
+          ? prepare_blocks(shape, orders, weight, bias, plan.outputs.block, kernels.block_lanes, set.prepare)
+          : prepare(shape, orders, weight, bias, set.prepare);
+  const int64_t first = first_part(shape, with_gradient, kernels, threads);
+  Shape part = shape;
+  for (int64_t begin = 0; begin < shape.batch; begin += part.batch) {
+    part.batch = begin == 0 ? first : shape.batch - first;
+    run_part<IO, T>(part, begin, orders, prepared, input, output, other, weight_gradient, bias_gradient);
   }
 }
 

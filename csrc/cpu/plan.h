@@ -20,11 +20,13 @@ struct Plan {
   Regime regime;
   RowsPlan rows;        // of rows as lanes
   OutputsPlan outputs;  // of outputs as lanes
-  int64_t lanes;
-  int64_t units;    // pieces of a group that run independently (images, outputs), or bands of an image (rows)
-  int64_t jobs;     // what the threads share: bands (rows), or ranges of neighbouring units (images, outputs)
+  int64_t lanes;        // of the widest line
+  int64_t
+      units;     // narrowest lines that hold the images of a group, bands of an image, or pieces of the batch (outputs)
+  int64_t jobs;  // what the threads share: bands (rows), or ranges of neighbouring units (images, outputs)
   int64_t workers;  // threads that have a job
   int64_t sets;     // partial sums of the gradients that are kept apart
+  int64_t cost;     // estimate of the busiest thread's time, in steps of a line of one vector
 
   // Calls see(name, value) for every fact of the plan that inverse_flow.explain tells.
   template <class See>
@@ -51,10 +53,10 @@ inline bool joined_lines_fit(const Shape& shape, int64_t band, int64_t stretch, 
 }
 
 // How an image is swept by bands of so many rows. Long stretches are packed in long runs, which the hardware prefetches
-// (see kSlabBytes), but `threads` that share an image each start a band and a stretch after the one above.
+// (see slab_bytes), but `threads` that share an image each start a band and a stretch after the one above.
 inline RowsPlan plan_rows(const Shape& shape, bool with_gradient, int64_t band, int64_t state_bytes, int64_t threads) {
   const int64_t steps = band_steps(shape, band);
-  const int64_t in_cache = kSlabBytes / (shape.channels * band * state_bytes);
+  const int64_t in_cache = slab_bytes() / (shape.channels * band * state_bytes);
   const auto stretch = [&](int64_t most) { return std::max(std::min(most, in_cache) / kStretch * kStretch, kStretch); };
   RowsPlan plan{band, (shape.height + band - 1) / band, 0, 0, false};
   // Of what a thread may be ahead or behind, half is left to chance.
@@ -75,13 +77,18 @@ inline RowsPlan plan_rows(const Shape& shape, bool with_gradient, int64_t band, 
   return plan;
 }
 
-// Units of a group that the threads share evenly: at least so many, at most `most`.
-inline int64_t even_units(const Shape& shape, int64_t least, int64_t most, int64_t threads) {
-  return shape.groups % threads == 0 ? least : std::min(most, pieces(least, threads) * threads);
+// Multiply-adds of vectors that take about as long as planning, and waking the threads, once more.
+constexpr int64_t kPartCost = 1 << 15;
+
+// The widest line that so many units of min_lanes images fill: what they leave is left to narrower ones.
+inline int64_t line_lanes(int64_t units, int64_t min_lanes, int64_t max_lanes) {
+  int64_t lanes = min_lanes;
+  while (2 * lanes <= std::min(units * min_lanes, max_lanes)) lanes *= 2;
+  return lanes;
 }
 
-// Costs are counted in multiply-adds of a vector. Packing and unpacking a value costs about as much as so many; a block
-// waits as long for the one before it, since it reads what that one stored, and sums it.
+// Costs with outputs as lanes are counted in multiply-adds of a vector. Packing and unpacking a value takes about as
+// long as so many; a block waits for the one before it, since it reads what that one stored, and sums it.
 constexpr int64_t kImagesPacking = 1;
 constexpr int64_t kOutputsPacking = 3;
 constexpr int64_t kBlockWait = 48;
@@ -99,7 +106,7 @@ inline int64_t outputs_cost(const Shape& shape, int64_t block, int64_t signals, 
          prepared;
 }
 
-// What a line of `line` lanes costs per step with images as lanes. A vector of few channels waits for its own sums.
+// What a step of a line of `line` lanes costs with images as lanes. A vector of few channels waits for its own sums.
 inline int64_t images_cost(const Shape& shape, int64_t line, int64_t lanes) {
   const int64_t products = std::max<int64_t>(shape.channels, 2) * shape.taps() * pieces(line, lanes);
   return shape.channels * (products + kImagesPacking * line);
@@ -109,25 +116,41 @@ template <class IO, class T>
 Plan make_plan(const Shape& shape, bool with_gradient, const Kernels<IO, T>& kernels, int64_t threads) {
   const int64_t min_lanes = kernels.min_lanes;
   const int64_t max_lanes = kernels.max_lanes;
-  // Steps of min_lanes-wide vectors each thread would run.
-  const int64_t by_images = pieces(pieces(shape.batch, min_lanes) * shape.groups, threads) * shape.pixels();
   // Bands of one image overlap but for a start-up of one band's width each, so one image fills at most this many.
   const auto busy_with = [&](int64_t band) {
     const int64_t per_image = std::min(pieces(shape.height, band), band_steps(shape, band) / (band + kStretch));
-    return std::max<int64_t>(std::min(threads, shape.batch * shape.groups * std::max<int64_t>(1, per_image)), 1);
+    return std::min(threads, shape.batch * shape.groups * std::max<int64_t>(1, per_image));
   };
-  int64_t band = shape.height > min_lanes ? max_lanes : min_lanes;
-  if (shape.depth > 1 && busy_with(min_lanes) > busy_with(band)) band = min_lanes;
+  int64_t band = min_lanes;
+  while (band < shape.height && band < max_lanes) band *= 2;
+  while (shape.depth > 1 && band > min_lanes && busy_with(band / 2) > busy_with(band)) band /= 2;
+  // A line narrower than a vector takes as long as one that fills it.
+  const int64_t vector = std::max(min_lanes, max_lanes / 2);
+  const auto vectors = [&](int64_t lanes) { return std::max(lanes / vector, int64_t{1}); };
   const int64_t bands = pieces(shape.height, band);
   const int64_t jobs_by_rows = shape.groups * shape.batch * bands;
   const int64_t busy = busy_with(band);
   const RowsPlan rows = plan_rows(shape, with_gradient, band, sizeof(T), std::min(busy, bands));
   const int64_t steps = rows.joined ? pieces(jobs_by_rows, busy) * band_period(shape) + band
                                     : pieces(jobs_by_rows, busy) * band_steps(shape, band);
-  const int64_t by_rows = steps * (band / min_lanes);
-  if (shape.depth == 1 && shape.height == 1 && shape.batch > 0) {
-    const int64_t units = even_units(shape, pieces(shape.batch, kernels.most_signals), shape.batch, threads);
-    OutputsPlan outputs{1, pieces(shape.batch, units)};
+  const int64_t by_rows = steps * vectors(band);
+
+  // A thread works through neighbouring units with one set of sums, and its range may straddle groups.
+  const int64_t units = pieces(shape.batch, min_lanes);
+  const int64_t jobs = std::min(threads, shape.groups * units);
+  const int64_t most = pieces(shape.groups * units, jobs);
+  int64_t by_images = 0;
+  for (int64_t left = most; left > 0;) {
+    const int64_t lanes = line_lanes(std::min(left, units), min_lanes, max_lanes);
+    by_images += vectors(lanes) * shape.pixels();
+    left -= lanes / min_lanes;
+  }
+  if (shape.depth == 1 && shape.height == 1) {
+    int64_t pieces_of_batch = pieces(shape.batch, kernels.most_signals);
+    if (shape.groups % threads != 0) {
+      pieces_of_batch = std::min(shape.batch, pieces(pieces_of_batch, threads) * threads);
+    }
+    OutputsPlan outputs{1, pieces(shape.batch, pieces_of_batch)};
     int64_t least = outputs_cost(shape, 1, outputs.signals, kernels.block_lanes.step);
     for (int64_t block = 2; block * shape.channels <= kTileVectors * kernels.block_lanes.block; ++block) {
       const int64_t cost = outputs_cost(shape, block, outputs.signals, kernels.block_lanes.block);
@@ -135,21 +158,39 @@ Plan make_plan(const Shape& shape, bool with_gradient, const Kernels<IO, T>& ker
       least = cost;
       outputs.block = block;
     }
-    const int64_t by_outputs = pieces(shape.groups * units, threads) * least;
-    if (by_outputs < std::min(by_images, by_rows) * images_cost(shape, min_lanes, kernels.block_lanes.step)) {
-      const int64_t jobs = std::min(threads, shape.groups * units);
-      return {Regime::kOutputs, {}, outputs, outputs.block * shape.channels, units, jobs, jobs, jobs + shape.groups};
+    const int64_t cost =
+        pieces(shape.groups * pieces_of_batch, threads) * least / images_cost(shape, vector, kernels.block_lanes.step);
+    if (cost < std::min(by_images, by_rows)) {
+      const int64_t workers = std::min(threads, shape.groups * pieces_of_batch);
+      return {Regime::kOutputs,       {},  outputs, outputs.block * shape.channels, pieces_of_batch, workers, workers,
+              workers + shape.groups, cost};
     }
   }
-  if (by_rows < by_images) return {Regime::kRows, rows, {}, band, bands, jobs_by_rows, busy, jobs_by_rows};
-  // Enough pieces for the threads to share evenly, each as wide as a line can be.
-  const int64_t vectors = pieces(shape.batch, min_lanes);
-  const int64_t widest = max_lanes / min_lanes;
-  const int64_t units = even_units(shape, pieces(vectors, widest), vectors, threads);
-  const int64_t lanes = shape.batch <= min_lanes || units == vectors ? min_lanes : max_lanes;
-  // A thread works through neighbouring units with one set of sums, and its range may straddle groups.
-  const int64_t jobs = std::min(threads, shape.groups * units);
-  return {Regime::kImages, {}, {}, lanes, units, jobs, jobs, jobs + shape.groups};
+  if (by_rows < by_images) return {Regime::kRows, rows, {}, band, bands, jobs_by_rows, busy, jobs_by_rows, by_rows};
+  const int64_t lanes = line_lanes(std::min(most, units), min_lanes, max_lanes);
+  return {Regime::kImages, {}, {}, lanes, units, jobs, jobs, jobs + shape.groups, by_images};
+}
+
+// How many images of a batch, the first ones, are swept before the others: as many as fill vectors, if those that are
+// left over are swept sooner by their rows, on all threads, than as the lanes of a line of one thread that they do not
+// fill. Else all.
+template <class IO, class T>
+int64_t first_part(const Shape& shape, bool with_gradient, const Kernels<IO, T>& kernels, int64_t threads) {
+  // Signals are swept by their rows in neither part.
+  if (shape.depth == 1 && shape.height == 1) return shape.batch;
+  const auto cost = [&](int64_t batch) {
+    Shape part = shape;
+    part.batch = batch;
+    return make_plan(part, with_gradient, kernels, threads).cost;
+  };
+  const int64_t left_over = shape.batch % std::max(kernels.min_lanes, kernels.max_lanes / 2);
+  const int64_t first = shape.batch - left_over;
+  if (left_over == 0 || first == 0) return shape.batch;
+  const int64_t together = cost(shape.batch);
+  const int64_t saved = together - cost(first) - cost(left_over);
+  // A second part begins with a call of its own to all threads.
+  const bool pays = saved * 20 > together && saved * shape.channels * shape.channels * shape.taps() > kPartCost;
+  return pays ? first : shape.batch;
 }
 
 // Working memory of one thread, in bytes.
@@ -157,8 +198,12 @@ template <class IO, class T>
 size_t thread_scratch(const Kernels<IO, T>& kernels, const Plan& plan, const Problem<IO, T>& problem) {
   if (plan.regime == Regime::kRows) return kernels.rows_scratch(problem, plan.rows);
   if (plan.regime == Regime::kOutputs) return kernels.outputs_scratch(problem, plan.outputs);
-  // Narrow pieces may keep more rows than wide ones.
-  return std::max(kernels.images_scratch(problem, kernels.min_lanes), kernels.images_scratch(problem, plan.lanes));
+  // Narrow lines may keep more rows than wide ones.
+  size_t bytes = 0;
+  for (int64_t lanes = kernels.min_lanes; lanes <= plan.lanes; lanes *= 2) {
+    bytes = std::max(bytes, kernels.images_scratch(problem, lanes));
+  }
+  return bytes;
 }
 
 // Elements, in the state type, of the halo below a band; those of all bands are kept.

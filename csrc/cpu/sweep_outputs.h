@@ -5,6 +5,23 @@
 // outputs, 16 of AVX-512's 32.
 constexpr int kMostSignals = INVERSE_FLOW_VECTOR_BYTES == 64 ? 8 : 6;
 
+// The lanes of a whole vector.
+template <class T>
+constexpr int kWide = INVERSE_FLOW_VECTOR_BYTES / static_cast<int>(sizeof(T));
+template <class T>
+using WideVector = Vector<T, kWide<T>>;
+
+// All bits set in the lanes from `first` on.
+template <class T>
+INVERSE_FLOW_INLINE WideVector<T> from_lane(int64_t first) {
+  typename VectorOf<T, kWide<T>>::bits lane, bound;
+  for (int i = 0; i < kWide<T>; ++i) {
+    lane[i] = i;
+    bound[i] = first;
+  }
+  return (WideVector<T>)(lane >= bound);
+}
+
 // A multiply-add takes as long as eight of them are started in: few sums are cut into parts, which are added in the
 // end.
 template <int kSignals, int kVectors>
@@ -13,13 +30,13 @@ constexpr int kSumParts = kSignals * kVectors < 4 ? 4 / (kSignals * kVectors) : 
 template <class T, int kSignals, int kVectors>
 struct SignalSums {
   static constexpr int kParts = kSumParts<kSignals, kVectors>;
-  static constexpr int64_t kWidth = kVectors * kVectorLanes<T>;
-  Vector<T> part[kParts][kSignals][kVectors];
+  static constexpr int64_t kWidth = kVectors * kWide<T>;
+  WideVector<T> part[kParts][kSignals][kVectors];
 
   INVERSE_FLOW_INLINED void clear() {
     for (auto& signals : part) {
       for (auto& vectors : signals) {
-        for (auto& vector : vectors) vector = Vector<T>{};
+        for (auto& vector : vectors) vector = WideVector<T>{};
       }
     }
   }
@@ -32,12 +49,12 @@ struct SignalSums {
                                 int64_t channels) {
     const auto add_input = [&](int64_t j, int p) INVERSE_FLOW_INLINED {
       for (int v = 0; v < kVectors; ++v) {
-        const Vector<T> weights = load(matrix + j * kWidth + v * kVectorLanes<T>);
+        const WideVector<T> weights = load<kWide<T>>(matrix + j * kWidth + v * kWide<T>);
         for (int r = 0; r < kSignals; ++r) {
           const T value = source[r * signal + j];
           if constexpr (kMasked) {
-            const Vector<T> held = from_lane<T>(j / channels * channels - first_lane - v * kVectorLanes<T>);
-            part[p][r][v] += where_held<T>(Vector<T>{} + value, held) * weights;
+            const WideVector<T> held = from_lane<T>(j / channels * channels - first_lane - v * kWide<T>);
+            part[p][r][v] += where_held<T, kWide<T>>(WideVector<T>{} + value, held) * weights;
           } else {
             part[p][r][v] += weights * value;
           }
@@ -68,13 +85,13 @@ template <class T, int kSignals, bool kMasked>
 static __attribute__((noinline)) void solve_blocks(const T* matrix, int64_t channels, int64_t outputs, int64_t reach,
                                                    int64_t blocks, const T* y, ptrdiff_t y_signal, T* x,
                                                    ptrdiff_t x_signal) {
-  const int64_t vectors = (outputs + kVectorLanes<T> - 1) / kVectorLanes<T>;
+  const int64_t vectors = (outputs + kWide<T> - 1) / kWide<T>;
   for (int64_t block = 0; block < blocks; ++block, y += outputs, x += outputs) {
     const T* tile = matrix;
     for_blocks<kTileVectors>(vectors, false, [&](int64_t first, auto width) INVERSE_FLOW_INLINED {
       constexpr int kVectors = decltype(width)::value;
       using Sums = SignalSums<T, kSignals, kVectors>;
-      const int64_t lane = first * kVectorLanes<T>;
+      const int64_t lane = first * kWide<T>;
       const T* const given = tile + reach * Sums::kWidth;
       // What y contributes does not wait for the block before. It comes last nevertheless, for the reason that
       // `multiply_unit_triangular` gives: where there are registers for both, the two are summed apart.
@@ -91,9 +108,9 @@ static __attribute__((noinline)) void solve_blocks(const T* matrix, int64_t chan
       sum.join_parts();
       for (int r = 0; r < kSignals; ++r) {
         for (int v = 0; v < kVectors; ++v) {
-          Vector<T> solved = sum.part[0][r][v];
+          WideVector<T> solved = sum.part[0][r][v];
           if constexpr (kApart) solved += late.part[0][r][v];
-          store(x + r * x_signal + lane + v * kVectorLanes<T>, solved);
+          store<kWide<T>>(x + r * x_signal + lane + v * kWide<T>, solved);
         }
       }
       tile += (reach + outputs) * Sums::kWidth;
@@ -220,7 +237,7 @@ struct OutputsScratch {
     const int64_t step_bytes =
         plan.signals * channels * static_cast<int64_t>(2 * sizeof(S) + with_gradient * 2 * sizeof(T));
     const int64_t unit = plan.block * kStretch;
-    stretch = smaller(larger(kSlabBytes / step_bytes / unit, 1) * unit, round_up(shape.width, unit));
+    stretch = smaller(larger(slab_bytes() / step_bytes / unit, 1) * unit, round_up(shape.width, unit));
     front = shape.kernel_w - 1;
     // Odd numbers of cache lines, so that rows do not share the cache's sets. Squares and vectors run over an end.
     constexpr int64_t line = 16;
@@ -252,7 +269,7 @@ static size_t outputs_scratch(const Problem<IO, T>& problem, const OutputsPlan& 
 template <class IO, class T, class S>
 static void sweep_outputs(const Problem<IO, T>& problem, const S* matrix, const OutputsPlan& plan, int64_t first_signal,
                           int64_t signals, void* memory, Gradients<T> gradients) {
-  constexpr int64_t n = kVectorLanes<T>;
+  constexpr int64_t n = kWide<T>;
   const Shape& shape = problem.shape;
   const Weights<T>& weights = problem.weights;
   const int64_t channels = shape.channels;
@@ -310,7 +327,7 @@ static void sweep_outputs(const Problem<IO, T>& problem, const S* matrix, const 
                  round_up(count, n));
         for (int64_t s = count; s < round_up(count, n); ++s) rows[c * scratch.row + s] = T(0);
       }
-      subtract_sums(rows, channels, scratch.row, n, round_up(count, n) / n, n, gradients.bias);
+      subtract_sums<T, kWide<T>>(rows, channels, scratch.row, n, round_up(count, n) / n, gradients.bias);
     }
     if (problem.with_gradient) {
       for (int64_t t = 0; t < shape.taps(); ++t) {
@@ -321,8 +338,8 @@ static void sweep_outputs(const Problem<IO, T>& problem, const S* matrix, const 
         }
         scratch.tap_spans[t] = {spans, a == 0 && p == 0 ? signals : 0, round_up(count, n) / n};
       }
-      outer_sums<T, 1>(scratch.tap_spans, shape.taps(), channels, {scratch.row, n, scratch.other_row, n},
-                       gradients.weight);
+      outer_sums<T, kWide<T>>(scratch.tap_spans, shape.taps(), channels, {scratch.row, n, scratch.other_row, n},
+                              gradients.weight);
     }
     // What the next stretch reads of this one.
     const auto keep = [&](auto* at, int64_t values, int64_t passed) {

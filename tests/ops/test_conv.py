@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from inverse_flow import InverseConv1d, InverseConv2d
+from inverse_flow import InverseConv1d, InverseConv2d, InverseConv3d
 from inverse_flow.conv import InverseConvNd
 from inverse_flow.functional import causal_conv2d, inverse_conv2d
 
@@ -31,6 +31,11 @@ OTHERS = {
         (5,),
     ),
     "dilated images": (InverseConv2d, {"groups": 4, "order": ORDERS, "dilation": (2, 1)}, (3, 4)),
+    "volumes": (
+        InverseConv3d,
+        {"groups": 2, "order": ("back_top_right", "front_bottom_left"), "kernel_size": 2},
+        (2, 1, 2),
+    ),
     "images dilated beyond their size": (InverseConv2d, {"dilation": 3, "kernel_size": 2}, (4, 2)),
 }
 OTHER = pytest.mark.parametrize("other", OTHERS)

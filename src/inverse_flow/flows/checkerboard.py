@@ -29,7 +29,7 @@ class CheckerboardCoupling(FlowLayer):
         kind: ``"affine"``, or ``"additive"`` with s = 0.
         parity: 0 or 1.
         context_channels: channels of the context that the default conditioner takes.
-        dimensions: of the default conditioner: 2 for images (B, C, H, W), 3 for volumes (B, C, D, H, W).
+        dimensions: of the default conditioner: 1 for signals (B, C, L), 2 for images, 3 for volumes.
         conditioner: a module of your own instead: ``conditioner(m ⊙ x, context)`` gives t, and for the affine kind the
             raw scales behind it, stacked along the channels: (B, 2C, H, W). What it gives where m is 1 is not used.
 
@@ -84,7 +84,7 @@ class CheckerboardCoupling(FlowLayer):
 
     def _shift_and_log_scale(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """t; s, zero where the mask is 1; and the mask as booleans, broadcasting against ``x``."""
-        check_images(self, x, self.channels)
+        check_images(self, x, self.channels, spatial=True)
         stays = self._mask(x)
         parameters = self.conditioner(torch.where(stays, x, torch.zeros_like(x)), context)
         expected = (x.shape[0], self.parameters_per_value(self.kind) * self.channels, *x.shape[2:])

@@ -86,7 +86,8 @@ class AdditiveCoupling(_Coupling):
         channels: C ≥ 2 of the images; the first ⌈C/2⌉ are x₁.
         hidden: width of the default conditioner, a :class:`ConvNet`.
         context_channels: channels of the context that the default conditioner takes.
-        dimensions: of the default conditioner: 2 for images (B, C, H, W), 3 for volumes (B, C, D, H, W).
+        dimensions: of the default conditioner: 0 for vectors (B, C), 1 for signals (B, C, L), 2 for images, 3
+            for volumes.
         conditioner: a module of your own instead: ``conditioner(x1, context) -> t`` of shape (B, ⌊C/2⌋, H, W).
     """
 
@@ -125,7 +126,8 @@ class AffineCoupling(_Coupling):
         channels: C ≥ 2 of the images; the first ⌈C/2⌉ are x₁.
         hidden: width of the default conditioner, a :class:`ConvNet`.
         context_channels: channels of the context that the default conditioner takes.
-        dimensions: of the default conditioner: 2 for images (B, C, H, W), 3 for volumes (B, C, D, H, W).
+        dimensions: of the default conditioner: 0 for vectors (B, C), 1 for signals (B, C, L), 2 for images, 3
+            for volumes.
         conditioner: a module of your own instead: ``conditioner(x1, context)`` gives t and r, stacked along the
             channels: (B, 2·⌊C/2⌋, H, W).
     """

@@ -41,7 +41,8 @@ class Split(FlowLayer):
         prior: ``"conditional"`` or ``"standard"``.
         hidden: width of the prior's network; 0 makes it one 3×3 convolution, starting at zero.
         context_channels: channels of the context that the prior's network takes.
-        dimensions: of the prior's network: 2 for images (B, C, H, W), 3 for volumes (B, C, D, H, W).
+        dimensions: of the prior's network: 0 for vectors (B, C), 1 for signals (B, C, L), 2 for images, 3
+            for volumes.
     """
 
     splits_off_latent = True
