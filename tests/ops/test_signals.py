@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from inverse_flow import explain, reference
+from inverse_flow import build_info, explain, reference
 from inverse_flow.functional import inverse_conv2d
 
 from ..cases import CORNERS, DTYPES, LAYOUTS, OVERLAPPING, Case
@@ -24,6 +24,8 @@ from ..tolerance import assert_accurate
 from .test_functional import TRANSPOSED, check_by_convolutions, torch_threads
 
 OUTPUTS = "outputs as lanes"
+# Narrower vectors are filled by fewer images, and other regimes chosen for some of the problems here.
+WIDE = build_info()["cpu_isa"] == "avx512"
 
 
 def signal(batch: int, channels: int, length: int, kernel: int, **others: object) -> Case:
@@ -57,10 +59,11 @@ FEW = [CASES[5], CASES[20], signal(3, 3, 21, 4, order="top_right"), signal(2, 16
 def test_few_signals_have_outputs_as_lanes() -> None:
     with torch_threads(1):
         for case in [signal(1, 1, 20000, 3), signal(1, 16, 2000, 3), signal(8, 64, 256, 9), *FEW]:
-            assert regime(case) == OUTPUTS, case
+            assert not WIDE or regime(case) == OUTPUTS, case
         assert regime(signal(100, 1, 2000, 3)) == "images as lanes"
 
 
+@pytest.mark.skipif(not WIDE, reason="the plan is that of AVX-512, which is not in use")
 def test_a_plan_of_outputs_as_lanes() -> None:
     plan = explain((3, 1, 1, 1000), (1, 3), threads=1)
     assert plan.regime == OUTPUTS
@@ -102,7 +105,7 @@ def test_layouts(case: Case, layout: str, transposed: bool) -> None:
 @pytest.mark.parametrize("pixel", [0, 5, 18])
 @pytest.mark.parametrize("case", FEW[:1] + FEW[2:], ids=str)
 def test_what_is_not_finite_stays_behind(case: Case, pixel: int, value: float) -> None:
-    assert regime(case) == OUTPUTS
+    assert not WIDE or regime(case) == OUTPUTS
     check_containment(case, case.batch - 1, case.channels - 1, (0, min(pixel, case.width - 1)), value)
 
 
@@ -122,7 +125,7 @@ def test_it_is_an_inverse(case: Case) -> None:
 )
 def test_many_stretches(shape: tuple[int, ...], kernel: int, dtype: torch.dtype, order: str, threads: int) -> None:
     with torch_threads(threads):
-        assert explain(shape, (1, kernel), dtype=dtype).regime == OUTPUTS
+        assert not WIDE or explain(shape, (1, kernel), dtype=dtype).regime == OUTPUTS
         check_by_convolutions(shape, (1, kernel), order, dtype, 1e-12 if dtype == torch.float64 else 2e-5)
 
 
@@ -172,7 +175,7 @@ def test_recurrences_that_fade_and_grow(channels: int, pole: float, source: str)
         matrix = reference.dense_matrix(weight.double(), 1, case.width)
         y = (y.double().flatten(1) @ matrix.mT).view_as(y).float()
     exact = reference.inverse_conv2d(y.double(), weight.double(), **case.arguments)
-    assert regime(case) == OUTPUTS
+    assert not WIDE or regime(case) == OUTPUTS
     found = inverse_conv2d(y, weight, **case.arguments)
     assert_accurate(found, plain_errors(case, y, weight, exact), exact, torch.float32)
 
