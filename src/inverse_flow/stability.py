@@ -42,7 +42,7 @@ LARGE_CONDITION = 1e4
 # On an image of twice the size. A response that has faded within the image gives 1, one that lasts 2.
 LARGE_GROWTH = 1.5
 
-# How close to its limit a gain counts as on it: about what rounding the taps to float32 moves a gain of 100.
+# How close to its limit a gain counts as on it: rounding the taps to float32 moves a gain of 100 by less.
 ON_THE_LIMIT = 1e-5
 # Newton's steps to a γ: at most so many, until one is as small as this.
 MOST_STEPS, SMALL_STEP = 100, 1e-14
@@ -65,7 +65,7 @@ class LayerStability(NamedTuple):
         gain_at_twice: that for images of twice the size along every axis.
         norm: ‖A‖∞, the same of the other direction.
         condition: ‖A⁻¹‖∞ · ‖A‖∞, how much a relative error may grow.
-        row_sum: s = max_o Σ |W′_δ| over inputs and taps δ ≠ 0, with W′_δ = M⁻¹ W_δ. Above 1 in most healthy layers.
+        row_sum: s = max_o Σ |W′_δ| over inputs and taps δ ≠ 0, with W′_δ = M⁻¹ W_δ. May well be above 1.
         bound: ‖M⁻¹‖∞ / (1 − s) where s < 1, which no image size takes the gain above; else infinite.
     """
 
@@ -108,7 +108,7 @@ class StabilityReport:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """A sentence a layer that has some."""
+        """One sentence per layer that has some."""
         return tuple(
             f"{_name(layer.path)} has {' and '.join(layer.warnings)}" for layer in self.layers if layer.warnings
         )
@@ -182,7 +182,7 @@ def stability_report(
 
 @torch.no_grad()
 def gains(model: nn.Module, image_size: int | Sequence[int], context: Tensor | None = None) -> dict[str, float]:
-    """‖A⁻¹‖∞ of every inverse convolution by its path: of :func:`stability_report` what is cheap, a solve a layer."""
+    """‖A⁻¹‖∞ of every inverse convolution by its path: what is cheap of :func:`stability_report`."""
     found = _layers(model, image_size, context)
     return {path: _gain(layer, _weight(layer), _apart(layer, sizes)) for path, layer, sizes in found}
 

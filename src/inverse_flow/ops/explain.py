@@ -148,11 +148,13 @@ class Plan(Facts):
             with rows as lanes some more, since a row starts behind the one above it.
         scratch_bytes: Memory beside inputs, outputs and gradients; on a CPU also beside a prepared copy of the weight.
 
-        isa: CPU, as the next four: the instruction set in use.
+        isa: CPU, as the next five: the instruction set in use.
         workers: Threads that have work.
-        lanes: Pixels that are solved at once: images of a batch, or rows of a band.
-        units: Pieces of work: pieces of the batch times groups, or bands of all images and groups.
+        lanes: Pixels that are solved at once, most: images of a batch, or rows of a band.
+        units: Pieces of work: eights of the batch times groups, or bands of all images and groups.
         joined: Whether a thread that is through with a band's first row goes on with the next band's.
+        rest: The same facts of the last images of a batch, and their ``batch``, where fewer than fill a vector are
+            swept apart; else None.
 
         tile: GPU, as all that follow: rows and columns that a block keeps in shared memory.
         tiles: Tiles of an image, downwards and to the right.
@@ -267,7 +269,9 @@ def _explain_cpu(problem: Problem, corner: int, dtype: str, threads: int | None)
     if threads is None:
         threads = torch.get_num_threads()
     _check_integer("threads", threads, 1)
-    return Plan(_C.plan_cpu(problem.operator_sizes(), corner, dtype, threads, problem.backward), problem)
+    facts = _C.plan_cpu(problem.operator_sizes(), corner, dtype, threads, problem.backward)
+    rest = facts.pop("rest", None)
+    return Plan({**facts, "rest": None if rest is None else Facts(rest)}, problem)
 
 
 def _explain_cuda(
