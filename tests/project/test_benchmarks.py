@@ -33,6 +33,7 @@ RUNS = {
     "stability": "--data {source} --learning-rates 1e-3 2e-2 --steps 3 --every 2 --levels 1 --depth 1 --hidden 2 "
     "--side 16 --seeds 2 --threads 1 --plot {out}/plot",
     "stability, cost": "--cost 2 --budget 0 --threads 1",
+    "signals": "--shapes 2x1x40x3 9x3x20x2 --threads 1 --budget 0",
     "classifier": "--epochs 1 --hidden 2 --threads 1",
 }
 
