@@ -151,7 +151,7 @@ def check_gradients(case: Volumes, input: Tensor, weight: Tensor, transposed: bo
     def gradients(solve: Callable[..., Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of input, weight and bias, and the sizes of the terms of that of the weight."""
         x, u = solve(weight, input.to(dtype), transposed), solve(weight, grad.to(dtype), not transposed)
-        w = weight.to(dtype).requires_grad_()
+        w = weight.detach().to(dtype).requires_grad_()
         left, right = (x, u) if transposed else (u, x)
         of = [torch.autograd.grad(case.convolve(case.effective(w), b), w, a)[0].to(dtype)
               for a, b in ((left, right), (left.abs(), right.abs()))]  # fmt: skip
