@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -50,6 +51,21 @@ def run_code(page: Path, changes: Mapping[str, str] | None = None) -> dict[str, 
 )
 def test_code_runs(page: Path) -> None:
     run_code(page)
+
+
+INTEROP = re.findall(
+    r"^## (.+?)\n.*?^```python\n(.*?)^```$", (DOCS / "interop.md").read_text(), re.MULTILINE | re.DOTALL
+)
+
+
+@pytest.mark.parametrize("block", [block for _, block in INTEROP], ids=[title for title, _ in INTEROP])
+def test_code_of_other_libraries_runs(block: str) -> None:
+    for library in re.findall(r"^(?:from|import) (nflows|normflows|FrEIA|zuko|pyro)\b", block, re.MULTILINE):
+        pytest.importorskip(library, reason=f"{library} is not installed (extra [peers])")
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    exec(compile(block, "interop.md", "exec"), names)
+    assert torch.as_tensor(names["loss"]).isfinite()
 
 
 def test_code_of_the_readme_runs() -> None:

@@ -9,13 +9,23 @@ from inverse_flow.reversible.layer import check_layers, output_shape, splits_off
 IMAGE_AXES = 2
 
 
+def flattened(layer: nn.Module) -> nn.Module:
+    """The layer; of a flow, its ``flatten()``.
+
+    Raises:
+        TypeError: no layer.
+    """
+    (found,) = check_layers([layer.flatten() if hasattr(layer, "latent_shapes") else layer])  # type: ignore[operator]
+    return found
+
+
 def tensor_layer(layer: nn.Module) -> nn.Module:
     """The layer, from one tensor to one tensor; of a flow, its ``flatten()``.
 
     Raises:
         TypeError: no layer, or one that splits off a latent.
     """
-    (found,) = check_layers([layer.flatten() if hasattr(layer, "latent_shapes") else layer])  # type: ignore[operator]
+    found = flattened(layer)
     if splits_off_latent(found):
         raise TypeError(f"{type(found).__name__} gives a latent of its own: put it into a Flow, which has one tensor")
     return found

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
 from inverse_flow.adapters.layer import event_dims, tensor_layer
+from inverse_flow.flows import reverse
 from inverse_flow.reversible.layer import call_layer, input_shape, output_shape
+
+if TYPE_CHECKING:
+    from pyro.distributions import TransformModule
+    from zuko.lazy import LazyTransform
 
 
 class LayerTransform(Transform):
@@ -116,6 +121,38 @@ def to_torch_transform(
     """
     layer = tensor_layer(layer)
     return LayerTransform(layer, context, event_dims(layer, event_dim), context_dim)
+
+
+def to_zuko(layer: nn.Module, *, event_dim: int | None = None, context_dim: int = 1) -> LazyTransform:
+    """A layer or a flow as a lazy transform of zuko, from data to latents.
+
+    ``zuko.flows.Flow(to_zuko(layer), base)``; what the flow is called with is the layer's context, its batch shape and
+    that of the events broadcast. A layer without use for a context ignores it, as zuko's do. The parameters are those
+    of the layer.
+
+    Args, Raises: as :func:`to_torch_transform`.
+    """
+    from inverse_flow.adapters.zuko import LazyLayerTransform
+
+    layer = tensor_layer(layer)
+    return LazyLayerTransform(layer, event_dims(layer, event_dim), context_dim)
+
+
+def to_pyro(
+    layer: nn.Module, context: Tensor | None = None, *, event_dim: int | None = None, context_dim: int = 1
+) -> TransformModule:
+    """A layer or a flow as a transform module of pyro, from latents to data.
+
+    ``pyro.distributions.TransformedDistribution(base, [to_pyro(layer)])``. It holds the layer, so that ``pyro.module``
+    finds the parameters.
+
+    Args, Raises: as :func:`to_torch_transform`.
+    """
+    from inverse_flow.adapters.pyro import LayerTransformModule
+
+    layer = tensor_layer(layer)
+    data, latents = event_dims(layer, event_dim)
+    return LayerTransformModule(reverse(layer), context, (latents, data), context_dim)
 
 
 def _cut(shape: torch.Size, dims: int) -> tuple[torch.Size, torch.Size]:

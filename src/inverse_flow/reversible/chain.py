@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from inverse_flow.reversible.layer import call_layer, shortcut, splits_off_latent
+from inverse_flow.reversible.layer import DIRECTIONS, call_layer, is_changed, shortcut, splits_off_latent
 
 
 class Link(NamedTuple):
@@ -48,19 +49,40 @@ RunLink: TypeAlias = Callable[[int, Any], tuple[Any, Tensor]]
 """``run(i, x)`` runs link i."""
 
 
-def links_of(layers: Sequence[nn.Module] | nn.ModuleList, inverse: bool) -> list[Link]:
-    """The links of a container whose ``layers`` run one after the other."""
-    found = [Link(f"layers.{i}", layer, inverse) for i, layer in enumerate(layers)]
+def links_of(layers: Sequence[nn.Module] | nn.ModuleList, inverse: bool, name: str = "layers") -> list[Link]:
+    """The links of a container whose layers, its attribute ``name``, run one after the other."""
+    found = [Link(f"{name}.{i}", layer, inverse) for i, layer in enumerate(layers)]
     return found[::-1] if inverse else found
 
 
-def elementary(links: Iterable[Link]) -> list[Link]:
-    """The links with the containers among them taken apart. A container counts as elementary when hooks wait for it as
-    a whole, or when it runs otherwise than the class that has its ``links``.
+FOREIGN: dict[str, Callable[[Any, bool], list[Link]]] = {
+    "nflows.transforms.base.CompositeTransform": lambda container, inverse: links_of(
+        container._transforms, inverse, "_transforms"
+    ),
+    "nflows.transforms.base.InverseTransform": lambda container, inverse: [
+        Link("_transform", container._transform, not inverse)
+    ],
+}
+"""Containers of another library with the same two methods, by the full name of the class, and their links."""
+
+
+def inner_links(layer: nn.Module) -> Callable[[bool], list[Link]] | None:
+    """``links`` of a container that may be taken apart; None for any other layer.
+
+    It may not when hooks wait for it as a whole, or when it runs otherwise than the class that has its ``links``.
     """
+    for kind in type(layer).__mro__:
+        foreign = FOREIGN.get(f"{kind.__module__}.{kind.__qualname__}")
+        if foreign is not None:
+            return None if is_changed(layer, kind, DIRECTIONS) else partial(foreign, layer)
+    return shortcut(layer, "links")
+
+
+def elementary(links: Iterable[Link]) -> list[Link]:
+    """The links with the containers among them taken apart, where they may be."""
     found: list[Link] = []
     for link in links:
-        inner = shortcut(link.layer, "links")
+        inner = inner_links(link.layer)
         if inner is None:
             found.append(link)
         else:

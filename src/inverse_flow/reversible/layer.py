@@ -13,7 +13,8 @@ defaults:
 ``uses_context``
     False: the layer ignores its context. Missing: it may use it.
 ``links(inverse)``
-    A container's layers, as (path, layer, inverse) in the order in which they run. Missing: the layer is elementary.
+    A container's layers, as (path, layer, inverse) in the order in which they run. Missing: the layer is elementary,
+    unless it is a container of nflows, which are known.
 ``backward_from_output(z, grad_z, grad_logdet, context) -> (x, grad_x)``
     The closed form of its backward pass. Missing: it is run again.
 

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from inverse_flow.ops.bijection import Bijection
-from inverse_flow.reversible.chain import Link, elementary, links_of
+from inverse_flow.reversible.chain import Link, elementary, inner_links, links_of
 from inverse_flow.reversible.layer import (
     Shape,
     check_layers,
     input_shape,
     output_shape,
-    shortcut,
     splits_off_latent,
     uses_context,
 )
@@ -142,7 +141,7 @@ def reconstruction_errors(
         An entry for each elementary layer, in the order in which they run. 0 for one whose input is kept, as it changes
         what it holds.
     """
-    inner = shortcut(flow, "links")
+    inner = inner_links(flow)
     links = [Link("", flow, False)] if inner is None else elementary(inner(False))
     chain = RebuiltChain(links, x.device, Rebuilding())
     inputs: dict[int, Any] = {}
