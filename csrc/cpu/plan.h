@@ -76,7 +76,8 @@ inline Plan make_plan(const Shape& shape, bool with_gradient, int64_t min_lanes,
     return std::min(threads, shape.batch * shape.groups * std::max<int64_t>(1, per_image));
   };
   int64_t band = shape.height > min_lanes ? max_lanes : min_lanes;
-  if (shape.depth > 1 && busy_with(min_lanes) > busy_with(band)) band = min_lanes;
+  // Bands of a volume are long enough to be cut for the sake of threads that have none.
+  while (shape.depth > 1 && band > min_lanes && busy_with(band / 2) > busy_with(band)) band /= 2;
   const int64_t bands = pieces(shape.height, band);
   const int64_t jobs_by_rows = shape.groups * shape.batch * bands;
   const int64_t busy = busy_with(band);
