@@ -30,15 +30,16 @@ export PATH := $(if $(VENV),$(abspath $(VENV))/bin:)$(PATH)
 done := $(if $(VENV),$(VENV),build)/.inverse-flow
 sources := setup.py pyproject.toml MANIFEST.in LICENSE README.md \
     $(shell find csrc src -type f ! -name '*.so' ! -name '*.pyc' ! -path '*.egg-info/*')
-# A GPU that is lent for minutes has no time for the code of others.
+# A GPU that is lent for minutes has no time for the code of others, nor for a wait that never ends.
 ifeq ($(MAKECMDGOALS),gpu-check)
+  export NVCC_APPEND_FLAGS := $(NVCC_APPEND_FLAGS) -DINVERSE_FLOW_MOST_POLLS=16777216
   ifndef TORCH_CUDA_ARCH_LIST
     export TORCH_CUDA_ARCH_LIST := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | paste -sd ';')
   endif
 endif
 
 # What the build reads from the environment; see docs/installation.md.
-settings := $(FORCE_CUDA)/$(CUDA_HOME)/$(TORCH_CUDA_ARCH_LIST)/$(if $(findstring default,$(origin CXX)),,$(CXX))
+settings := $(FORCE_CUDA)/$(CUDA_HOME)/$(TORCH_CUDA_ARCH_LIST)/$(NVCC_APPEND_FLAGS)/$(if $(findstring default,$(origin CXX)),,$(CXX))
 
 .PHONY: demo test test-isas lint bench gpu-check docs clean
 .DELETE_ON_ERROR:

@@ -60,15 +60,27 @@ py::dict plan_cpu_as(const Shape& shape, int64_t threads, bool backward) {
     return see.facts;
   }
   const cpu::Kernels<IO, T>& kernels = cpu::isa_in_use().kernels;
-  const cpu::Plan plan = cpu::make_plan(shape, backward, kernels.min_lanes, kernels.max_lanes, sizeof(T), threads);
-  plan.visit(shape, see);
-  cpu::Problem<IO, T> problem{};
-  problem.shape = shape;
-  problem.with_gradient = backward;
-  const int64_t kept =
-      plan.jobs * cpu::halo_elements(shape, plan) + plan.sets * cpu::sum_sizes(shape, backward).total();
-  see("scratch_bytes", plan.workers * static_cast<int64_t>(cpu::thread_scratch(kernels, plan, problem)) +
-                           kept * static_cast<int64_t>(sizeof(T)));
+  const auto see_part = [&](int64_t images, const Facts& facts) {
+    cpu::Problem<IO, T> problem{};
+    problem.shape = shape;
+    problem.shape.batch = images;
+    problem.with_gradient = backward;
+    const Shape& part = problem.shape;
+    const cpu::Plan plan = cpu::make_plan(part, backward, kernels.min_lanes, kernels.max_lanes, sizeof(T), threads);
+    plan.visit(part, facts);
+    const int64_t kept =
+        plan.jobs * cpu::halo_elements(part, plan) + plan.sets * cpu::sum_sizes(part, backward).total();
+    facts("scratch_bytes", plan.workers * static_cast<int64_t>(cpu::thread_scratch(kernels, plan, problem)) +
+                               kept * static_cast<int64_t>(sizeof(T)));
+  };
+  const int64_t first = cpu::first_part(shape, backward, kernels.min_lanes, kernels.max_lanes, sizeof(T), threads);
+  see_part(first, see);
+  if (first < shape.batch) {
+    const Facts rest;
+    rest("batch", shape.batch - first);
+    see_part(shape.batch - first, rest);
+    see("rest", rest.facts);
+  }
   return see.facts;
 }
 

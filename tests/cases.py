@@ -211,7 +211,13 @@ DILATED = [
     Case(1, 2, None, 12, (3,), dilation=4),
     Case(3, 4, None, 13, (3,), 2, ("right", "left"), dilation=(5,)),
 ]
-SHAPES += [*SIGNALS, *DILATED]
+# The kernels' own tests of volumes are in ops/test_volumes.py: these are of all that is around them.
+VOLUMES = [
+    Case(2, 3, 3, 4, (2, 2, 2), order="back_top_right", corner="unit_triangular", depth=2),
+    Case(9, 4, 2, 3, (2, 1, 3), 2, ("front_bottom_left", "back_top_right"), depth=3),
+    Case(1, 2, 3, 2, (3, 2, 2), 1, "back_bottom_left", depth=5, dilation=(2, 1, 2)),
+]
+SHAPES += [*SIGNALS, *DILATED, *VOLUMES]
 
 # Those whose plain recurrence is quick to differentiate.
 DIFFERENTIABLE = [case for case in SHAPES if math.prod(case.sizes + case.kernel) < 1500]
@@ -227,7 +233,7 @@ FEW = [
 
 
 # The same for what is more than a plain image.
-FEW_MORE = [SIGNALS[6], SIGNALS[-1], DILATED[12], DILATED[14], DILATED[-1]]
+FEW_MORE = [SIGNALS[6], SIGNALS[-1], DILATED[12], DILATED[14], DILATED[-1], *VOLUMES]
 
 
 def _surrounded(x: Tensor, pad: int) -> Tensor:

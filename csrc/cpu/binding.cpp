@@ -48,7 +48,7 @@ class Scratch {
   char* memory_;
 };
 
-// One group of an image tensor in the coordinates in which its solve starts at the top left.
+// One group of images that follow each other, in the coordinates in which its solve starts at the top left.
 template <class IO>
 Image<IO> mirrored_group(const Shape& shape, IO* data, Strides stride, int64_t group, int32_t flips) {
   Image<IO> image{data + group * shape.channels * stride.channel, stride, data, data + 1};
@@ -73,10 +73,12 @@ Image<IO> mirrored_group(const Shape& shape, IO* data, Strides stride, int64_t g
   return image;
 }
 
-// Solves all groups; with `other` also adds up the weight and bias gradients (contiguous, zeroed).
+// Solves all groups of shape.batch images from image `first_of_part` on; with `other` also adds up the weight and bias
+// gradients (contiguous).
 template <class IO, class T>
-void run(const Shape& shape, const std::vector<int64_t>& orders, const Prepared<T>& prepared, const Tensor& input,
-         const Tensor& output, const Tensor* other, T* weight_gradient, T* bias_gradient) {
+void run_part(const Shape& shape, int64_t first_of_part, const std::vector<int64_t>& orders,
+              const Prepared<T>& prepared, const Tensor& input, const Tensor& output, const Tensor* other,
+              T* weight_gradient, T* bias_gradient) {
   const bool with_gradient = other != nullptr;
   const Kernels<IO, T>& kernels = isa_in_use().kernels;
   const Plan plan = make_plan(shape, with_gradient, kernels.min_lanes, kernels.max_lanes, sizeof(T),
@@ -85,14 +87,16 @@ void run(const Shape& shape, const std::vector<int64_t>& orders, const Prepared<
   std::vector<Problem<IO, T>> problems;
   for (int64_t g = 0; g < shape.groups; ++g) {
     const int32_t flips = solved_order(static_cast<int32_t>(orders[g]), shape.transposed);
-    const auto view = [&](const Tensor& tensor) {
-      return mirrored_group<const IO>(shape, static_cast<const IO*>(tensor.const_data_ptr()), strides_of(tensor), g,
-                                      flips);
+    const auto view = [&](const Tensor& tensor, auto* data) {
+      const Strides stride = strides_of(tensor);
+      return mirrored_group(shape, data + first_of_part * stride.batch, stride, g, flips);
     };
-    problems.push_back(
-        {shape, prepared.group(shape, g), view(input),
-         mirrored_group<IO>(shape, static_cast<IO*>(output.mutable_data_ptr()), strides_of(output), g, flips),
-         with_gradient ? view(*other) : Image<const IO>{}, with_gradient});
+    const auto read = [&](const Tensor& tensor) {
+      return view(tensor, static_cast<const IO*>(tensor.const_data_ptr()));
+    };
+    problems.push_back({shape, prepared.group(shape, g), read(input),
+                        view(output, static_cast<IO*>(output.mutable_data_ptr())),
+                        with_gradient ? read(*other) : Image<const IO>{}, with_gradient});
   }
 
   // Every unit of work sums its gradients apart, and they are added up in a fixed order: the result does not depend
@@ -131,20 +135,19 @@ void run(const Shape& shape, const std::vector<int64_t>& orders, const Prepared<
     });
   } else {
     const int64_t units = shape.groups * plan.units;
-    const int64_t vectors = (shape.batch + kernels.min_lanes - 1) / kernels.min_lanes;
-    const auto first_image = [&](int64_t unit) {
-      return std::min(shape.batch, vectors * unit / plan.units * kernels.min_lanes);
-    };
     torch::stable::parallel_for(0, jobs, 1, [&](int64_t begin, int64_t end) {
       for (int64_t job = begin; job < end; ++job) {
-        for (int64_t i = units * job / jobs; i < units * (job + 1) / jobs; ++i) {
-          const int64_t group = i / plan.units;
-          const int64_t first = first_image(i % plan.units);
-          const int64_t count = first_image(i % plan.units + 1) - first;
-          const int64_t lanes = count <= kernels.min_lanes ? kernels.min_lanes : plan.lanes;
+        const int64_t last = units * (job + 1) / jobs;
+        for (int64_t unit = units * job / jobs; unit < last;) {
+          const int64_t group = unit / plan.units;
+          const int64_t left = std::min(last, (group + 1) * plan.units) - unit;
+          const int64_t lanes = line_lanes(left, kernels.min_lanes, plan.lanes);
+          const int64_t first = unit % plan.units * kernels.min_lanes;
           const int64_t set = job + group;  // unique: both grow along the units
           group_of_set[set] = group;
-          kernels.images(problems[group], first, count, lanes, scratch.piece(begin), gradients(set));
+          kernels.images(problems[group], first, std::min(lanes, shape.batch - first), lanes, scratch.piece(begin),
+                         gradients(set));
+          unit += lanes / kernels.min_lanes;
         }
       }
     });
@@ -157,6 +160,20 @@ void run(const Shape& shape, const std::vector<int64_t>& orders, const Prepared<
     const Gradients<T> part = gradients(set);
     add_weight_gradient(shape, orders[group], part.weight, weight_gradient + group * sizes.weight);
     for (int64_t c = 0; c < shape.channels; ++c) bias_gradient[group * shape.channels + c] += part.bias[c];
+  }
+}
+
+// Solves all groups; with `other` also adds up the weight and bias gradients (contiguous, zeroed).
+template <class IO, class T>
+void run(const Shape& shape, const std::vector<int64_t>& orders, const Prepared<T>& prepared, const Tensor& input,
+         const Tensor& output, const Tensor* other, T* weight_gradient, T* bias_gradient) {
+  const Kernels<IO, T>& kernels = isa_in_use().kernels;
+  const int64_t first = first_part(shape, other != nullptr, kernels.min_lanes, kernels.max_lanes, sizeof(T),
+                                   torch::stable::get_num_threads());
+  Shape part = shape;
+  for (int64_t begin = 0; begin < shape.batch; begin += part.batch) {
+    part.batch = begin == 0 ? first : shape.batch - first;
+    run_part<IO, T>(part, begin, orders, prepared, input, output, other, weight_gradient, bias_gradient);
   }
 }
 

@@ -1,5 +1,8 @@
 #include "isa.h"
 
+#include <unistd.h>
+
+#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 
@@ -57,6 +60,12 @@ const Row& choose() {
 }
 
 }  // namespace
+
+int64_t slab_bytes() {
+  // Nothing, or zero, where the system does not say; larger ones were no faster with 2 MiB of L2.
+  static const int64_t bytes = std::clamp<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE) * 3 / 8, 192 << 10, 400 << 10);
+  return bytes;
+}
 
 const Isa& isa_in_use() {
   static const Isa isa = [] {

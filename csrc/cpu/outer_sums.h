@@ -22,39 +22,43 @@ struct OuterStrides {
 };
 
 // sums[a][b] -= sum over spans, steps and lanes of u[a] * x[b], for kA x kB channels.
-template <class T, int kA, int kB, int kVectors>
+template <class T, int kA, int kB, int kLanes>
 INVERSE_FLOW_INLINE void outer_block(const TapSpans<T>& tap, const OuterStrides& stride, ptrdiff_t first_u,
                                      ptrdiff_t first_x, T* sums, int64_t channels) {
-  constexpr int64_t n = kVectorLanes<T>;
-  Vector<T> sum[kA][kB] = {};
+  constexpr int64_t n = kVectorLanes<T, kLanes>;
+  Vector<T, kLanes> sum[kA][kB];
+  set_zero(sum);
   for (int64_t i = 0; i < tap.count; ++i) {
     const T* u = tap.spans[i].u + first_u;
     const T* x = tap.spans[i].x + first_x;
     for (int64_t s = 0; s < tap.steps; ++s, u += stride.u_step, x += stride.x_step) {
-      for (int v = 0; v < kVectors; ++v) {
-        Vector<T> right[kB];
-        for (int b = 0; b < kB; ++b) right[b] = load(x + b * stride.x_channel + v * n);
+      for (int v = 0; v < kVectors<T, kLanes>; ++v) {
+        Vector<T, kLanes> right[kB];
+        for (int b = 0; b < kB; ++b) right[b] = load<kLanes>(x + b * stride.x_channel + v * n);
         for (int a = 0; a < kA; ++a) {
-          const Vector<T> left = load(u + a * stride.u_channel + v * n);
+          const Vector<T, kLanes> left = load<kLanes>(u + a * stride.u_channel + v * n);
           for (int b = 0; b < kB; ++b) sum[a][b] += left * right[b];
         }
       }
     }
   }
+  T total[kA * kB];
+  horizontal_sums<T, kLanes, kA * kB>(&sum[0][0], total);
   for (int a = 0; a < kA; ++a) {
-    for (int b = 0; b < kB; ++b) sums[a * channels + b] -= horizontal_sum<T>(sum[a][b]);
+    for (int b = 0; b < kB; ++b) sums[a * channels + b] -= total[a * kB + b];
   }
 }
 
-// The weight gradient of all taps and channel pairs: 4 x 3 accumulators, 3 + 1 operands of 16 registers. The taps are
-// the inner loop, since their sources overlap and stay in L1.
-template <class T, int kVectors>
+// The weight gradient of all taps and channel pairs: 4 x 3 accumulators, 3 + 1 operands of 16 registers, or twice as
+// many of 32. The taps are the inner loop, since their sources overlap and stay in L1.
+constexpr int kOuterBlock = INVERSE_FLOW_VECTOR_BYTES == 64 ? 6 : 3;
+template <class T, int kLanes>
 static __attribute__((noinline)) void outer_sums(const TapSpans<T>* taps, int64_t tap_count, int64_t channels,
                                                  const OuterStrides& stride, T* sums) {
   for_blocks<4>(channels, false, [&](int64_t a, auto left) {
-    for_blocks<3>(channels, false, [&](int64_t b, auto right) {
+    for_blocks<kOuterBlock>(channels, false, [&](int64_t b, auto right) {
       for (int64_t t = 0; t < tap_count; ++t) {
-        outer_block<T, decltype(left)::value, decltype(right)::value, kVectors>(
+        outer_block<T, decltype(left)::value, decltype(right)::value, kLanes>(
             taps[t], stride, a * stride.u_channel, b * stride.x_channel, sums + (t * channels + a) * channels + b,
             channels);
       }
@@ -63,15 +67,17 @@ static __attribute__((noinline)) void outer_sums(const TapSpans<T>* taps, int64_
 }
 
 // bias_sums[c] -= sum of the state over steps and lanes (lanes without a pixel hold zero).
-template <class T>
+template <class T, int kLanes>
 static void subtract_sums(const T* state, int64_t channels, ptrdiff_t channel_state, ptrdiff_t step_state,
-                          int64_t steps, int64_t lanes, T* sums) {
-  constexpr int64_t n = kVectorLanes<T>;
+                          int64_t steps, T* sums) {
+  constexpr int64_t n = kVectorLanes<T, kLanes>;
   for (int64_t c = 0; c < channels; ++c) {
-    Vector<T> sum{};
+    Vector<T, kLanes> sum[1]{};
     for (int64_t s = 0; s < steps; ++s) {
-      for (int64_t v = 0; v < lanes; v += n) sum += load(state + s * step_state + c * channel_state + v);
+      for (int64_t v = 0; v < kLanes; v += n) sum[0] += load<kLanes>(state + s * step_state + c * channel_state + v);
     }
-    sums[c] -= horizontal_sum<T>(sum);
+    T total[1];
+    horizontal_sums<T, kLanes, 1>(sum, total);
+    sums[c] -= total[0];
   }
 }

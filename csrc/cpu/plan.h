@@ -13,12 +13,13 @@ namespace inverse_flow::cpu {
 // How the work is cut up. Lanes are images where that fills the vectors and the threads, else the rows of a band.
 struct Plan {
   bool by_rows;
-  RowsPlan rows;  // of rows as lanes
-  int64_t lanes;
-  int64_t units;    // pieces of a group that run independently (images), or bands of an image (rows)
+  RowsPlan rows;    // of rows as lanes
+  int64_t lanes;    // of the widest line
+  int64_t units;    // narrowest lines that hold the images of a group, or bands of an image (rows)
   int64_t jobs;     // what the threads share: bands (rows), or ranges of neighbouring units (images)
   int64_t workers;  // threads that have a job
   int64_t sets;     // partial sums of the gradients that are kept apart
+  int64_t cost;     // estimate of the busiest thread's time, in steps of a line of one vector
 
   // Calls see(name, value) for every fact of the plan that inverse_flow.explain tells.
   template <class See>
@@ -41,10 +42,10 @@ inline bool joined_lines_fit(const Shape& shape, int64_t band, int64_t stretch, 
 }
 
 // How an image is swept by bands of so many rows. Long stretches are packed in long runs, which the hardware prefetches
-// (see kSlabBytes), but `threads` that share an image each start a band and a stretch after the one above.
+// (see slab_bytes), but `threads` that share an image each start a band and a stretch after the one above.
 inline RowsPlan plan_rows(const Shape& shape, bool with_gradient, int64_t band, int64_t state_bytes, int64_t threads) {
   const int64_t steps = band_steps(shape, band);
-  const int64_t in_cache = kSlabBytes / (shape.channels * band * state_bytes);
+  const int64_t in_cache = slab_bytes() / (shape.channels * band * state_bytes);
   const auto stretch = [&](int64_t most) { return std::max(std::min(most, in_cache) / kStretch * kStretch, kStretch); };
   RowsPlan plan{band, (shape.height + band - 1) / band, 0, 0, false};
   // Of what a thread may be ahead or behind, half is left to chance.
@@ -65,45 +66,84 @@ inline RowsPlan plan_rows(const Shape& shape, bool with_gradient, int64_t band, 
   return plan;
 }
 
+// Multiply-adds of vectors that take about as long as planning, and waking the threads, once more.
+constexpr int64_t kPartCost = 1 << 15;
+
+// The widest line that so many units of min_lanes images fill: what they leave is left to narrower ones.
+inline int64_t line_lanes(int64_t units, int64_t min_lanes, int64_t max_lanes) {
+  int64_t lanes = min_lanes;
+  while (2 * lanes <= std::min(units * min_lanes, max_lanes)) lanes *= 2;
+  return lanes;
+}
+
 inline Plan make_plan(const Shape& shape, bool with_gradient, int64_t min_lanes, int64_t max_lanes, int64_t state_bytes,
                       int64_t threads) {
   const auto pieces = [](int64_t total, int64_t piece) { return (total + piece - 1) / piece; };
-  // Steps of min_lanes-wide vectors each thread would run.
-  const int64_t by_images = pieces(pieces(shape.batch, min_lanes) * shape.groups, threads) * shape.pixels();
   // Bands of one image overlap but for a start-up of one band's width each, so one image fills at most this many.
   const auto busy_with = [&](int64_t band) {
     const int64_t per_image = std::min(pieces(shape.height, band), band_steps(shape, band) / (band + kStretch));
     return std::min(threads, shape.batch * shape.groups * std::max<int64_t>(1, per_image));
   };
-  int64_t band = shape.height > min_lanes ? max_lanes : min_lanes;
+  int64_t band = min_lanes;
+  while (band < shape.height && band < max_lanes) band *= 2;
   // Bands of a volume are long enough to be cut for the sake of threads that have none.
   while (shape.depth > 1 && band > min_lanes && busy_with(band / 2) > busy_with(band)) band /= 2;
+  // A line narrower than a vector takes as long as one that fills it.
+  const int64_t vector = std::max(min_lanes, max_lanes / 2);
+  const auto vectors = [&](int64_t lanes) { return std::max(lanes / vector, int64_t{1}); };
   const int64_t bands = pieces(shape.height, band);
   const int64_t jobs_by_rows = shape.groups * shape.batch * bands;
   const int64_t busy = busy_with(band);
   const RowsPlan rows = plan_rows(shape, with_gradient, band, state_bytes, std::min(busy, bands));
   const int64_t steps = rows.joined ? pieces(jobs_by_rows, busy) * band_period(shape) + band
                                     : pieces(jobs_by_rows, busy) * band_steps(shape, band);
-  if (steps * (band / min_lanes) < by_images) {
-    return {true, rows, band, bands, jobs_by_rows, busy, jobs_by_rows};
-  }
-  // Enough pieces for the threads to share evenly, each as wide as a line can be.
-  const int64_t vectors = pieces(shape.batch, min_lanes);
-  const int64_t widest = max_lanes / min_lanes;
-  int64_t units = pieces(vectors, widest);
-  if (shape.groups % threads != 0) units = std::min(vectors, pieces(units, threads) * threads);
-  const int64_t lanes = shape.batch <= min_lanes || units == vectors ? min_lanes : max_lanes;
+  const int64_t by_rows = steps * vectors(band);
+
   // A thread works through neighbouring units with one set of sums, and its range may straddle groups.
+  const int64_t units = pieces(shape.batch, min_lanes);
   const int64_t jobs = std::min(threads, shape.groups * units);
-  return {false, {}, lanes, units, jobs, jobs, jobs + shape.groups};
+  const int64_t most = pieces(shape.groups * units, jobs);
+  int64_t by_images = 0;
+  for (int64_t left = most; left > 0;) {
+    const int64_t lanes = line_lanes(std::min(left, units), min_lanes, max_lanes);
+    by_images += vectors(lanes) * shape.pixels();
+    left -= lanes / min_lanes;
+  }
+  if (by_rows < by_images) return {true, rows, band, bands, jobs_by_rows, busy, jobs_by_rows, by_rows};
+  const int64_t lanes = line_lanes(std::min(most, units), min_lanes, max_lanes);
+  return {false, {}, lanes, units, jobs, jobs, jobs + shape.groups, by_images};
+}
+
+// How many images of a batch, the first ones, are swept before the others: as many as fill vectors, if those that are
+// left over are swept sooner by their rows, on all threads, than as the lanes of a line of one thread that they do not
+// fill. Else all.
+inline int64_t first_part(const Shape& shape, bool with_gradient, int64_t min_lanes, int64_t max_lanes,
+                          int64_t state_bytes, int64_t threads) {
+  const auto cost = [&](int64_t batch) {
+    Shape part = shape;
+    part.batch = batch;
+    return make_plan(part, with_gradient, min_lanes, max_lanes, state_bytes, threads).cost;
+  };
+  const int64_t left_over = shape.batch % std::max(min_lanes, max_lanes / 2);
+  const int64_t first = shape.batch - left_over;
+  if (left_over == 0 || first == 0) return shape.batch;
+  const int64_t together = cost(shape.batch);
+  const int64_t saved = together - cost(first) - cost(left_over);
+  // A second part begins with a call of its own to all threads.
+  const bool pays = saved * 20 > together && saved * shape.channels * shape.channels * shape.taps() > kPartCost;
+  return pays ? first : shape.batch;
 }
 
 // Working memory of one thread, in bytes.
 template <class IO, class T>
 size_t thread_scratch(const Kernels<IO, T>& kernels, const Plan& plan, const Problem<IO, T>& problem) {
   if (plan.by_rows) return kernels.rows_scratch(problem, plan.rows);
-  // Narrow pieces may keep more rows than wide ones.
-  return std::max(kernels.images_scratch(problem, kernels.min_lanes), kernels.images_scratch(problem, plan.lanes));
+  // Narrow lines may keep more rows than wide ones.
+  size_t bytes = 0;
+  for (int64_t lanes = kernels.min_lanes; lanes <= plan.lanes; lanes *= 2) {
+    bytes = std::max(bytes, kernels.images_scratch(problem, lanes));
+  }
+  return bytes;
 }
 
 // Elements, in the state type, of the halo below a band; those of all bands are kept.

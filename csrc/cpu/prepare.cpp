@@ -33,7 +33,7 @@ int64_t invert(std::vector<double>& matrix, int64_t n, const PrepareKernels& ker
     for (int64_t k = 0; k < n; ++k) unit[k] *= scale;
     for (int64_t row = 0; row < n; ++row) factors[row] = std::exchange(matrix[row * n + column], 0.0);
     unit[column] = std::exchange(factors[column], 0.0);
-    kernels.subtract_rows(matrix.data(), unit, factors.data(), n);
+    kernels.subtract_rows(matrix.data(), unit, factors.data(), n, n);
   }
   // Rows were exchanged on the way: the columns of the inverse are, in the opposite order.
   for (int64_t column = n - 1; column >= 0; --column) {
@@ -70,35 +70,36 @@ void transpose(std::vector<double>& matrix, int64_t n) {
   }
 }
 
-// Columns of a fold that one thread solves at a time: its chunk stays in the L1 cache up to about 50 channels, in the
-// L2 cache beyond.
-constexpr int64_t kFoldColumns = 3 * kProductColumns;
-
-// Multiply-adds below which another thread would take longer to wake than to help.
-constexpr int64_t kFoldGrain = 1 << 18;
-
-// right := matrix^-1 * right for n rows of `columns` values: the inverse, in blocks of output channels, is multiplied
-// by. Where the matrix is given, the result is refined once by a residual of twice the digits, so that it is off by
-// little more than its rounding. `scratch` holds 2 * n * columns values.
-void solve_chunk(const double* matrix, const double* inverse_blocks, double* right, double* scratch, int64_t n,
-                 int64_t columns, const PrepareKernels& kernels) {
-  double* const solution = scratch;
-  std::fill_n(solution, n * columns, 0.0);
-  kernels.add_product(solution, inverse_blocks, right, n, columns);
-  if (matrix) {
-    double* const low = scratch + n * columns;
-    for (int64_t row = 0; row < n; ++row) {
-      double* const at = right + row * columns;
-      std::fill_n(low, columns, 0.0);
-      for (int64_t k = 0; k < n; ++k) {
-        kernels.subtract_row_exactly(at, low, solution + k * columns, matrix[row * n + k], columns);
-      }
-      for (int64_t i = 0; i < columns; ++i) at[i] += low[i];
+// matrix^-1 * right for n rows of `columns` values: the inverse is multiplied by. With `refine` the result is corrected
+// once by a residual of twice the digits, so that it is off by little more than its rounding.
+std::vector<double> solve_rows(const std::vector<double>& matrix, const std::vector<double>& inverse,
+                               std::vector<double> right, int64_t n, int64_t columns, bool refine,
+                               const PrepareKernels& kernels) {
+  std::vector<double> solution(n * columns);
+  std::vector<double> factors(n);
+  const auto add_product = [&] {
+    for (int64_t k = 0; k < n; ++k) {
+      for (int64_t row = 0; row < n; ++row) factors[row] = -inverse[row * n + k];
+      kernels.subtract_rows(solution.data(), &right[k * columns], factors.data(), n, columns);
     }
-    kernels.add_product(solution, inverse_blocks, right, n, columns);
+  };
+  add_product();
+  if (!refine) return solution;
+  std::vector<double> low(columns);
+  for (int64_t row = 0; row < n; ++row) {
+    double* const at = &right[row * columns];
+    std::fill(low.begin(), low.end(), 0.0);
+    for (int64_t k = 0; k < n; ++k) {
+      kernels.subtract_row_exactly(at, low.data(), &solution[k * columns], matrix[row * n + k], columns);
+    }
+    for (int64_t i = 0; i < columns; ++i) at[i] += low[i];
   }
-  std::copy_n(solution, n * columns, right);
+  add_product();
+  return solution;
 }
+
+// Weights below which another thread would take longer to wake than to help.
+constexpr int64_t kPackGrain = 1 << 14;
 
 }  // namespace
 
@@ -122,22 +123,33 @@ Prepared<T> prepare(const Shape& shape, const std::vector<int64_t>& orders, cons
   if (!identity) prepared.corner.resize(shape.groups * pairs);
   if (bias) prepared.bias.assign(bias, bias + shape.groups * n);
 
+  const int64_t taps = window - 1;
   std::vector<TapPosition> order(window);
   tap_order(shape, order.data());
+  std::vector<int64_t> offsets(taps);
   for (int64_t g = 0; g < shape.groups; ++g) {
     const T* from = weight + g * pairs * window;
     const int64_t corner = tap_offset(shape, orders[g], 0, 0, 0);
+    for (int64_t t = 0; t < taps; ++t) {
+      offsets[t] = tap_offset(shape, orders[g], order[t].a, order[t].p, order[t].q);
+    }
     // Element (output o, input c) of a tap; the transposed solve swaps the two.
-    const auto given = [&](int64_t o, int64_t c, int64_t offset) {
-      return from[(shape.transposed ? c * n + o : o * n + c) * window + offset];
+    const auto given = [&](int64_t o, int64_t c, int64_t t) {
+      return from[(shape.transposed ? c * n + o : o * n + c) * window + offsets[t]];
     };
     const auto write_taps = [&](const auto& at) {
-      T* to = prepared.taps.data() + g * pairs * (window - 1);
-      for_output_blocks(n, [&](int64_t first, int64_t width) {
-        for (int64_t t = 0; t < window - 1; ++t) {
-          const int64_t offset = tap_offset(shape, orders[g], order[t].a, order[t].p, order[t].q);
+      const int64_t blocks = (n + kOutputBlock - 1) / kOutputBlock;
+      const int64_t grain = std::max<int64_t>(kPackGrain / (kOutputBlock * n * window), 1);
+      torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+        for (int64_t first = begin * kOutputBlock; first < std::min(end * kOutputBlock, n); first += kOutputBlock) {
+          const int64_t width = std::min(kOutputBlock, n - first);
+          T* const block = prepared.taps.data() + g * pairs * taps + first * n * taps;
+          // In the order of the weight, which is read once.
           for (int64_t c = 0; c < n; ++c) {
-            for (int64_t o = first; o < first + width; ++o) *to++ = static_cast<T>(-at(o, c, offset));
+            for (int64_t t = 0; t < taps; ++t) {
+              T* const to = block + (t * n + c) * width;
+              for (int64_t o = 0; o < width; ++o) to[o] = static_cast<T>(-at(first + o, c, t));
+            }
           }
         }
       });
@@ -152,67 +164,40 @@ Prepared<T> prepare(const Shape& shape, const std::vector<int64_t>& orders, cons
     };
 
     if (shape.corner == kGeneral) {
-      std::vector<double> inverse(pairs);
-      for (int64_t o = 0; o < n; ++o) {
-        for (int64_t c = 0; c < n; ++c) inverse[o * n + c] = from[(o * n + c) * window + corner];
-      }
       constexpr bool kExact = std::is_same_v<T, double>;
-      std::vector<double> matrix;
-      if (kExact) matrix = inverse;
+      std::vector<double> matrix(pairs);
+      for (int64_t o = 0; o < n; ++o) {
+        for (int64_t c = 0; c < n; ++c) matrix[o * n + c] = from[(o * n + c) * window + corner];
+      }
+      std::vector<double> inverse = matrix;
       const int64_t column = invert(inverse, n, kernels);
       if (column >= 0) {
         throw std::runtime_error("the corner tap is singular: channel " + std::to_string(g * n + column) +
                                  " depends linearly on the channels before it in its group");
       }
       if (shape.transposed) {
-        transpose(matrix, kExact ? n : 0);
+        transpose(matrix, n);
         transpose(inverse, n);
       }
-      std::vector<double> blocks(pairs);
-      double* block = blocks.data();
-      for_output_blocks(n, [&](int64_t first, int64_t width) {
-        for (int64_t c = 0; c < n; ++c) {
-          for (int64_t o = first; o < first + width; ++o) *block++ = inverse[o * n + c];
-        }
-      });
-      write_corner([&](int64_t o, int64_t c) { return inverse[o * n + c]; });
-
-      // M^-1 W by chunks of input channels, each with all of its taps, from the weight into the packed taps.
-      const int64_t taps = window - 1;
-      const int64_t chunk_channels = std::max<int64_t>(kFoldColumns / std::max<int64_t>(taps, 1), 1);
-      const int64_t chunks = taps > 0 ? (n + chunk_channels - 1) / chunk_channels : 0;
-      const int64_t most_columns = (chunk_channels * taps + kProductColumns - 1) / kProductColumns * kProductColumns;
-      std::vector<int64_t> offsets(taps);
-      for (int64_t t = 0; t < taps; ++t) {
-        offsets[t] = tap_offset(shape, orders[g], order[t].a, order[t].p, order[t].q);
-      }
-      const auto fold = [&](int64_t begin, int64_t end) {
-        std::vector<double> memory(3 * n * most_columns);
-        double* const right = memory.data();
-        for (int64_t chunk = begin; chunk < end; ++chunk) {
-          const int64_t first_channel = chunk * chunk_channels;
-          const int64_t last_channel = std::min(first_channel + chunk_channels, n);
-          for (int64_t o = 0; o < n; ++o) {
-            double* to = right + o * most_columns;
-            for (int64_t c = first_channel; c < last_channel; ++c) {
-              for (int64_t t = 0; t < taps; ++t) *to++ = given(o, c, offsets[t]);
-            }
+      if (folds_corner(shape)) {
+        std::vector<double> right(n * n * taps);
+        double* to = right.data();
+        for (int64_t o = 0; o < n; ++o) {
+          for (int64_t c = 0; c < n; ++c) {
+            for (int64_t t = 0; t < taps; ++t) *to++ = given(o, c, t);
           }
-          solve_chunk(kExact ? matrix.data() : nullptr, blocks.data(), right, right + n * most_columns, n, most_columns,
-                      kernels);
-          for_output_blocks(n, [&](int64_t first, int64_t width) {
-            for (int64_t c = first_channel; c < last_channel; ++c) {
-              for (int64_t t = 0; t < taps; ++t) {
-                const double* const solved = right + first * most_columns + (c - first_channel) * taps + t;
-                T* const to = prepared.taps.data() + g * pairs * taps + (first * taps + t * width) * n + c * width;
-                for (int64_t o = 0; o < width; ++o) to[o] = static_cast<T>(-solved[o * most_columns]);
-              }
-            }
-          });
         }
-      };
-      const int64_t grain = std::max<int64_t>(kFoldGrain / std::max<int64_t>(n * n * most_columns, 1), 1);
-      torch::stable::parallel_for(0, chunks, grain, fold);
+        const std::vector<double> folded = solve_rows(matrix, inverse, right, n, n * taps, kExact, kernels);
+        write_taps([&](int64_t o, int64_t c, int64_t t) { return folded[(o * n + c) * taps + t]; });
+      } else {
+        write_taps(given);
+        if (kExact) {
+          std::vector<double> identity_matrix(pairs);
+          for (int64_t o = 0; o < n; ++o) identity_matrix[o * n + o] = 1;
+          inverse = solve_rows(matrix, inverse, identity_matrix, n, n, kExact, kernels);
+        }
+      }
+      write_corner([&](int64_t o, int64_t c) { return inverse[o * n + c]; });
       continue;
     }
     write_taps(given);

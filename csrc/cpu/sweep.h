@@ -23,7 +23,7 @@ constexpr int64_t kStretch = 16;
 
 // What is packed at a time stays in L2, beside what the taps reach of what came before. Large pieces are read and
 // written in long runs of each channel, which the hardware prefetches; runs of a single cache line take twice as long.
-constexpr int64_t kSlabBytes = 192 * 1024;
+int64_t slab_bytes();
 
 // Most lanes a line can have: 2 AVX-512 vectors of float.
 constexpr int64_t kMaxLanes = 32;
@@ -41,7 +41,8 @@ struct Float16 {
 
 // The prepared weights of one group, in the state type. Blocks of kOutputBlock output channels (the last may be
 // narrower): [block][tap][input channel][output channel of the block], the taps negated, in sweep order (tap_order) and
-// without the corner tap. The inverse of a general M is folded into them: x = M^-1 y - sum of (M^-1 W_tap) x.
+// without the corner tap. Of one block, the inverse of a general M is folded into them: x = M^-1 y - sum of
+// (M^-1 W_tap) x.
 template <class T>
 struct Weights {
   const T* taps;
@@ -50,6 +51,10 @@ struct Weights {
   const T* corner;
   const T* bias;  // one per channel, or null
 };
+
+// Whether the inverse of M is folded into the taps, which costs channels^3 * taps multiply-adds before the first pixel:
+// little while the channels are one block. With more, M multiplies what the taps of a step leave.
+inline bool folds_corner(const Shape& shape) { return shape.corner == kGeneral && shape.channels <= kOutputBlock; }
 
 // An image tensor seen by one group: `data` at batch 0, channel 0 of the group, the mirrored pixel (0, 0); strides of
 // mirrored rows and columns are negative. [begin, end) is the memory the tensor spans, for vector loads that read past
@@ -113,7 +118,7 @@ struct Gradients {
 // The kernels of one instruction set for one state type T and one image type IO.
 template <class IO, class T>
 struct Kernels {
-  // A line has one of these two numbers of lanes.
+  // A line has one of these numbers of lanes, or one between that is twice, four times ... the first.
   int64_t min_lanes;
   int64_t max_lanes;
   // Bytes of 64-byte-aligned scratch a call needs.
@@ -157,18 +162,12 @@ inline void tap_order(const Shape& shape, TapPosition* order) {
 
 // What preparing a general M does many times, in float64.
 struct PrepareKernels {
-  // Row i of the n x n matrix -= factors[i] * row.
-  void (*subtract_rows)(double* matrix, const double* row, const double* factors, int64_t n);
+  // Row i of the matrix of `rows` rows -= factors[i] * row.
+  void (*subtract_rows)(double* matrix, const double* row, const double* factors, int64_t rows, int64_t columns);
   // row -= factor * other, `n` values, for a row kept as the sum of two numbers, row + low: as exact as arithmetic of
   // twice the digits.
   void (*subtract_row_exactly)(double* row, double* low, const double* other, double factor, int64_t n);
-  // out += matrix * right; n x n, in blocks of output channels like Weights::corner, times n rows of `columns` values,
-  // a multiple of kProductColumns.
-  void (*add_product)(double* out, const double* matrix, const double* right, int64_t n, int64_t columns);
 };
-
-// Two vectors of doubles of any instruction set.
-constexpr int64_t kProductColumns = 16;
 
 // All kernels of one instruction set. Converts to the Kernels of each pair of types.
 struct KernelSet : Kernels<float, float>, Kernels<double, double>, Kernels<BFloat16, float>, Kernels<Float16, float> {

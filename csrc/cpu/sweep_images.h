@@ -12,7 +12,7 @@ struct ImagesPlan {
 
   ImagesPlan(const Shape& shape, bool with_gradient, int64_t lanes) {
     const int64_t pixel_bytes = shape.channels * lanes * static_cast<int64_t>(sizeof(T)) * (with_gradient ? 2 : 1);
-    const int64_t pixels = larger(kSlabBytes / pixel_bytes, kStretch);
+    const int64_t pixels = larger(slab_bytes() / pixel_bytes, kStretch);
     const int64_t all_rows = shape.depth * shape.height;
     rows = larger(smaller(pixels / shape.width, all_rows), 1);
     stretch = rows > 1 ? shape.width : smaller(pixels / kStretch * kStretch, shape.width);
@@ -56,22 +56,21 @@ static size_t images_scratch(const Problem<IO, T>& problem, int64_t lanes) {
   return ImagesScratch<T>(problem.shape, problem.with_gradient, lanes, nullptr).bytes;
 }
 
-template <class IO, class T, int kVectors>
+template <class IO, class T, int kLanes>
 static void sweep_images(const Problem<IO, T>& problem, int64_t first_image, int64_t count, void* memory,
                          Gradients<T> gradients) {
   const Shape& shape = problem.shape;
   const int64_t channels = shape.channels;
   const int64_t tap_count = shape.taps() - 1;
-  constexpr int64_t lane_count = kVectors * kVectorLanes<T>;
-  const ptrdiff_t step_state = channels * lane_count;
+  const ptrdiff_t step_state = channels * kLanes;
   const ptrdiff_t row_state = shape.width * step_state;
-  const ImagesPlan<T> plan(shape, problem.with_gradient, lane_count);
-  const ImagesScratch<T> scratch(shape, problem.with_gradient, lane_count, memory);
-  const SolveSteps<T, kVectors> solve = solve_steps_of<T, kVectors>(shape);
+  const ImagesPlan<T> plan(shape, problem.with_gradient, kLanes);
+  const ImagesScratch<T> scratch(shape, problem.with_gradient, kLanes, memory);
+  const SolveSteps<T, kLanes> solve = solve_steps_of<T, kLanes>(shape);
   tap_order(shape, scratch.order);
 
   Lanes lanes;
-  lanes.count = lane_count;
+  lanes.count = kLanes;
   lanes.used = count;
   for (int64_t l = 0; l < count; ++l) {
     lanes.first[l] = 0;
@@ -105,7 +104,7 @@ static void sweep_images(const Problem<IO, T>& problem, int64_t first_image, int
       next = rows_joined ? smaller(last, row.index + plan.ring - row.in_ring) : row.index + 1;
       if (!planes_joined) next = smaller(next, row.index + height - row.in_plane);
       ptrdiff_t start[kMaxLanes];
-      for (int64_t l = 0; l < lane_count; ++l) {
+      for (int64_t l = 0; l < kLanes; ++l) {
         start[l] = (first_image + l) * stride.batch + row.plane * stride.plane + row.in_plane * stride.row;
       }
       f(start, begin, (next - row.index) * (end - begin), row);
@@ -136,7 +135,7 @@ static void sweep_images(const Problem<IO, T>& problem, int64_t first_image, int
       const int64_t list = smaller(column, shape.kernel_w - 1);
       const int64_t steps = column < shape.kernel_w - 1 ? 1 : end - column;
       T* at = state + column * step_state;
-      solve(problem.weights, shape, steps, at, step_state, lane_count, scratch.taps + list * shape.taps(),
+      solve(problem.weights, shape, steps, at, step_state, kLanes, scratch.taps + list * shape.taps(),
             scratch.tap_counts[list], nullptr, scratch.right);
       column += steps;
     }
@@ -152,8 +151,8 @@ static void sweep_images(const Problem<IO, T>& problem, int64_t first_image, int
       };
       for_lines(problem.input, first, last, begin, end,
                 [&](const ptrdiff_t* start, int64_t step, int64_t steps, const Row& row) {
-                  pack(problem.input, start, lanes, channels, step, steps, problem.weights.bias, state_of(row),
-                       lane_count, step_state);
+                  pack(problem.input, start, lanes, channels, step, steps, problem.weights.bias, state_of(row), kLanes,
+                       step_state);
                 });
       for_rows(first, last, [&](const Row& row) {
         if (!shares_taps(row)) list_taps(row);
@@ -161,16 +160,16 @@ static void sweep_images(const Problem<IO, T>& problem, int64_t first_image, int
       });
       for_lines(problem.output, first, last, begin, end,
                 [&](const ptrdiff_t* start, int64_t step, int64_t steps, const Row& row) {
-                  unpack(problem.output, start, lanes, channels, step, steps, state_of(row), lane_count, step_state);
+                  unpack(problem.output, start, lanes, channels, step, steps, state_of(row), kLanes, step_state);
                 });
     }
     if (!problem.with_gradient) continue;
     for_lines(problem.other, first, last, 0, shape.width,
               [&](const ptrdiff_t* start, int64_t step, int64_t steps, const Row& row) {
                 pack<IO, T>(problem.other, start, lanes, channels, step, steps, nullptr,
-                            scratch.other + (row.index - first) * row_state, lane_count, step_state);
-                subtract_sums(scratch.state + row.in_ring * row_state, channels, lane_count, step_state, steps,
-                              lane_count, gradients.bias);
+                            scratch.other + (row.index - first) * row_state, kLanes, step_state);
+                subtract_sums<T, kLanes>(scratch.state + row.in_ring * row_state, channels, kLanes, step_state, steps,
+                                         gradients.bias);
               });
     for (int64_t t = 0; t <= tap_count; ++t) {
       const auto [a, p, q] = t < tap_count ? scratch.order[t] : TapPosition{0, 0, 0};
@@ -183,7 +182,7 @@ static void sweep_images(const Problem<IO, T>& problem, int64_t first_image, int
       });
       scratch.tap_spans[t] = {spans, span_count, shape.width - q};
     }
-    outer_sums<T, kVectors>(scratch.tap_spans, tap_count + 1, channels,
-                            {lane_count, step_state, lane_count, step_state}, gradients.weight);
+    outer_sums<T, kLanes>(scratch.tap_spans, tap_count + 1, channels, {kLanes, step_state, kLanes, step_state},
+                          gradients.weight);
   }
 }

@@ -5,7 +5,7 @@
 //   for each line (sweep.h), for each step of it:
 //     r = y - bias - sum over taps of W_tap * x at (step - tap)      micro-kernel `add_products`, taps x channels
 //     x = M^-1 r                                                     on the sums, in registers
-//   where M is general, its inverse is in the taps, and y - bias is one more of them:
+//   where M is general and its channels are one block, its inverse is in the taps, and y - bias is one more of them:
 //     x = M^-1 (y - bias) - sum over taps of (M^-1 W_tap) * x at (step - tap)
 //   and, for the weight gradient, once a slab of lines is solved:
 //     dW_tap -= sum over steps and lanes of u at (step - tap) * other
@@ -77,11 +77,22 @@ INVERSE_FLOW_INLINE void for_blocks(int64_t channels, bool backwards, F f) {
   }
 }
 
-// Packing works on eight lanes, so a line has at least that many; two vectors hide the latency of the multiply-adds.
+// Packing works on eight lanes, so a line has at least that many; two vectors hide the latency of the multiply-adds. A
+// line has one of these numbers of lanes, or of those between them that are twice one another.
+constexpr int kMinLanes = 8;
 template <class T>
-constexpr int64_t kMinVectors = kVectorLanes<T> >= 8 ? 1 : 8 / kVectorLanes<T>;
-template <class T>
-constexpr int64_t kMaxVectors = kMinVectors<T> > 2 ? kMinVectors<T> : 2;
+constexpr int kMaxLanesOf = 2 * INVERSE_FLOW_VECTOR_BYTES / static_cast<int>(sizeof(T)) > kMinLanes
+                                ? 2 * INVERSE_FLOW_VECTOR_BYTES / static_cast<int>(sizeof(T))
+                                : kMinLanes;
+
+// Calls f(lanes of a line as a constant).
+template <class T, int kMost = kMaxLanesOf<T>, class F>
+static void with_lanes(int64_t lanes, F f) {
+  if constexpr (kMost > kMinLanes) {
+    if (lanes < kMost) return with_lanes<T, kMost / 2>(lanes, f);
+  }
+  f(Constant<kMost>{});
+}
 
 #include "outer_sums.h"
 #include "packing.h"
@@ -92,40 +103,31 @@ constexpr int64_t kMaxVectors = kMinVectors<T> > 2 ? kMinVectors<T> : 2;
 template <class IO, class T>
 static void images(const Problem<IO, T>& problem, int64_t first, int64_t count, int64_t lanes, void* scratch,
                    Gradients<T> gradients) {
-  if (lanes == kMinVectors<T> * kVectorLanes<T>) {
-    sweep_images<IO, T, kMinVectors<T>>(problem, first, count, scratch, gradients);
-  } else {
-    sweep_images<IO, T, kMaxVectors<T>>(problem, first, count, scratch, gradients);
-  }
+  with_lanes<T>(lanes, [&](auto width) {
+    sweep_images<IO, T, decltype(width)::value>(problem, first, count, scratch, gradients);
+  });
 }
 
 template <class IO, class T>
 static void rows(const Problem<IO, T>& problem, const Bands<T>& bands, int64_t band, void* scratch,
                  Gradients<T> gradients) {
-  if (bands.plan.lanes == kMinVectors<T> * kVectorLanes<T>) {
-    RowsSweep<IO, T, kMinVectors<T>>(problem, bands, band, scratch, gradients).run();
-  } else {
-    RowsSweep<IO, T, kMaxVectors<T>>(problem, bands, band, scratch, gradients).run();
-  }
+  with_lanes<T>(bands.plan.lanes, [&](auto width) {
+    RowsSweep<IO, T, decltype(width)::value>(problem, bands, band, scratch, gradients).run();
+  });
 }
 
 template <class IO, class T>
 static Kernels<IO, T> kernels() {
-  return {kMinVectors<T> * kVectorLanes<T>,
-          kMaxVectors<T> * kVectorLanes<T>,
-          &images_scratch<IO, T>,
-          &rows_scratch<IO, T>,
-          &images<IO, T>,
-          &rows<IO, T>};
+  return {kMinLanes, kMaxLanesOf<T>, &images_scratch<IO, T>, &rows_scratch<IO, T>, &images<IO, T>, &rows<IO, T>};
 }
 
-static void subtract_rows(double* matrix, const double* row, const double* factors, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
+static void subtract_rows(double* matrix, const double* row, const double* factors, int64_t rows, int64_t columns) {
+  for (int64_t i = 0; i < rows; ++i) {
     const double factor = factors[i];
     if (factor == 0) continue;
-    double* const to = matrix + i * n;
+    double* const to = matrix + i * columns;
 #pragma GCC ivdep
-    for (int64_t k = 0; k < n; ++k) to[k] -= factor * row[k];
+    for (int64_t k = 0; k < columns; ++k) to[k] -= factor * row[k];
   }
 }
 
@@ -141,27 +143,12 @@ static void subtract_row_exactly(double* row, double* low, const double* other, 
   }
 }
 
-static void add_product(double* out, const double* matrix, const double* right, int64_t n, int64_t columns) {
-  constexpr int64_t lanes = 2 * kVectorLanes<double>;
-  for_blocks<kOutputBlock>(n, false, [&](int64_t first, auto width) {
-    for (int64_t column = 0; column < columns; column += lanes) {
-      double* to = out + first * columns + column;
-      Sums<double, decltype(width)::value, 2> sum;
-      for (int o = 0; o < decltype(width)::value; ++o) {
-        for (int v = 0; v < 2; ++v) sum[o][v] = load(to + o * columns + v * kVectorLanes<double>);
-      }
-      add_products<double, 0>(sum, right + column, columns, n, matrix + first * n);
-      store_sums<double>(sum, to, columns);
-    }
-  });
-}
-
 KernelSet kernel_set() {
   return {kernels<float, float>(),
           kernels<double, double>(),
           kernels<BFloat16, float>(),
           kernels<Float16, float>(),
-          {&subtract_rows, &subtract_row_exactly, &add_product}};
+          {&subtract_rows, &subtract_row_exactly}};
 }
 
 }  // namespace inverse_flow::cpu::INVERSE_FLOW_ISA

@@ -89,7 +89,7 @@ struct LineBands {
 };
 
 // One line from its first band to its last.
-template <class IO, class T, int kVectors>
+template <class IO, class T, int kLanes>
 class RowsSweep {
  public:
   RowsSweep(const Problem<IO, T>& problem, const Bands<T>& bands, int64_t first_band, void* memory,
@@ -100,7 +100,7 @@ class RowsSweep {
         gradients_(gradients),
         scratch_(problem, bands.plan, memory),
         step_state_(shape_.channels * scratch_.lane_stride),
-        half_(kVectors == 2 * kMinVectors<T> && shape_.channels > kOutputBlock ? kLanes / 2 : 0),
+        half_(kHalf < kLanes && shape_.channels > kOutputBlock ? kHalf : 0),
         line_{{{shape_, bands.plan, first_band, 0}, {shape_, bands.plan, first_band, 0}}, 1} {
     // Where no band is above, nor will be, the halo is zero once and for all.
     const int64_t zeros = has_halo() ? scratch_.lead_size : scratch_.lead_size + bands.plan.window * step_state_;
@@ -126,7 +126,8 @@ class RowsSweep {
   }
 
  private:
-  static constexpr int64_t kLanes = kVectors * kVectorLanes<T>;
+  // Lanes of half a line of two vectors.
+  static constexpr int kHalf = kVectors<T, kLanes> == 2 && kLanes > kMinLanes ? kLanes / 2 : kLanes;
 
   // Packs, solves and unpacks the steps from `begin` on, and returns the first step after them.
   int64_t sweep_stretch(int64_t begin, int64_t window) {
@@ -336,15 +337,15 @@ class RowsSweep {
       const int64_t until = run.masked ? smaller(run.end, s + kMaskedSteps) : run.end;
       T* const state = first + s * step_state_;
       if (run.low && run.high) {
-        solve_lanes<kVectors>(s, until, run, 0, state);
+        solve_lanes<kLanes>(s, until, run, 0, state);
       } else if (run.low || run.high) {
-        solve_lanes<kMinVectors<T>>(s, until, run, run.high ? half_ : 0, state);
+        solve_lanes<kHalf>(s, until, run, run.high ? half_ : 0, state);
       }
       s = until;
     }
   }
 
-  // Lanes first_lane .. of so many vectors.
+  // So many lanes from first_lane on.
   template <int kCount>
   void solve_lanes(int64_t begin, int64_t end, const Run& run, int64_t first_lane, T* state) const {
     if (run.masked) mask_lanes<kCount>(begin, end, first_lane);
@@ -357,12 +358,12 @@ class RowsSweep {
   // All bits of `held`, [step][lane], where a lane holds a pixel.
   template <int kCount>
   void mask_lanes(int64_t begin, int64_t end, int64_t first_lane) const {
-    using Bits = typename VectorOf<T>::bits;
+    using Bits = typename VectorOf<T, kCount>::bits;
     using Bit = typename LaneBlock<T>::Step;
-    constexpr int64_t n = kVectorLanes<T>;
+    constexpr int64_t n = kVectorLanes<T, kCount>;
     const auto width = static_cast<Bit>(shape_.width);
     const auto period = static_cast<Bit>(plane_period(shape_));
-    for (int v = 0; v < kCount; ++v) {
+    for (int v = 0; v < kVectors<T, kCount>; ++v) {
       bool is_first = true;
       for (const LineBand& band : line_) {
         // Column of each lane in its plane, and steps until it leaves the band.
@@ -374,9 +375,9 @@ class RowsSweep {
           left[l] = static_cast<Bit>(lane < band.used ? smaller(row_steps(shape_) - at, end - begin) : 0);
         }
         T* held = scratch_.held + v * n;
-        for (int64_t s = begin; s < end; ++s, held += kCount * n) {
+        for (int64_t s = begin; s < end; ++s, held += kCount) {
           const Bits inside = (Bits)(column >= 0) & (Bits)(column < width) & (Bits)(left > 0);
-          store(held, (Vector<T>)(is_first ? inside : inside | (Bits)load(held)));
+          store<kCount>(held, (Vector<T, kCount>)(is_first ? inside : inside | (Bits)load<kCount>(held)));
           column += 1;
           column -= (Bits)(column == period) & period;
           left -= 1;
@@ -390,7 +391,7 @@ class RowsSweep {
   void sum_gradients(int64_t steps) const {
     const int64_t channels = shape_.channels;
     const int64_t tap_count = shape_.taps() - 1;
-    subtract_sums(scratch_.state, channels, scratch_.lane_stride, step_state_, steps, kLanes, gradients_.bias);
+    subtract_sums<T, kLanes>(scratch_.state, channels, scratch_.lane_stride, step_state_, steps, gradients_.bias);
     const int64_t x_step = channels * kLanes;
     for (int64_t from = 0; from < steps; from += kSummedSteps) {
       const int64_t count = smaller(steps - from, kSummedSteps);
@@ -401,8 +402,8 @@ class RowsSweep {
         // What a tap reaches beyond the first plane is not kept.
         scratch_.tap_spans[t] = {&scratch_.spans[t], is_tap && scratch_.order[t].a >= shape_.depth ? 0 : 1, count};
       }
-      outer_sums<T, kVectors>(scratch_.tap_spans, tap_count + 1, channels,
-                              {scratch_.lane_stride, step_state_, kLanes, x_step}, gradients_.weight);
+      outer_sums<T, kLanes>(scratch_.tap_spans, tap_count + 1, channels,
+                            {scratch_.lane_stride, step_state_, kLanes, x_step}, gradients_.weight);
     }
   }
 

@@ -10,40 +10,57 @@
 #define INVERSE_FLOW_INLINED __attribute__((always_inline))
 #define INVERSE_FLOW_INLINE static inline INVERSE_FLOW_INLINED
 
-// Compute vectors. The loads and stores are unaligned ones: a tap of a skewed line starts anywhere.
 template <class T>
-struct VectorOf;
+struct BitsOf;
 template <>
-struct VectorOf<float> {
-  typedef float type __attribute__((vector_size(INVERSE_FLOW_VECTOR_BYTES)));
-  typedef float memory __attribute__((vector_size(INVERSE_FLOW_VECTOR_BYTES), aligned(4), may_alias));
-  typedef int32_t bits __attribute__((vector_size(INVERSE_FLOW_VECTOR_BYTES)));
+struct BitsOf<float> {
+  using type = int32_t;
 };
 template <>
-struct VectorOf<double> {
-  typedef double type __attribute__((vector_size(INVERSE_FLOW_VECTOR_BYTES)));
-  typedef double memory __attribute__((vector_size(INVERSE_FLOW_VECTOR_BYTES), aligned(8), may_alias));
-  typedef int64_t bits __attribute__((vector_size(INVERSE_FLOW_VECTOR_BYTES)));
+struct BitsOf<double> {
+  using type = int64_t;
 };
-template <class T>
-using Vector = typename VectorOf<T>::type;
-template <class T>
-constexpr int64_t kVectorLanes = INVERSE_FLOW_VECTOR_BYTES / sizeof(T);
 
-template <class T>
-INVERSE_FLOW_INLINE Vector<T> load(const T* p) {
-  return *reinterpret_cast<const typename VectorOf<T>::memory*>(p);
+// The vectors that the lanes of a line are computed in: the widest of the instruction set, or a narrower one where it
+// holds all of them. The loads and stores are unaligned ones: a tap of a skewed line starts anywhere.
+template <class T, int kLanes>
+struct VectorOf {
+  static constexpr int kBytes =
+      kLanes * sizeof(T) < INVERSE_FLOW_VECTOR_BYTES ? kLanes * static_cast<int>(sizeof(T)) : INVERSE_FLOW_VECTOR_BYTES;
+  typedef T type __attribute__((vector_size(kBytes)));
+  typedef T memory __attribute__((vector_size(kBytes), aligned(sizeof(T)), may_alias));
+  typedef typename BitsOf<T>::type bits __attribute__((vector_size(kBytes)));
+};
+template <class T, int kLanes>
+using Vector = typename VectorOf<T, kLanes>::type;
+template <class T, int kLanes>
+constexpr int kVectorLanes = VectorOf<T, kLanes>::kBytes / sizeof(T);
+// Of a line.
+template <class T, int kLanes>
+constexpr int kVectors = kLanes / kVectorLanes<T, kLanes>;
+
+template <int kLanes, class T>
+INVERSE_FLOW_INLINE Vector<T, kLanes> load(const T* p) {
+  return *reinterpret_cast<const typename VectorOf<T, kLanes>::memory*>(p);
 }
-template <class T>
-INVERSE_FLOW_INLINE void store(T* p, Vector<T> v) {
-  *reinterpret_cast<typename VectorOf<T>::memory*>(p) = v;
+template <int kLanes, class T>
+INVERSE_FLOW_INLINE void store(T* p, Vector<T, kLanes> v) {
+  *reinterpret_cast<typename VectorOf<T, kLanes>::memory*>(p) = v;
 }
 
 // `v` where the mask's bits are set, else zero.
-template <class T>
-INVERSE_FLOW_INLINE Vector<T> where_held(Vector<T> v, Vector<T> mask) {
-  using Bits = typename VectorOf<T>::bits;
-  return (Vector<T>)((Bits)v & (Bits)mask);
+template <class T, int kLanes>
+INVERSE_FLOW_INLINE Vector<T, kLanes> where_held(Vector<T, kLanes> v, Vector<T, kLanes> mask) {
+  using Bits = typename VectorOf<T, kLanes>::bits;
+  return (Vector<T, kLanes>)((Bits)v & (Bits)mask);
+}
+
+// Assignments: for an initialiser of more than a few vectors GCC also clears the memory that none of them is kept in.
+template <class V, int kRows, int kColumns>
+INVERSE_FLOW_INLINE void set_zero(V (&sum)[kRows][kColumns]) {
+  for (int i = 0; i < kRows; ++i) {
+    for (int j = 0; j < kColumns; ++j) sum[i][j] = V{};
+  }
 }
 
 // Groups of eight, the unit of packing: eight pixels of one lane against one pixel of eight lanes.
@@ -170,17 +187,44 @@ INVERSE_FLOW_INLINE Eight<T> reverse8(Eight<T> v) {
   return INVERSE_FLOW_SHUFFLE(Index, v, v, 7, 6, 5, 4, 3, 2, 1, 0);
 }
 
-// Adds halves until a 16-byte vector is left, which scalar code finishes.
+// The sums of eight groups of eight, by three rounds that add what they interleave.
 template <class T>
-INVERSE_FLOW_INLINE T horizontal_sum(Vector<T> v) {
-  typedef T Quarter __attribute__((vector_size(16)));
-  constexpr int64_t parts = INVERSE_FLOW_VECTOR_BYTES / 16;
-  Quarter part[parts];
-  __builtin_memcpy(part, &v, sizeof v);
-  for (int64_t n = parts / 2; n > 0; n /= 2) {
-    for (int64_t i = 0; i < n; ++i) part[i] += part[i + n];
+INVERSE_FLOW_INLINE Eight<T> sums_of_eight(const Eight<T> (&v)[8]) {
+  using Index = typename EightOf<T>::index;
+  Eight<T> a[4], b[2];
+  for (int i = 0; i < 4; ++i) {
+    a[i] = INVERSE_FLOW_SHUFFLE(Index, v[2 * i], v[2 * i + 1], 0, 8, 2, 10, 4, 12, 6, 14) +
+           INVERSE_FLOW_SHUFFLE(Index, v[2 * i], v[2 * i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
   }
-  T sum = part[0][0];
-  for (size_t i = 1; i < 16 / sizeof(T); ++i) sum += part[0][i];
-  return sum;
+  for (int i = 0; i < 2; ++i) {
+    b[i] = INVERSE_FLOW_SHUFFLE(Index, a[2 * i], a[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
+           INVERSE_FLOW_SHUFFLE(Index, a[2 * i], a[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
+  }
+  return INVERSE_FLOW_SHUFFLE(Index, b[0], b[1], 0, 1, 2, 3, 8, 9, 10, 11) +
+         INVERSE_FLOW_SHUFFLE(Index, b[0], b[1], 4, 5, 6, 7, 12, 13, 14, 15);
+}
+
+// out[i] = the sum of the lanes of v[i].
+template <class T, int kLanes, int kCount>
+INVERSE_FLOW_INLINE void horizontal_sums(const Vector<T, kLanes>* v, T* out) {
+  constexpr int n = kVectorLanes<T, kLanes>;
+  if constexpr (n < 8) {
+    for (int i = 0; i < kCount; ++i) {
+      out[i] = v[i][0];
+      for (int l = 1; l < n; ++l) out[i] += v[i][l];
+    }
+  } else {
+    for (int first = 0; first < kCount; first += 8) {
+      Eight<T> eight[8];
+      for (int i = 0; i < 8; ++i) {
+        eight[i] = Eight<T>{};
+        if (first + i >= kCount) continue;
+        Eight<T> part[n / 8];
+        __builtin_memcpy(part, &v[first + i], sizeof part);
+        for (int p = 0; p < n / 8; ++p) eight[i] += part[p];
+      }
+      const Eight<T> sums = sums_of_eight<T>(eight);
+      __builtin_memcpy(out + first, &sums, (first + 8 <= kCount ? 8 : kCount - first) * sizeof(T));
+    }
+  }
 }

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
 #include <tuple>
 
 #include "../checks.h"
@@ -37,10 +38,19 @@ void check_same_device(const Tensor& a, const Tensor& b, const char* what) {
                   " must be on the images' GPU");
 }
 
-void check_images(const Tensor& images) {
-  STD_TORCH_CHECK(images.dim() == 4, "inverse_flow: CUDA: images must be (B, C, H, W), got ", images.dim(),
-                  " dimensions");
+// Volumes have no kernel of their own. Python solves them plane by plane, with the solve of images below and PyTorch's
+// convolution, as operators of the same arguments: src/inverse_flow/ops/planes.py.
+bool by_planes(const Tensor& images) { return images.dim() == 5; }
+
+// Calls such an operator; its results are the first values of what comes back.
+template <class... Arguments>
+std::array<StableIValue, sizeof...(Arguments)> call_by_planes(const char* name, const Arguments&... arguments) {
+  std::array<StableIValue, sizeof...(Arguments)> stack{torch::stable::detail::from(arguments)...};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  return stack;
 }
+
+Tensor as_tensor(StableIValue value) { return torch::stable::detail::to<Tensor>(value); }
 
 void* current_stream(const Tensor& tensor) {
   void* stream = nullptr;
@@ -102,12 +112,15 @@ Tensor run_solve(const Tensor& input, const Tensor& weight, const std::optional<
 
 Tensor solve(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, std::vector<int64_t> orders,
              int64_t corner, bool transposed, bool allow_tf32) {
-  check_images(input);
   const Shape shape = check_problem(input, weight, bias, orders, corner, transposed);
   check_same_device(input, weight, "the weight");
   if (bias.has_value()) check_same_device(input, *bias, "the bias");
   const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
   if (shape.batch == 0) return new_image_like(input);
+  if (by_planes(input)) {
+    return as_tensor(call_by_planes("inverse_flow::solve_by_planes", input, weight, bias, orders, corner, transposed,
+                                    allow_tf32)[0]);
+  }
   return run_solve(input, weight, bias, orders, shape, current_limits(), allow_tf32, nullptr);
 }
 
@@ -115,16 +128,21 @@ std::tuple<Tensor, Tensor, Tensor> solve_backward(const Tensor& grad_output, con
                                                   std::vector<int64_t> orders, int64_t corner, bool transposed,
                                                   bool allow_tf32) {
   check_same_images(grad_output, output);
-  check_images(output);
   const Shape shape = check_problem(output, weight, std::nullopt, orders, corner, transposed);
   check_same_device(output, grad_output, "grad_output");
   check_same_device(output, weight, "the weight");
   const torch::stable::accelerator::DeviceGuard guard(output.get_device_index());
   const int64_t channels = shape.groups * shape.channels;
-  const std::vector<int64_t> weight_sizes{channels, shape.channels, shape.kernel_h, shape.kernel_w};
+  std::vector<int64_t> weight_sizes{channels, shape.channels, shape.kernel_h, shape.kernel_w};
+  if (by_planes(output)) weight_sizes.insert(weight_sizes.begin() + 2, shape.kernel_d);
   if (shape.batch == 0) {
     return {new_image_like(grad_output), torch::stable::new_zeros(weight, weight_sizes),
             torch::stable::new_zeros(weight, {channels})};
+  }
+  if (by_planes(output)) {
+    const auto grads = call_by_planes("inverse_flow::solve_backward_by_planes", grad_output, output, weight, orders,
+                                      corner, transposed, allow_tf32);
+    return {as_tensor(grads[0]), as_tensor(grads[1]), as_tensor(grads[2])};
   }
   Tensor weight_gradient = new_tensor(weight, weight_sizes, weight.scalar_type());
   Tensor bias_gradient = new_tensor(weight, {channels}, weight.scalar_type());

@@ -19,7 +19,7 @@ from inverse_flow.functional import (
 )
 from inverse_flow.ops.backpropagate import backpropagate
 from inverse_flow.ops.bijection import Bijection
-from inverse_flow.ops.causal import corner_taps, effective_weight, limit_row_sums, with_corner_taps
+from inverse_flow.ops.causal import corner_taps, effective_weight, limit_row_sums, with_corner_taps, without_autocast
 from inverse_flow.ops.checks import FLOAT_DTYPES, shape_of_images
 from inverse_flow.ops.library import allows_tf32
 from inverse_flow.ops.spec import ORDERS, OrderNames, Steps, each_axis, make_spec
@@ -154,7 +154,8 @@ class InverseConvNd(Bijection):
         packed = corner_taps(self.weight, self.spec.orders)
         lower = packed.tril(-1) + torch.eye(packed.shape[-1], dtype=packed.dtype, device=packed.device)
         scale = (self.sign * self.log_scale.exp()).unflatten(0, (self.groups, -1))
-        product = lower @ (packed.triu(1) + torch.diag_embed(scale))
+        with without_autocast(packed.device.type):
+            product = lower @ (packed.triu(1) + torch.diag_embed(scale))
         return product.gather(1, self.permutation[..., None].expand_as(product))
 
     def log_det(self, images: Tensor, inverse: bool = False) -> Tensor:

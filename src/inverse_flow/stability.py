@@ -35,14 +35,14 @@ from inverse_flow.ops.causal import corner_index, corner_taps, effective_weight,
 
 __all__ = ["LayerStability", "Limited", "StabilityReport", "gains", "limit_gain_", "stability_report"]
 
-# Gains of healthy training are 2 to 12, and the one layer of docs/stability.md blows up from about 65.
+# In the runs of docs/stability.md the gains of a flow stay below 9. A single layer that goes on to blow up is past 50.
 LARGE_GAIN = 50.0
 # An error of rounding, 6e-8 in float32, may then grow to 6e-4 of the result.
 LARGE_CONDITION = 1e4
 # On an image of twice the size. A response that has faded within the image gives 1, one that lasts 2.
 LARGE_GROWTH = 1.5
 
-# How close to its limit a gain counts as on it: about what rounding the taps to float32 moves a gain of 100.
+# How close to its limit a gain counts as on it: rounding the taps to float32 moves a gain of 100 by less.
 ON_THE_LIMIT = 1e-5
 # Newton's steps to a γ: at most so many, until one is as small as this.
 MOST_STEPS, SMALL_STEP = 100, 1e-14
@@ -65,7 +65,7 @@ class LayerStability(NamedTuple):
         gain_at_twice: that for images of twice the size along every axis.
         norm: ‖A‖∞, the same of the other direction.
         condition: ‖A⁻¹‖∞ · ‖A‖∞, how much a relative error may grow.
-        row_sum: s = max_o Σ |W′_δ| over inputs and taps δ ≠ 0, with W′_δ = M⁻¹ W_δ. Above 1 in most healthy layers.
+        row_sum: s = max_o Σ |W′_δ| over inputs and taps δ ≠ 0, with W′_δ = M⁻¹ W_δ. May well be above 1.
         bound: ‖M⁻¹‖∞ / (1 − s) where s < 1, which no image size takes the gain above; else infinite.
     """
 
@@ -81,7 +81,7 @@ class LayerStability(NamedTuple):
     @property
     def warnings(self) -> tuple[str, ...]:
         """What is unhealthy about it; nothing follows from the row sum."""
-        growth = self.gain_at_twice / self.gain
+        growth = self.gain_at_twice / self.gain if math.isfinite(self.gain) else 1.0
         # Written so that a NaN warns.
         found = {
             f"a gain of {self.gain:.3g}, above {LARGE_GAIN:g}": self.gain <= LARGE_GAIN,
@@ -108,15 +108,18 @@ class StabilityReport:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """A sentence a layer that has some."""
+        """One sentence per layer that has some."""
         return tuple(
             f"{_name(layer.path)} has {' and '.join(layer.warnings)}" for layer in self.layers if layer.warnings
         )
 
     def to_list(self) -> list[dict[str, Any]]:
-        """Plain values for JSON, which has no infinite numbers: None stands for them."""
+        """Plain values for JSON, where None stands for a number that is not finite."""
         return [
-            {name: None if value in (math.inf, -math.inf) else value for name, value in layer._asdict().items()}
+            {
+                name: value if name in ("path", "image_size") or math.isfinite(value) else None
+                for name, value in layer._asdict().items()
+            }
             for layer in self.layers
         ]
 
@@ -179,7 +182,7 @@ def stability_report(
 
 @torch.no_grad()
 def gains(model: nn.Module, image_size: int | Sequence[int], context: Tensor | None = None) -> dict[str, float]:
-    """‖A⁻¹‖∞ of every inverse convolution by its path: of :func:`stability_report` what is cheap, a solve a layer."""
+    """‖A⁻¹‖∞ of every inverse convolution by its path: what is cheap of :func:`stability_report`."""
     found = _layers(model, image_size, context)
     return {path: _gain(layer, _weight(layer), _apart(layer, sizes)) for path, layer, sizes in found}
 
@@ -457,7 +460,7 @@ def _sizes_seen(model: nn.Module, shape: Sizes, context: Tensor | None) -> dict[
     except (TypeError, ValueError):
         raise  # the model says what it does not take
     except Exception as error:
-        raise RuntimeError(f"{what}, which failed: {str(error).splitlines()[0]}; {ADVICE}") from error
+        raise RuntimeError(f"{what}, which failed: {error or type(error).__name__}; {ADVICE}") from error
     if not found:
         raise RuntimeError(f"{what}, and no inverse convolution ran; {ADVICE}")
     return {path: found[path] for path, _ in model.named_modules() if path in found}

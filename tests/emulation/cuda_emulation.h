@@ -322,9 +322,10 @@ inline uint32_t high_word(double value) {
   return static_cast<uint32_t>(bits >> 32);
 }
 
-inline int32_t load_acquire(const int32_t* flag) { return *flag; }
 inline void store_release(int32_t* flag, int32_t value) { *flag = value; }
-inline void wait_a_moment() { emulation::Block::current().yield(); }
+inline void wait_for_flag(const int32_t* flag) {
+  while (*flag == 0) emulation::Block::current().yield();
+}
 
 inline double not_a_number() { return std::nan(""); }
 

@@ -118,7 +118,7 @@ PLANTED = {
         "over_[a - 1] = line - (PLANTED && a > 1 ? a - 1 : a) * row_floats;",
     ),
     "lanes: no wait for the tile to the left": Mistake(
-        "lanes/kernel.cuh", "if (claimed.left > 0) {", "if (claimed.left > 0 && !PLANTED) {"
+        "lanes/kernel.cuh", "if (claimed.left > 0) wait_for", "if (claimed.left > 0 && !PLANTED) wait_for"
     ),
     "lanes: no barrier before the flag is set": Mistake(
         "lanes/kernel.cuh",

@@ -15,6 +15,7 @@ from torch.utils import cpp_extension
 
 from inverse_flow.ops import library as cpu
 
+from ..cases import Case
 from .build import CSRC, HERE, Compiler, folder_of, kernel_sources
 
 # What makes the binding one for CUDA tensors, and what stands there instead.
@@ -125,6 +126,22 @@ def test_allow_tf32_reaches_both_kernels(emulated: Any) -> None:
     for rounded, wanted in zip(found, exact, strict=True):
         error = (rounded - wanted).abs().max() / wanted.abs().max()
         assert 1e-5 < error < 3e-3
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_volumes_go_to_the_solve_by_planes(emulated: Any, transposed: bool) -> None:
+    case = Case(2, 4, 3, 2, (2, 2, 2), 2, ("back_top_right", "front_bottom_left"), "unit_triangular", depth=3)
+    y, weight, bias = case.tensors(torch.float32)
+    codes = (case.order_codes, case.corner_code, transposed)
+    x, grad = cpu.solve(y, weight, bias, *codes), torch.randn_like(y)
+    assert_same(emulated.solve(y, weight, bias, *codes), x)
+    for a, b in zip(
+        emulated.solve_backward(grad, x, weight, *codes), cpu.solve_backward(grad, x, weight, *codes), strict=True
+    ):
+        assert_same(a, b)
+    empty = emulated.solve(y[:0], weight, bias, *codes)
+    grads = emulated.solve_backward(empty, empty, weight, *codes)
+    assert [t.shape for t in (empty, *grads)] == [y[:0].shape, y[:0].shape, weight.shape, bias.shape]
 
 
 def test_empty_batch(emulated: Any) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from inverse_flow import InverseConv2d
+from inverse_flow import InverseConv1d, InverseConv2d, InverseConv3d
 from inverse_flow.flows import (
     HINT,
     ActNorm,
@@ -89,12 +89,19 @@ CASES = {
     "inverse_conv_plu": Case(partial(InverseConv2d, 3, (2, 3), corner="plu"), (3, 4, 3)),
     "inverse_conv_four_orders": Case(partial(InverseConv2d, 4, groups=4, order=FOUR_ORDERS), (4, 3, 3)),
     "inverse_conv_bounded": Case(partial(InverseConv2d, 3, corner="plu", max_row_sum=0.1), (3, 3, 2)),
+    "inverse_conv_signal": Case(partial(InverseConv1d, 2, order="right"), (2, 5)),
+    "inverse_conv_volume": Case(partial(InverseConv3d, 2, 2, corner="plu", order="back_top_right"), (2, 2, 2, 3)),
+    "inverse_conv_dilated": Case(partial(InverseConv2d, 2, 2, dilation=2), (2, 3, 4)),
     "actnorm": Case(partial(ActNorm, 3), (3, 3, 5)),
     "actnorm_one_pixel": Case(partial(ActNorm, 1), (1, 1, 1)),
     "conv1x1": Case(partial(Conv1x1, 5), (5, 3, 1)),
     "conv1x1_one_channel": Case(partial(Conv1x1, 1), (1, 2, 3)),
     "additive_coupling": Case(partial(AdditiveCoupling, 4, 6), (4, 3, 2)),
     "affine_coupling": Case(partial(AffineCoupling, 4, 6), (4, 3, 2)),
+    "affine_coupling_exp_clamp": Case(partial(AffineCoupling, 3, 6, scale="exp_clamp"), (3, 2, 2)),
+    "affine_coupling_sigmoid": Case(partial(AffineCoupling, 3, 6, scale="sigmoid"), (3, 2, 2)),
+    "affine_coupling_softplus": Case(partial(AffineCoupling, 3, 6, scale="softplus"), (3, 2, 2)),
+    "affine_coupling_exp": Case(partial(AffineCoupling, 3, 6, scale="exp"), (3, 2, 2)),
     "affine_coupling_odd": Case(partial(AffineCoupling, 5, 6), (5, 1, 3)),
     "affine_coupling_context": Case(partial(AffineCoupling, 3, 6, **with_context), (3, 2, 3), uses_context=True),
     "squeeze": Case(Squeeze, (3, 4, 2)),
@@ -106,6 +113,7 @@ CASES = {
     "split_hidden_context": Case(partial(Split, 4, hidden=3, **with_context), (4, 2, 2), uses_context=True),
     "checkerboard_affine": Case(partial(CheckerboardCoupling, 2, 6), (2, 3, 4)),
     "checkerboard_additive": Case(partial(CheckerboardCoupling, 1, 6, kind="additive", parity=1), (1, 3, 2)),
+    "checkerboard_sigmoid": Case(partial(CheckerboardCoupling, 1, 6, scale="sigmoid"), (1, 3, 2)),
     "checkerboard_context": Case(partial(CheckerboardCoupling, 1, 6, **with_context), (1, 3, 2), uses_context=True),
     "spline": Case(partial(SplineActivation, 2, bound=1.5), (2, 3, 4)),
     "linear_spline": Case(partial(SplineActivation, 2, kind="linear", bins=3, bound=1.5), (2, 3, 4)),
@@ -145,6 +153,31 @@ CASES = {
     "volume_flow": Case(volume_flow, (1, 2, 2, 2)),
     "checkerboard_volume": Case(partial(CheckerboardCoupling, 1, 2, dimensions=3), (1, 2, 1, 3)),
     "spline_volume": Case(partial(SplineActivation, 2, bins=3), (2, 2, 1, 3)),
+    "actnorm_vector": Case(partial(ActNorm, 3), (3,)),
+    "conv1x1_vector": Case(partial(Conv1x1, 4), (4,)),
+    "householder_vector": Case(partial(Householder, 3), (3,)),
+    "permute_vector": Case(partial(Permute, (2, 0, 1)), (3,)),
+    "additive_coupling_vector": Case(partial(AdditiveCoupling, 3, 4, dimensions=0), (3,)),
+    "affine_coupling_vector": Case(
+        partial(AffineCoupling, 3, 4, dimensions=0, **with_context), (3,), uses_context=True
+    ),
+    "spline_vector": Case(partial(SplineActivation, 2, bins=3), (2,)),
+    "spline_coupling_vector": Case(partial(SplineCoupling, 4, 6, bins=3, dimensions=0), (4,)),
+    "split_vector": Case(partial(Split, 3, dimensions=0), (3,)),
+    "hint_vector": Case(partial(HINT, 5, 3, dimensions=0), (5,)),
+    "residual_coupling_vector": Case(
+        lambda: AffineCoupling(3, conditioner=ResNet(2, 3, 2, blocks=1, dimensions=0)), (3,)
+    ),
+    "actnorm_signal": Case(partial(ActNorm, 2), (2, 5)),
+    "conv1x1_signal": Case(partial(Conv1x1, 3), (3, 4)),
+    "affine_coupling_signal": Case(
+        partial(AffineCoupling, 4, 3, dimensions=1, **with_context), (4, 3), uses_context=True
+    ),
+    "squeeze_signal": Case(Squeeze, (2, 4)),
+    "haar_signal": Case(HaarSqueeze, (2, 4)),
+    "checkerboard_signal": Case(partial(CheckerboardCoupling, 2, 3, dimensions=1), (2, 5)),
+    "split_signal": Case(partial(Split, 3, dimensions=1), (3, 4)),
+    "hyperbolic_signal": Case(partial(Hyperbolic, 4, dimensions=1), (4, 5)),
     "reverse": Case(lambda: Reverse(Squeeze()), (4, 2, 3)),
     "reverse_affine": Case(lambda: Reverse(AffineCoupling(4, 6)), (4, 2, 3)),
     "compose": Case(lambda: Compose(Squeeze(), ActNorm(4), Conv1x1(4), AffineCoupling(4, 6)), (1, 4, 2)),
@@ -296,8 +329,7 @@ def check_non_contiguous(case: Case) -> None:
     expected, expected_logdet = layer(x, context)
     padded = torch.full((len(x), *(size + 1 for size in case.shape)), float("nan"), dtype=x.dtype)
     strided = padded[(slice(None), *(slice(-1) for _ in case.shape))].copy_(x)
-    channels_last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-    for other in (strided, x.contiguous(memory_format=channels_last)):
+    for other in (strided, x.movedim(1, -1).contiguous().movedim(-1, 1)):
         z, logdet = layer(other, context)
         torch.testing.assert_close(flat(z), flat(expected))
         torch.testing.assert_close(logdet, expected_logdet)

@@ -74,7 +74,7 @@ def test_errors_say_what_was_given() -> None:
         Hyperbolic(4, step_size=-1.0)
     with pytest.raises(ValueError, match="hidden must be at least 1, got 0"):
         Hyperbolic(4, 0)
-    with pytest.raises(ValueError, match=r"2 \(images\) or 3 \(volumes\), got 1"):
-        Hyperbolic(4, dimensions=1)
+    with pytest.raises(ValueError, match=r"be 1 \(signals\), 2 \(images\) or 3 \(volumes\), got 0"):
+        Hyperbolic(4, dimensions=0)
     with pytest.raises(ValueError, match=r"dimensions=2, got shape \(1, 4, 2, 2, 2\)"):
         Hyperbolic(4)(torch.zeros(1, 4, 2, 2, 2))

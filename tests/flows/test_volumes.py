@@ -12,8 +12,10 @@ from inverse_flow.flows import (
     HINT,
     ActNorm,
     AffineCoupling,
+    CheckerboardCoupling,
     Conv1x1,
     Flow,
+    HaarSqueeze,
     Householder,
     Permute,
     Split,
@@ -93,6 +95,9 @@ def test_a_network_for_images_refuses_volumes(make: partial) -> None:
 
 
 def test_what_is_neither_image_nor_volume_is_refused() -> None:
-    for x in (torch.zeros(4, 2, 2), torch.zeros(1, 4, 2, 2, 2, 2)):
-        with pytest.raises(ValueError, match=r"images \(B, C, H, W\) or volumes \(B, C, D, H, W\), got shape"):
+    for x in (torch.zeros(4), torch.zeros(1, 4, 2, 2, 2, 2)):
+        with pytest.raises(ValueError, match=r"vectors \(B, C\), signals .* or volumes \(B, C, D, H, W\), got shape"):
             Conv1x1(4)(x)
+    for layer in (Squeeze(), HaarSqueeze(), CheckerboardCoupling(4)):
+        with pytest.raises(ValueError, match=r"expects signals .* got shape \(1, 4\)"):
+            layer(torch.zeros(1, 4))

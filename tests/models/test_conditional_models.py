@@ -207,7 +207,7 @@ def test_a_summary_in_each_form() -> None:
         (lambda: SummaryNet(1, 0), ValueError, "context_channels must be at least 1, got 0"),
         (lambda: SummaryNet(1, 1, form="list"), ValueError, "got 'list'"),
         (lambda: SummaryNet(1, 1, dimensions=4), ValueError, "2 .* or 3 .*, got 4"),
-        (lambda: LabelContext(2, 1, (3,)), ValueError, r"\(D, H, W\), each at least 1, got \(3,\)"),
+        (lambda: LabelContext(2, 1, (3, 0)), ValueError, r"\(D, H, W\), each at least 1, got \(3, 0\)"),
         (lambda: LabelContext(0, 1), ValueError, "classes must be at least 1, got 0"),
         (
             lambda: models.build({"kind": "ConditionalFlow", "config": {"kind": "X", "summary_kind": "LabelContext"}}),

@@ -175,8 +175,8 @@ def test_errors_say_what_was_given(options: dict, message: str) -> None:
 
 
 def test_an_image_shape_without_channels_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"must be \(C, H, W\), got \(8, 8\)"):
-        InverseFlow((8, 8))
+    with pytest.raises(ValueError, match=r"must be \(C, L\), \(C, H, W\) or \(C, D, H, W\), got \(8,\)"):
+        InverseFlow((8,))
 
 
 def test_the_first_layer_squeezes() -> None:
@@ -366,10 +366,10 @@ def test_the_names_of_weights_stay_those_of_earlier_checkpoints() -> None:
 
 
 def test_more_errors_say_what_was_given() -> None:
-    with pytest.raises(ValueError, match=r'volume .* = \(1, 4, 4, 4\) needs inverse_conv="none"'):
-        InverseFlow((1, 4, 4, 4))
-    with pytest.raises(ValueError, match=r"must be \(C, H, W\) or \(C, D, H, W\), got \(4, 4\)"):
-        Glow((4, 4))
+    with pytest.raises(ValueError, match=r"must be \(C, L\), \(C, H, W\) or \(C, D, H, W\), got \(4,\)"):
+        Glow((4,))
+    with pytest.raises(ValueError, match="2 levels need length divisible by 4, got 6"):
+        InverseFlow((1, 6))
     with pytest.raises(ValueError, match="2 levels need depth, height and width divisible by 4, got 4 × 4 × 6"):
         Glow((1, 4, 4, 6))
     with pytest.raises(ValueError, match="at least 1, got"):
@@ -378,3 +378,13 @@ def test_more_errors_say_what_was_given() -> None:
         Glow.from_config(HintConfig((1, 4, 4)))
     with pytest.raises(TypeError, match="wavelet"):
         Glow((1, 4, 4), wavelet=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"coupling": "hint"}, {"masks": "checkerboard"}])
+def test_the_scale_reaches_every_affine_coupling(options: dict[str, str]) -> None:
+    model = Glow((2, 4, 4), levels=2, steps=1, hidden=3, scale="softplus", **options)
+    couplings = [m for m in model.modules() if isinstance(m, (AffineCoupling, CheckerboardCoupling))]
+    assert couplings
+    assert {coupling.scale for coupling in couplings} == {"softplus"}
+    with pytest.raises(ValueError, match="a scale is a choice of"):
+        Glow((2, 4, 4), coupling="additive", scale="softplus")

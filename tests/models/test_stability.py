@@ -46,6 +46,7 @@ def test_an_integer_is_a_square() -> None:
 def test_models_of_other_kinds() -> None:
     classifier = InverseConvClassifier((1, 8, 8), 3)
     assert len(seen(classifier, (1, 8, 8))) == sum(isinstance(m, InverseConv2d) for m in classifier.modules()) > 0
+    assert seen(torch.compile(classifier), (1, 8, 8)) == seen(classifier, (1, 8, 8))
     assert seen(Glow((1, 8, 8), **SMALL), (1, 8, 8)) == {}
     flow = InverseFlow((1, 8, 8), **SMALL, context_channels=3)
     context = torch.zeros(2, 3)

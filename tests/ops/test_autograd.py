@@ -31,6 +31,7 @@ TINY = [
     Case(1, 2, None, 4, (2,), order="right"),
     Case(1, 2, None, 5, (2,), dilation=2),
     Case(1, 1, 3, 2, (2, 2), order="bottom_left", dilation=(2, 1)),
+    Case(1, 2, 1, 2, (2, 1, 2), order="back_top_left", corner="unit_triangular", depth=2),
 ]
 FEW_TINY = [TINY[0], TINY[4], TINY[8], *TINY[12:]]
 
@@ -170,6 +171,7 @@ def test_hessian() -> None:
         Case(2, 2, None, 5, (2,), order="right"),
         Case(2, 2, 4, 3, (2, 2), dilation=(2, 1)),
         Case(2, 2, 3, 3, (2, 2), dilation=2),
+        Case(2, 2, 3, 2, (2, 2, 1), 2, ("front_top_right", "back_top_left"), depth=2),
     ],
     ids=str,
 )

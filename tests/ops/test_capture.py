@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from inverse_flow import InverseConv1d, InverseConv2d
+from inverse_flow import InverseConv1d, InverseConv2d, InverseConv3d
 from inverse_flow.conv import InverseConvNd
 from inverse_flow.flows import ActNorm
 from inverse_flow.functional import causal_conv2d, inverse_conv2d
@@ -160,6 +160,7 @@ def test_an_exported_layer_is_trained(corner: str, direction: str, strict: bool,
 
 OTHERS = {
     "signals": (lambda: InverseConv1d(4, 3, groups=2, order=("right", "left")), (6,)),
+    "volumes": (lambda: InverseConv3d(4, 2, corner="plu", order="back_top_right"), (3, 2, 3)),
     "dilated images": (lambda: InverseConv2d(4, 2, corner="plu", dilation=(2, 3)), (6, 5)),
 }
 

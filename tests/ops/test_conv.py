@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from inverse_flow import InverseConv1d, InverseConv2d
+from inverse_flow import InverseConv1d, InverseConv2d, InverseConv3d
 from inverse_flow.conv import InverseConvNd
 from inverse_flow.functional import causal_conv2d, inverse_conv2d
 
@@ -31,6 +31,11 @@ OTHERS = {
         (5,),
     ),
     "dilated images": (InverseConv2d, {"groups": 4, "order": ORDERS, "dilation": (2, 1)}, (3, 4)),
+    "volumes": (
+        InverseConv3d,
+        {"groups": 2, "order": ("back_top_right", "front_bottom_left"), "kernel_size": 2},
+        (2, 1, 2),
+    ),
     "images dilated beyond their size": (InverseConv2d, {"dilation": 3, "kernel_size": 2}, (4, 2)),
 }
 OTHER = pytest.mark.parametrize("other", OTHERS)
@@ -84,6 +89,18 @@ def test_other_layers_keep_types_and_round_trip(corner: str, other: str) -> None
 
 @CORNER
 @OTHER
+def test_other_layers_under_autocast_and_on_the_meta_device(corner: str, other: str) -> None:
+    layer, x = other_layer(other, corner)
+    expected = layer(x)[0], layer.inverse(x)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x)[0], layer.inverse(x)[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    z, log_det = layer.to("meta")(x.to("meta"))
+    assert (z.shape, z.device.type, log_det.shape) == (x.shape, "meta", (2,))
+
+
+@CORNER
+@OTHER
 def test_the_closed_form_of_the_backward_pass(corner: str, other: str) -> None:
     """backward_from_output against autograd, for what is made of the operator's own."""
     layer, x = other_layer(other, corner)
@@ -127,6 +144,14 @@ def test_half_precision_images_with_float32_parameters(corner: str) -> None:
     layer = InverseConv2d(4, corner=corner)
     z, log_det = layer(torch.randn(2, 4, 3, 3, dtype=torch.bfloat16))
     assert (z.dtype, log_det.dtype) == (torch.bfloat16, torch.float32)
+
+
+@CORNER
+def test_autocast_lowers_no_precision(corner: str) -> None:
+    layer, x = randomised(InverseConv2d(4, corner=corner)), torch.randn(2, 4, 6, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lowered = layer(x), layer.inverse(x)
+    torch.testing.assert_close(lowered, (layer(x), layer.inverse(x)), rtol=0, atol=0)
 
 
 @CORNER

@@ -17,7 +17,7 @@ import inverse_flow
 from inverse_flow import explain
 from inverse_flow.ops.explain import H200, KIB, Facts, GpuProperties, Plan
 
-# Vectors of the widest and of the narrowest instruction set.
+# Of the narrowest line, and of the widest ones of the instruction sets.
 LANES = (8, 16, 32)
 
 
@@ -35,9 +35,9 @@ def test_a_large_batch_has_images_as_lanes() -> None:
     assert plan.isa == inverse_flow.build_info()["cpu_isa"]
     assert plan.lanes in LANES
     assert plan.steps == 32 * 16
-    assert plan.units * plan.lanes >= 100
-    # As many pieces for either thread, unless each is a vector already.
-    assert plan.units % 2 == 0 or plan.lanes == LANES[0]
+    # Threads share the batch in pieces of the narrowest line, so that neither has a vector more than it must.
+    apart = 0 if plan.rest is None else plan.rest.batch
+    assert plan.units == -(-(100 - apart) // LANES[0])
     assert plan.workers == plan.threads == 2
 
 
@@ -60,6 +60,14 @@ def test_bands_are_joined_where_no_thread_could_wait_for_itself() -> None:
     # The order in which two threads claim bands would show in the sums of the gradient.
     assert not cpu((1, 3, 256, 256), 3, threads=2, backward=True).joined
     assert cpu((1, 3, 256, 256), 3, threads=1, backward=True).joined
+
+
+def test_images_that_fill_no_vector_are_swept_by_their_rows() -> None:
+    # Two threads have 48 images each, and share the rows of the last four.
+    plan = cpu((100, 12, 16, 16), 3, threads=2, corner="unit_triangular")
+    assert (plan.rest.batch, plan.rest.regime, plan.rest.workers) == (4, "rows as lanes", 2)
+    assert cpu((96, 12, 16, 16), 3, threads=2).rest is None
+    assert cpu((100, 12, 4, 4), 3, threads=2).rest is None  # rows of four would leave more lanes empty
 
 
 def test_groups_are_units_of_their_own() -> None:
@@ -99,6 +107,25 @@ def test_a_signal_is_an_image_of_one_row_and_residue_classes_a_batch() -> None:
     dilated = cuda((3, 4, 30, 31), (3, 2), dilation=(2, 3))
     assert facts(dilated) == facts(cuda((18, 4, 15, 11), (3, 2)))
     assert "kernel 3 × 2 dilated by 2 × 3" in str(dilated)
+
+
+def test_a_volume_is_planes_on_a_gpu() -> None:
+    plane = cuda((3, 4, 30, 31), 3, corner="unit_triangular")
+    for orders, runs in [("front_top_left", 1), (["front_top_left", "back_top_left"], 2)]:
+        groups = 1 if isinstance(orders, str) else 2
+        volume = cuda((3, 4 * groups, 9, 30, 31), 3, groups=groups, order=orders, corner="unit_triangular")
+        assert (volume.planes, volume.launches, volume.convolutions) == (9, 9 * runs * plane.launches, 8 * runs)
+        assert (volume.regime, volume.tile, volume.tf32) == (plane.regime, plane.tile, plane.tf32)
+    assert cuda((3, 4, 9, 30, 31), (1, 3, 3)).convolutions == 0
+    assert cuda((3, 4, 9, 30, 31), 3, backward=True).convolutions == 9
+    assert str(volume).startswith(
+        "solve of (3, 8, 9, 30, 31), kernel 3 × 3 × 3, 2 groups, front_top_left back_top_left"
+    )
+
+
+def test_a_volume_is_one_solve_on_a_cpu() -> None:
+    assert cpu((9, 4, 5, 6, 7), 3, threads=1).steps >= 5 * 6 * 7
+    assert cpu((9, 4, 5, 6, 7), 3, dilation=(1, 2, 1)).facts == cpu((18, 4, 5, 3, 7), 3).facts
 
 
 def test_an_image_of_one_block_is_one_launch() -> None:

@@ -1,4 +1,3 @@
-import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,8 +12,10 @@ from inverse_flow.flows.base import zero_logdet
 from inverse_flow.models import InverseFlow
 from inverse_flow.parts import ByParts, PartsConfig, cache, run_frozen
 from inverse_flow.parts.cache import FrozenOutputs
-from inverse_flow.training import Batches, StepReport, TrainConfig, Trainer, Workers, checkpoint
+from inverse_flow.training import Batches, TrainConfig, Trainer, Workers, checkpoint
 from inverse_flow.training.log import read_log
+
+from ..training.toy import images, losses, run
 
 # 16 images to train on: 4 steps an epoch, 12 steps before the finish and 6 in it.
 CONFIG = TrainConfig(
@@ -33,33 +34,9 @@ def config(parts: PartsConfig, **changes: Any) -> TrainConfig:
     return replace(CONFIG, parts=parts, **changes)
 
 
-def images(count: int = 21) -> Tensor:
-    """Smooth gradients, so that there is something to learn."""
-    generator = torch.Generator().manual_seed(0)
-    slopes = torch.rand(count, 2, 1, 1, generator=generator)
-    ramp = torch.linspace(0, 1, 4)
-    return (127 * (slopes[:, :1] * ramp + slopes[:, 1:] * ramp[:, None])).byte()
-
-
 def model() -> InverseFlow:
     torch.manual_seed(1)
     return InverseFlow((1, 4, 4), levels=2, steps=2, hidden=4)
-
-
-def run(trainer: Trainer, interrupt_at: int | None = None) -> list[StepReport]:
-    reports: list[StepReport] = []
-
-    def on_step(report: StepReport) -> None:
-        reports.append(report)
-        if report.step == interrupt_at:
-            signal.raise_signal(signal.SIGINT)  # Ctrl-C
-
-    trainer.fit(on_step)
-    return reports
-
-
-def losses(reports: list[StepReport]) -> list[tuple[int, float, float, float | None, dict[str, float]]]:
-    return [(r.step, r.loss, r.grad_norm, r.validation, r.columns) for r in reports]
 
 
 def method(parts: PartsConfig, flow: InverseFlow | None = None) -> ByParts:

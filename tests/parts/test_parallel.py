@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,21 +13,17 @@ from torch import distributed
 from inverse_flow.parts import ByParts, PartsConfig, fit_parts, run_frozen
 from inverse_flow.training import Checkpoint, StepReport, TrainConfig, Trainer, checkpoint
 
+from ..training.toy import torchrun
 from . import two_parts
 from .two_parts import BY_PARTS, CONFIG, images, trainer
 
 SCRIPT = Path(two_parts.__file__)
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("parts")
-    done = subprocess.run(
-        [*TORCHRUN, str(SCRIPT), str(path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    done = torchrun(SCRIPT, path)
     assert done.returncode == 0, done.stderr
     return path
 

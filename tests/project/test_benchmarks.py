@@ -19,6 +19,7 @@ RUNS = {
     "scaling": "--sweep image --largest 32 --threads 1 --budget 0 --plot {out}/plot",
     "numerics": "--growths 10 --draws 1 --plot {out}/plot",
     "memory": "--steps 1 --timed-steps 1 --side 8 --batch 2 --hidden 4 --budget 0 --plot {out}/plot",
+    "foreign": "--depths 1 --batch 4 --features 6 --hidden 4 --budget 0 --threads 1",
     "density": "--preset embedded --minutes 0.001 --parameters 9000 --models Glow --test-images 4 --budget 0 "
     "--threads 1 --out {out}/runs",
     "density, ablation": "--ablation --preset fashion-mnist --data {source} --minutes 0.001 --levels 1 --steps 1 "
@@ -28,6 +29,8 @@ RUNS = {
     "--evaluate-every 2",
     "gradient_norms": "--data {source} --learning-rates 1e-3 --steps 4 --every 2 --levels 1 --depth 1 --hidden 2 "
     "--batch-size 4 --threads 1 --plot {out}/plot",
+    "busy": "--rounds 1 --seconds 0 --levels 1 --steps 1 --hidden 2 --busy 1 --threads 1",
+    "compiling": "--steps 1 --hidden 2 --backend eager --budget 0 --jobs density",
     "stability": "--data {source} --learning-rates 1e-3 2e-2 --steps 3 --every 2 --levels 1 --depth 1 --hidden 2 "
     "--side 16 --seeds 2 --threads 1 --plot {out}/plot",
     "stability, cost": "--cost 2 --budget 0 --threads 1",
@@ -38,6 +41,8 @@ RUNS = {
 @pytest.mark.parametrize("name", RUNS)
 def test_every_script_runs(scripts: Any, name: str, source: str, tmp_path: Path) -> None:
     scripts.memory.normflows = None  # optional, and slow to build
+    for library in ("nflows", "FrEIA") if name == "foreign" else ():
+        pytest.importorskip(library, reason=f"{library} is not installed (extra [peers])")
     script, given = name.split(",")[0], RUNS[name].format(source=source, out=tmp_path).split()
     assert getattr(scripts, script).main([*given, "--json", str(tmp_path / "results.json")]) == 0
     content = json.loads((tmp_path / "results.json").read_text())

@@ -30,38 +30,16 @@ from inverse_flow.training import trainer as trainer_module
 from inverse_flow.training.gains import naming_largest_gain
 from inverse_flow.training.log import read_log
 
+from .toy import images, losses, run
+
 CONFIG = TrainConfig(
     steps=12, batch_size=4, learning_rate=3e-3, warmup_steps=5, flip=True, validation=5, evaluate_every=4
 )
 
 
-def images(count: int = 21) -> Tensor:
-    """Smooth gradients, so that there is something to learn."""
-    generator = torch.Generator().manual_seed(0)
-    slopes = torch.rand(count, 2, 1, 1, generator=generator)
-    ramp = torch.linspace(0, 1, 4)
-    return (127 * (slopes[:, :1] * ramp + slopes[:, 1:] * ramp[:, None])).byte()
-
-
 def model() -> InverseFlow:
     torch.manual_seed(1)
     return InverseFlow((1, 4, 4), levels=1, steps=1, hidden=4)
-
-
-def run(trainer: Trainer, interrupt_at: int | None = None) -> list[StepReport]:
-    reports: list[StepReport] = []
-
-    def on_step(report: StepReport) -> None:
-        reports.append(report)
-        if report.step == interrupt_at:
-            signal.raise_signal(signal.SIGINT)  # Ctrl-C
-
-    trainer.fit(on_step)
-    return reports
-
-
-def losses(reports: list[StepReport]) -> list[tuple[int, float, float, float | None]]:
-    return [(r.step, r.loss, r.grad_norm, r.validation) for r in reports]
 
 
 def test_the_bits_per_dimension_fall() -> None:
@@ -388,6 +366,21 @@ def test_an_inverse_convolution_that_explodes_is_named_with_its_gain() -> None:
     with pytest.raises(NonFiniteError) as caught, naming_largest_gain(broken):
         raise NonFiniteError("layers.3", "NaN")
     assert str(caught.value) == "layers.3: NaN"
+
+
+class Looks(FlowLayer):
+    """The identity, that looks at a value, which a run without values cannot."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return (x if x.sum() > 0 else x + 0), zero_logdet(x)
+
+    inverse = forward
+
+
+def test_a_model_that_looks_at_values_is_trained_without_a_gain() -> None:
+    looking = model()
+    looking.layers.append(Looks())
+    assert [report.largest_gain for report in run(Trainer(looking, images(), CONFIG))] == [None] * 12
 
 
 def test_the_largest_gain_is_logged_at_evaluations(tmp_path: Path) -> None:

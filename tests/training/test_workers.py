@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +14,10 @@ from inverse_flow.training.log import read_log
 from inverse_flow.training.workers import connect
 
 from . import two_processes
+from .toy import torchrun
 from .two_processes import CONFIG, images, model
 
 SCRIPT = Path(two_processes.__file__)
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-
-
-def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """The command in two processes of one thread each."""
-    return subprocess.run(
-        [*TORCHRUN, *map(str, arguments)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"},
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

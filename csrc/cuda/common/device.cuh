@@ -47,17 +47,28 @@ __device__ inline float float_from_bits(uint32_t bits) { return __uint_as_float(
 __device__ inline uint32_t high_word(double value) { return static_cast<uint32_t>(__double2hiint(value)); }
 __device__ inline double not_a_number() { return __longlong_as_double(0x7ff8000000000000ll); }
 
-// What blocks tell each other: whoever reads a flag by load_acquire sees all that its store_release came after, in
-// other threads too if barriers order them. Between reads of a flag the others get the multiprocessor.
-__device__ inline int32_t load_acquire(const int32_t* flag) {
-  int32_t value;
-  asm volatile("ld.acquire.gpu.b32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
-  return value;
-}
+// What blocks tell each other: whoever has waited for a flag sees all that its store_release came after, in other
+// threads too if barriers order them.
 __device__ inline void store_release(int32_t* flag, int32_t value) {
   asm volatile("st.release.gpu.b32 [%0], %1;" : : "l"(flag), "r"(value) : "memory");
 }
-__device__ inline void wait_a_moment() { __nanosleep(32); }
+// Only the last read acquires: each that does empties L1. Between reads the others get the multiprocessor. A build with
+// INVERSE_FLOW_MOST_POLLS, as that of `make gpu-check`, ends the kernel with an error where a flag is never set.
+__device__ inline void wait_for_flag(const int32_t* flag) {
+  int32_t value;
+#ifdef INVERSE_FLOW_MOST_POLLS
+  int32_t polls = 0;
+#endif
+  while (true) {
+    asm volatile("ld.relaxed.gpu.b32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+    if (value != 0) break;
+#ifdef INVERSE_FLOW_MOST_POLLS
+    if (++polls == INVERSE_FLOW_MOST_POLLS) __trap();
+#endif
+    __nanosleep(32);
+  }
+  asm volatile("ld.acquire.gpu.b32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+}
 
 // Memory that no thread writes while the kernel runs may take the read-only path.
 __device__ inline float load_readonly(const float* p) { return __ldg(p); }

@@ -120,12 +120,8 @@ __device__ void wait_for_neighbours(const LanesArguments<Element>& args, const L
   const LanesPlan& plan = args.plan;
   if (threadIdx.x == 0) {
     const int32_t* done = flag_of_tile(args, claimed.tile);
-    if (claimed.above > 0) {
-      while (load_acquire(done - plan.tiles_w) == 0) wait_a_moment();
-    }
-    if (claimed.left > 0) {
-      while (load_acquire(done - 1) == 0) wait_a_moment();
-    }
+    if (claimed.above > 0) wait_for_flag(done - plan.tiles_w);
+    if (claimed.left > 0) wait_for_flag(done - 1);
   }
   __syncthreads();  // all threads may read what the flags stand for
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from inverse_flow.ops.bijection import Bijection
+from inverse_flow.ops.causal import per_channel, sum_channels
 from inverse_flow.reversible.layer import Shape, input_shape, output_shape
 
 __all__ = [
@@ -104,11 +106,6 @@ def sum_example(values: Tensor) -> Tensor:
     return values.flatten(1).sum(1)
 
 
-def sum_channels(values: Tensor) -> Tensor:
-    """(B, C, ...) to (C,): the sum over everything but the channels."""
-    return values.sum((0, *range(2, values.dim())))
-
-
 def per_example(values: Tensor, x: Tensor) -> Tensor:
     """(B,) in a shape that broadcasts against ``x`` of shape (B, ...)."""
     return values.view(-1, *(1,) * (x.dim() - 1))
@@ -125,29 +122,28 @@ def check_floating(layer: nn.Module, x: Tensor) -> None:
         raise TypeError(f"{name} expects floating-point images, got {x.dtype}; dequantize or convert them first")
 
 
-def check_images(layer: nn.Module, x: Tensor, channels: int | None = None) -> None:
-    """Refuses what is not a batch of floating images (B, C, H, W), or volumes (B, C, D, H, W), with the expected
-    number of channels.
+def check_images(layer: nn.Module, x: Tensor, channels: int | None = None, *, spatial: bool = False) -> None:
+    """Refuses what is not a batch of floating vectors (B, C), signals (B, C, L), images (B, C, H, W) or volumes
+    (B, C, D, H, W), with the expected number of channels; ``spatial`` refuses vectors too.
 
-    A layer without spatial weights takes both. One with a network leaves the choice to the network, whose
+    A layer without spatial weights takes all of them. One with a network leaves the choice to the network, whose
     convolutions have a number of dimensions.
     """
     check_floating(layer, x)
     name = type(layer).__name__
-    if x.dim() not in (4, 5):
-        raise ValueError(f"{name} expects images (B, C, H, W) or volumes (B, C, D, H, W), got shape {tuple(x.shape)}")
+    if not (3 if spatial else 2) <= x.dim() <= 5:
+        vectors = "" if spatial else "vectors (B, C), "
+        raise ValueError(
+            f"{name} expects {vectors}signals (B, C, L), images (B, C, H, W) or volumes (B, C, D, H, W), "
+            f"got shape {tuple(x.shape)}"
+        )
     if channels is not None and x.shape[1] != channels:
         raise ValueError(f"{name} was built for {channels} channels, got images of shape {tuple(x.shape)}")
 
 
 def count_pixels(x: Tensor) -> int:
-    """H·W of a batch of images, D·H·W of volumes."""
-    return x.shape[2:].numel()
-
-
-def per_channel(values: Tensor, x: Tensor) -> Tensor:
-    """(C,) in a shape that broadcasts against the images or volumes ``x``."""
-    return values.view(-1, *(1,) * (x.dim() - 2))
+    """H·W of a batch of images, L of signals, D·H·W of volumes, 1 of vectors."""
+    return math.prod(x.shape[2:])
 
 
 def first_half(channels: int) -> int:

@@ -9,25 +9,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CONVOLUTIONS: dict[int, Any] = {2: nn.Conv2d, 3: nn.Conv3d}
-"""The convolution over each number of spatial dimensions."""
+from inverse_flow.ops.checks import shape_of_images
 
-AVERAGE_POOLS: dict[int, Any] = {2: F.avg_pool2d, 3: F.avg_pool3d}
+CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+AVERAGE_POOLS: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+EVENTS = {0: "vectors", 1: "signals", 2: "images", 3: "volumes"}
 
 
-def check_dimensions(dimensions: int) -> int:
-    """Returns ``dimensions``, refusing a number for which there is no convolution."""
-    if dimensions not in CONVOLUTIONS:
-        raise ValueError(f"dimensions must be 2 (images) or 3 (volumes), got {dimensions!r}")
+def check_dimensions(dimensions: int, least: int = 0) -> int:
+    """Returns ``dimensions``, refusing a number of axes that no layer knows."""
+    if dimensions not in EVENTS or dimensions < least:
+        known = [f"{number} ({events})" for number, events in EVENTS.items() if number >= least]
+        raise ValueError(f"dimensions must be {', '.join(known[:-1])} or {known[-1]}, got {dimensions!r}")
     return dimensions
+
+
+def convolution(dimensions: int, in_channels: int, out_channels: int, kernel_size: int = 3) -> nn.Module:
+    """A convolution that keeps sizes, over so many axes; of vectors, which have none, a linear layer."""
+    if dimensions == 0:
+        return nn.Linear(in_channels, out_channels)
+    layer: nn.Module = CONVOLUTIONS[dimensions](in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+    return layer
 
 
 def zero_convolution(in_channels: int, out_channels: int, dimensions: int) -> nn.Module:
     """A 3×3 convolution whose weight and bias are 0, so that what is built on it starts as the identity."""
-    convolution: nn.Module = CONVOLUTIONS[dimensions](in_channels, out_channels, 3, padding=1)
-    for parameter in convolution.parameters():
+    layer = convolution(dimensions, in_channels, out_channels)
+    for parameter in layer.parameters():
         nn.init.zeros_(parameter)
-    return convolution
+    return layer
 
 
 def arrange_for(device: torch.device, module: nn.Module) -> None:
@@ -60,7 +70,7 @@ class _Conditioner(nn.Module, ABC):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         if x.dim() != self.dimensions + 2:
             raise ValueError(
-                f"this network was built with dimensions={self.dimensions}, for (B, C, {self._sizes()}), "
+                f"this network was built with dimensions={self.dimensions}, for {shape_of_images(self.dimensions)}, "
                 f"and got shape {tuple(x.shape)}"
             )
         if self.context_channels:
@@ -72,7 +82,8 @@ class _Conditioner(nn.Module, ABC):
         """The network, on the images and the context stacked along the channels."""
 
     def _context_map(self, x: Tensor, context: Tensor | None) -> Tensor:
-        expected = f"(B, {self.context_channels}) or (B, {self.context_channels}, {self._sizes()})"
+        shapes = [shape_of_images(dimensions, self.context_channels) for dimensions in (0, self.dimensions)]
+        expected = " or ".join(dict.fromkeys(shapes))
         if context is None:
             raise ValueError(f"this network was built for a context {expected}, and none was given")
         if context.dim() == 2:
@@ -94,9 +105,6 @@ class _Conditioner(nn.Module, ABC):
         averaged: Tensor = AVERAGE_POOLS[self.dimensions](context, [given // size for given, size in pairs])
         return averaged
 
-    def _sizes(self) -> str:
-        return {2: "H, W", 3: "D, H, W"}[self.dimensions]
-
 
 class ConvNet(_Conditioner):
     """3×3 convolution → ReLU → 1×1 convolution → ReLU → 3×3 convolution, the last one starting at zero.
@@ -111,7 +119,8 @@ class ConvNet(_Conditioner):
             averaged down to it, so that one map serves every level of a multi-scale flow. With K = 0 a context is
             ignored.
         dimensions: 2 for images (B, C, H, W), 3 for volumes (B, C, D, H, W), whose convolutions are 3×3×3 and whose
-            context maps are (B, K, D', H', W').
+            context maps are (B, K, D', H', W'), 1 for signals (B, C, L), and 0 for vectors (B, C), with linear layers
+            in place of convolutions.
 
     Raises:
         ValueError: images or a context of another shape; no context where one is needed.
@@ -121,13 +130,12 @@ class ConvNet(_Conditioner):
         self, in_channels: int, hidden: int, out_channels: int, *, context_channels: int = 0, dimensions: int = 2
     ) -> None:
         super().__init__(context_channels, dimensions)
-        convolution = CONVOLUTIONS[dimensions]
         total = in_channels + context_channels
         last = zero_convolution(hidden or total, out_channels, dimensions)
         body: list[nn.Module] = []
         if hidden:
             # In place: a convolution does not need its output again.
-            first, second = convolution(total, hidden, 3, padding=1), convolution(hidden, hidden, 1)
+            first, second = convolution(dimensions, total, hidden), convolution(dimensions, hidden, hidden, 1)
             body = [first, nn.ReLU(inplace=True), second, nn.ReLU(inplace=True)]
         self.layers = nn.Sequential(*body, last)
 
@@ -167,14 +175,13 @@ class ResNet(_Conditioner):
         super().__init__(context_channels, dimensions)
         if hidden < 1 or blocks < 1:
             raise ValueError(f"a residual network needs hidden and blocks of at least 1, got {hidden} and {blocks}")
-        convolution = CONVOLUTIONS[dimensions]
-        self.first = convolution(in_channels + context_channels, hidden, 3, padding=1)
+        self.first = convolution(dimensions, in_channels + context_channels, hidden)
         self.blocks = nn.ModuleList(
             nn.Sequential(
                 nn.ReLU(),
-                convolution(hidden, hidden, 3, padding=1),
+                convolution(dimensions, hidden, hidden),
                 nn.ReLU(inplace=True),
-                convolution(hidden, hidden, 3, padding=1),
+                convolution(dimensions, hidden, hidden),
             )
             for _ in range(blocks)
         )

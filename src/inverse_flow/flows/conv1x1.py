@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inverse_flow.flows.base import FlowLayer, check_images, count_pixels, expand_logdet, logdet_dtype
+from inverse_flow.ops.causal import CONVOLUTIONS
 from inverse_flow.reversible import backpropagate
 
 
-def mix_channels(x: Tensor, weight: Tensor) -> Tensor:
-    """weight · x_p at every pixel p; the (C, C) ``weight`` is rounded once, to at least float32, under autocast too."""
+def mix_channels(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """weight · x_p + bias at every pixel p; the (C, C) ``weight`` is rounded once, to at least float32, under autocast
+    too."""
+    if x.dim() == 2:
+        return mix_channels(x[..., None], weight, bias)[..., 0]
     compute = logdet_dtype(x.dtype)
-    convolve = F.conv2d if x.dim() == 4 else F.conv3d
+    convolve = CONVOLUTIONS[x.dim() - 2][0]
+    kernel = weight.to(compute)[(...,) + (None,) * (x.dim() - 2)]
     with torch.autocast(x.device.type, enabled=False):
-        return convolve(x.to(compute), weight.to(compute).view(*weight.shape, *(1,) * (x.dim() - 2))).to(x.dtype)
+        mixed: Tensor = convolve(x.to(compute), kernel, None if bias is None else bias.to(compute))
+    return mixed.to(x.dtype)
 
 
 def mixing_gradient(x: Tensor, grad_z: Tensor) -> Tensor:
     """The gradient of a float64 ``weight`` of :func:`mix_channels`, Σ_p ∂z_p x_pᵀ over the pixels of every image."""
+    if x.dim() == 2:
+        return mixing_gradient(x[..., None], grad_z[..., None])
     compute = logdet_dtype(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
         return (grad_z.to(compute).flatten(2) @ x.to(compute).flatten(2).mT).sum(0).double()

@@ -18,10 +18,10 @@ class HaarSqueeze(Squeeze):
     """(B, C, H, W) → (B, 4·C, H/2, W/2) by one step of the orthonormal Haar transform; log-determinant 0.
 
     Along every axis in turn a pair of neighbours (a, b) becomes their low-pass (a + b)/√2 and their high-pass
-    (a − b)/√2. That gives four sub-bands of an image, and eight of a volume (B, C, D, H, W). They are numbered in
-    binary, a digit for each of D, H and W with W the lowest, and 1 for high-pass. So of an image, band 0 is twice
-    the mean of a 2×2 block, band 1 left minus right, band 2 top minus bottom, band 3 the difference of the diagonals,
-    each but the first divided by 2.
+    (a − b)/√2. That gives two sub-bands of a signal (B, C, L), four of an image, and eight of a volume. They are
+    numbered in binary, a digit for each of D, H and W with W the lowest, and 1 for high-pass. So of an image, band 0 is
+    twice the mean of a 2×2 block, band 1 left minus right, band 2 top minus bottom, band 3 the difference of the
+    diagonals, each but the first divided by 2.
 
     The transform is orthogonal, and its inverse is its transpose. Source: Haar, "Zur Theorie der orthogonalen
     Funktionensysteme", 1910; as the squeeze of a flow: Ardizzone et al., "Guided Image Generation with Conditional
@@ -43,7 +43,7 @@ class HaarSqueeze(Squeeze):
         self.order = order
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        check_images(self, x)
+        check_images(self, x, spatial=True)
         self.output_shape(tuple(x.shape[1:]))
         channels, axes = x.shape[1], range(2, x.dim())
         z = x.to(logdet_dtype(x.dtype))
@@ -56,7 +56,7 @@ class HaarSqueeze(Squeeze):
         return (z * _scale(x)).to(x.dtype), zero_logdet(x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        check_images(self, z)
+        check_images(self, z, spatial=True)
         channels = self.input_shape(tuple(z.shape[1:]))[0]
         x = z.to(logdet_dtype(z.dtype))
         if self.order == "channel":
@@ -78,4 +78,4 @@ class HaarSqueeze(Squeeze):
 
 def _scale(x: Tensor) -> float:
     """1/√2 for each axis, in one factor: exactly ½ for images."""
-    return 0.5 if x.dim() == 4 else math.sqrt(0.125)
+    return math.pow(0.5, (x.dim() - 2) / 2)

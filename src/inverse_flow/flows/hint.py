@@ -84,7 +84,8 @@ class HINT(Compose):
         hidden: width of every coupling's :class:`~inverse_flow.flows.ConvNet`.
         least_channels: the fewest channels that are coupled, 2 … C. With C there is one coupling, as without HINT.
         context_channels: channels of the context that the networks take.
-        dimensions: of the networks: 2 for images (B, C, H, W), 3 for volumes (B, C, D, H, W).
+        dimensions: of the networks: 0 for vectors (B, C), 1 for signals (B, C, L), 2 for images, 3
+            for volumes.
         coupling: a function of your own that makes C for a number of channels, in place of the
             :class:`~inverse_flow.flows.AffineCoupling` with the options above, such as
             ``lambda channels: AdditiveCoupling(channels, 32)``. C must leave the first ⌈channels/2⌉ as they are.

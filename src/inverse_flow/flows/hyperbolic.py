@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from inverse_flow.flows.base import FlowLayer, check_images, logdet_dtype, zero_logdet
 from inverse_flow.flows.conditioner import check_dimensions
+from inverse_flow.ops.causal import CONVOLUTIONS
 from inverse_flow.reversible import backpropagate
 
 
@@ -31,7 +32,7 @@ class Hyperbolic(FlowLayer):
         hidden: channels of K x; C/2 unless given.
         step_size: α > 0, the square of the time step.
         kernel_size: of the convolution K; odd, so that it is centred.
-        dimensions: of the convolution: 2 for images (B, C, H, W), 3 for volumes (B, C, D, H, W).
+        dimensions: of the convolution: 1 for signals (B, C, L), 2 for images, 3 for volumes.
 
     Parameters:
         weight: (hidden, C/2, k, k), or (hidden, C/2, k, k, k): K. Kᵀ is the transposed convolution with it.
@@ -64,7 +65,7 @@ class Hyperbolic(FlowLayer):
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         self.channels = channels
         self.step_size = step_size
-        self.dimensions = check_dimensions(dimensions)
+        self.dimensions = check_dimensions(dimensions, least=1)
         taps = (kernel_size,) * dimensions
         self.weight = nn.Parameter(torch.empty(hidden, channels // 2, *taps))
         self.bias = nn.Parameter(torch.zeros(hidden))
@@ -113,9 +114,8 @@ class Hyperbolic(FlowLayer):
         return result.to(current.dtype)
 
     def _force(self, x: Tensor) -> Tensor:
-        convolve, transposed = (
-            (F.conv2d, F.conv_transpose2d) if self.dimensions == 2 else (F.conv3d, F.conv_transpose3d)
-        )
+        convolve, transposed = CONVOLUTIONS[self.dimensions]
         padding = self.weight.shape[-1] // 2
         response = F.relu(convolve(x, self.weight, self.bias, padding=padding))
-        return transposed(response, self.weight, padding=padding)
+        result: Tensor = transposed(response, self.weight, padding=padding)
+        return result

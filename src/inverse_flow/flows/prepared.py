@@ -9,19 +9,17 @@ from itertools import groupby
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inverse_flow.conv import InverseConv2d
+from inverse_flow.conv import InverseConv1d, InverseConv2d, InverseConv3d, InverseConvNd
 from inverse_flow.flows.actnorm import ActNorm
 from inverse_flow.flows.base import FlowLayer, check_images, count_pixels, expand_logdet, logdet_dtype
 from inverse_flow.flows.compose import Compose, Flow, Reverse
 from inverse_flow.flows.conditioner import arrange_for
-from inverse_flow.flows.conv1x1 import Conv1x1
+from inverse_flow.flows.conv1x1 import Conv1x1, mix_channels
 from inverse_flow.flows.householder import Householder
 from inverse_flow.flows.permute import Permute
-from inverse_flow.functional import causal_conv2d
-from inverse_flow.ops.causal import convolve_mixed
+from inverse_flow.ops.causal import convolve_mixed, per_channel
 from inverse_flow.reversible.layer import is_changed
 
 # Layers that are z_p = W x_p + b at every pixel p: a run of them is one such layer. Joining them pays where one of them
@@ -90,31 +88,23 @@ class _PixelLinear(FlowLayer):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_images(self, x, len(self.bias))
-        return self._mix(x, self.weight, self.bias), expand_logdet(self.logdet * count_pixels(x), x)
+        return mix_channels(x, self.weight, self.bias), expand_logdet(self.logdet * count_pixels(x), x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         check_images(self, z, len(self.bias))
-        return self._mix(z, self.inverse_weight, self.inverse_bias), expand_logdet(-self.logdet * count_pixels(z), z)
+        return mix_channels(z, self.inverse_weight, self.inverse_bias), expand_logdet(-self.logdet * count_pixels(z), z)
 
     def extra_repr(self) -> str:
         return f"{len(self.bias)}"
 
-    @staticmethod
-    def _mix(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        compute = logdet_dtype(x.dtype)
-        kernel = weight.to(compute)[(...,) + (None,) * (x.dim() - 2)]
-        convolve = F.conv2d if x.dim() == 4 else F.conv3d
-        with torch.autocast(x.device.type, enabled=False):
-            return convolve(x.to(compute), kernel, bias.to(compute)).to(x.dtype)
-
 
 class _FixedInverseConv(FlowLayer):
-    """An :class:`InverseConv2d` whose inverse, the plain convolution, has its complete weight at hand."""
+    """An inverse convolution whose inverse, the plain convolution, has its complete weight at hand."""
 
     uses_context = False
     weight: Tensor
 
-    def __init__(self, layer: InverseConv2d) -> None:
+    def __init__(self, layer: InverseConvNd) -> None:
         super().__init__()
         self.layer = layer
         with torch.no_grad():
@@ -127,7 +117,7 @@ class _FixedInverseConv(FlowLayer):
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         layer = self.layer
-        x = causal_conv2d(z, self.weight, layer.bias, order=layer.order, groups=layer.groups)
+        x = layer._convolve(z, self.weight, layer.bias, **{**layer._arguments, "corner": "general"})
         return x, layer.log_det(z)
 
 
@@ -148,7 +138,7 @@ class _FixedStep(FlowLayer):
         groups = conv.layer.groups
         inverse = linear.inverse_weight.double().unflatten(0, (groups, -1))  # rows: inputs of A, by their groups
         taps = conv.weight.double().unflatten(0, (groups, -1))
-        weight = torch.einsum("goihw,gic->gochw", taps, inverse).flatten(0, 1)
+        weight = torch.einsum("goi...,gic->goc...", taps, inverse).flatten(0, 1)
         self.register_buffer("weight", weight.to(conv.weight.dtype).contiguous())
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -160,9 +150,10 @@ class _FixedStep(FlowLayer):
         check_images(self, z, len(self.weight))
         layer = self.conv.layer
         compute = logdet_dtype(z.dtype)
-        centred = z.to(compute) - self.linear.bias.to(compute).view(-1, 1, 1)
+        centred = z.to(compute) - per_channel(self.linear.bias.to(compute), z)
         bias = None if layer.bias is None else layer.bias.to(compute)
-        x = convolve_mixed(centred, self.weight.to(compute), bias, layer.spec.orders).to(z.dtype)
+        weight = self.weight.to(compute)
+        x = convolve_mixed(centred, weight, bias, layer.spec.orders, layer.dilation).to(z.dtype)
         return x, layer.log_det(z) + expand_logdet(-self.linear.logdet * count_pixels(z), z)
 
 
@@ -185,7 +176,7 @@ def _prepare(layer: Any) -> nn.Module:
     if _is_known(layer, (Reverse,)):
         (inner,) = _prepare_layers([layer.layer])
         return Reverse(inner)
-    return _FixedInverseConv(layer) if _is_known(layer, (InverseConv2d,)) else layer
+    return _FixedInverseConv(layer) if _is_known(layer, (InverseConv1d, InverseConv2d, InverseConv3d)) else layer
 
 
 def _computed_tensors(flow: nn.Module) -> dict[int, Any]:

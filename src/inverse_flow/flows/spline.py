@@ -190,7 +190,8 @@ class SplineCoupling(_Coupling):
         bins: K of the splines, at least 2.
         bound: B.
         context_channels: channels of the context that the default conditioner takes.
-        dimensions: of the default conditioner: 2 for images (B, C, H, W), 3 for volumes (B, C, D, H, W).
+        dimensions: of the default conditioner: 0 for vectors (B, C), 1 for signals (B, C, L), 2 for images, 3
+            for volumes.
         conditioner: a module of your own instead: ``conditioner(x1, context)`` gives the 3K − 1 numbers of every value
             of x₂, those of one value (channel c) in the channels c·(3K − 1) … (c + 1)·(3K − 1) − 1.
 

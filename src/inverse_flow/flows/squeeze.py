@@ -10,8 +10,9 @@ from inverse_flow.flows.base import FlowLayer, Shape, check_images, zero_logdet
 class Squeeze(FlowLayer):
     """(B, C, H, W) → (B, C·f², H/f, W/f) in the order of ``F.pixel_unshuffle``; log-determinant 0.
 
-    Volumes (B, C, D, H, W) become (B, C·f³, D/f, H/f, W/f) in the same order: channel, then offset along D, H and W.
-    Written out, since ``F.pixel_unshuffle`` knows no volumes and returns an empty batch with its shape unchanged.
+    Signals (B, C, L) become (B, C·f, L/f), and volumes (B, C, D, H, W) become (B, C·f³, D/f, H/f, W/f), in the same
+    order: channel, then offset along D, H and W. Written out, since ``F.pixel_unshuffle`` knows neither and returns an
+    empty batch with its shape unchanged.
 
     Args:
         factor: f; D, H and W must be multiples of it.
@@ -26,7 +27,7 @@ class Squeeze(FlowLayer):
         self.factor = factor
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        check_images(self, x)
+        check_images(self, x, spatial=True)
         shape = self.output_shape(tuple(x.shape[1:]))
         blocks = x
         for axis in range(x.dim() - 1, 1, -1):
@@ -36,7 +37,7 @@ class Squeeze(FlowLayer):
         return blocks.permute(order).reshape(x.shape[0], *shape).contiguous(), zero_logdet(x)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        check_images(self, z)
+        check_images(self, z, spatial=True)
         shape = self.input_shape(tuple(z.shape[1:]))
         dimensions = z.dim() - 2
         blocks = z.unflatten(1, (-1, *(self.factor,) * dimensions))

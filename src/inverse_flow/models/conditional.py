@@ -13,11 +13,12 @@ from torch._subclasses import FakeTensor
 
 from inverse_flow.flows import Flow, Squeeze
 from inverse_flow.flows.base import Shape
-from inverse_flow.flows.conditioner import CONVOLUTIONS, check_dimensions
+from inverse_flow.flows.conditioner import CONVOLUTIONS, check_dimensions, convolution
 from inverse_flow.flows.flattened import Flattened
 from inverse_flow.models.config import SQUEEZE_FACTOR, FlowConfig
 from inverse_flow.models.flows import KINDS, ImageFlow
 from inverse_flow.ops.bijection import Bijection
+from inverse_flow.ops.checks import shape_of_images
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # in typing from Python 3.11 on
@@ -32,7 +33,7 @@ class LabelConfig:
     Attributes:
         classes: number of labels.
         context_channels: K of the context.
-        size: (H, W) or (D, H, W) of the context, or None.
+        size: (L,), (H, W) or (D, H, W) of the context, or None.
     """
 
     classes: int
@@ -45,7 +46,7 @@ class LabelConfig:
             # A config read back from JSON has a list.
             object.__setattr__(self, "size", tuple(self.size))
             if len(self.size) not in CONVOLUTIONS or min(self.size) < 1:
-                raise ValueError(f"size must be (H, W) or (D, H, W), each at least 1, got {self.size}")
+                raise ValueError(f"size must be (L,), (H, W) or (D, H, W), each at least 1, got {self.size}")
 
 
 class LabelContext(nn.Module):
@@ -57,7 +58,7 @@ class LabelContext(nn.Module):
     Args:
         classes: number of labels.
         context_channels: K.
-        size: (H, W), or (D, H, W), for a map: that of a flow's first level is half the image's, and the coupling
+        size: (L,), (H, W) or (D, H, W), for a map: that of a flow's first level is half the image's, and the coupling
             networks average it down for the others. None for a vector.
 
     Raises:
@@ -98,7 +99,7 @@ class SummaryConfig:
         context_channels: K of the context.
         hidden: width of the network.
         form: ``"vector"`` or ``"map"``.
-        dimensions: 2 for observed images, 3 for volumes.
+        dimensions: 1 for observed signals, 2 for images, 3 for volumes.
     """
 
     channels: int
@@ -109,7 +110,7 @@ class SummaryConfig:
 
     def __post_init__(self) -> None:
         _check_least_one(self)
-        check_dimensions(self.dimensions)
+        check_dimensions(self.dimensions, least=1)
         if self.form not in get_args(SummaryForm):
             raise ValueError(f'form must be "vector" or "map", got {self.form!r}')
 
@@ -128,7 +129,7 @@ class SummaryNet(nn.Module):
         context_channels: K.
         hidden: width of the network.
         form: ``"map"`` or ``"vector"``.
-        dimensions: 2 for images, 3 for volumes.
+        dimensions: 1 for signals, 2 for images, 3 for volumes.
 
     Raises:
         ValueError: options that do not exist; observations of another shape.
@@ -143,18 +144,17 @@ class SummaryNet(nn.Module):
         super().__init__()
         self.config = SummaryConfig(channels, context_channels, hidden, form, dimensions)
         self.squeeze = Squeeze(SQUEEZE_FACTOR)
-        convolution = CONVOLUTIONS[dimensions]
         self.layers = nn.Sequential(
-            convolution(channels * SQUEEZE_FACTOR**dimensions, hidden, 3, padding=1),
+            convolution(dimensions, channels * SQUEEZE_FACTOR**dimensions, hidden),
             nn.ReLU(),
-            convolution(hidden, hidden, 3, padding=1),
+            convolution(dimensions, hidden, hidden),
             nn.ReLU(),
-            convolution(hidden, context_channels, 3, padding=1),
+            convolution(dimensions, hidden, context_channels),
         )
 
     def forward(self, observation: Tensor) -> Tensor:
         config = self.config
-        expected = {2: "(B, {}, H, W)", 3: "(B, {}, D, H, W)"}[config.dimensions].format(config.channels)
+        expected = shape_of_images(config.dimensions, config.channels)
         if observation.dim() != config.dimensions + 2 or observation.shape[1] != config.channels:
             raise ValueError(f"this network sums up observations {expected}, got {tuple(observation.shape)}")
         context: Tensor = self.layers(self.squeeze(observation)[0])

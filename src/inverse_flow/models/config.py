@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
+from inverse_flow.flows.scale import ScaleKind
 from inverse_flow.flows.split import SplitPrior
 from inverse_flow.models.fields import Bounds, check, either
 
@@ -23,8 +24,8 @@ Conditioner: TypeAlias = Literal["conv", "resnet"]
 SqueezeKind: TypeAlias = Literal["pixel", "haar"]
 
 SQUEEZE_FACTOR = 2
-# The spatial axes from the last backwards, for messages.
-AXES = ("depth", "height", "width")
+# The axes of signals, images and volumes, for messages.
+AXES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
 
 
 @dataclass(frozen=True)
@@ -32,18 +33,21 @@ class FlowConfig:
     """Everything that defines a flow; the subclasses differ in their defaults alone.
 
     Attributes:
-        image_shape: (C, H, W) of one image, or (C, D, H, W) of one volume; every axis divisible by 2 to the number of
-            squeezes, one in each level (with checkerboard masks in each but the last).
+        image_shape: (C, H, W) of one image, (C, L) of one signal, or (C, D, H, W) of one volume; every axis divisible
+            by 2 to the number of squeezes, one in each level (with checkerboard masks in each but the last).
         levels: scales of the flow, L. Each begins with a squeeze, and each but the last ends with a split.
         steps: flow steps in a level, K.
         hidden: width of the coupling networks.
-        kernel_size: height and width of the kernels of the inverse convolutions, or a pair of them.
+        kernel_size: of the inverse convolutions along every axis, or one number for each.
         corner: kind of the corner tap of the inverse convolutions, see :class:`~inverse_flow.InverseConv2d`.
-        orders: ``"four"``: four groups of channels, one for each order, in every inverse convolution. That is the
-            layer of the paper's experiments, and the number of channels after a squeeze is always divisible by 4.
+        orders: ``"four"``: four groups of channels, one for each order, in every inverse convolution (two of signals,
+            eight of volumes, which have as many orders). That is the layer of the paper's experiments, and the number
+            of channels after a squeeze is always divisible by it.
             ``"alternating"``: one group that mixes all the channels, its order changing from step to step.
         coupling: kind of the couplings: ``"affine"``, ``"additive"``, ``"spline"`` (rational-quadratic), or ``"hint"``
             (recursive, affine).
+        scale: how affine couplings bound their scales: ``"tanh"``, ``"exp_clamp"``, ``"sigmoid"``, ``"softplus"`` or
+            ``"exp"``, see :class:`~inverse_flow.flows.AffineCoupling`.
         split_prior: density of what a split takes off: ``"conditional"`` on what stays, or ``"standard"`` normal, see
             :class:`~inverse_flow.flows.Split`.
         logit_margin: begin with a :class:`~inverse_flow.flows.Logit` of this margin, for images in [0, 1]; None for no
@@ -75,10 +79,11 @@ class FlowConfig:
     levels: Annotated[int, Bounds(1)] = 2
     steps: Annotated[int, Bounds(1)] = 4
     hidden: Annotated[int, Bounds(1)] = 64
-    kernel_size: Annotated[int, Bounds(1)] | tuple[int, int] = 3
+    kernel_size: Annotated[int, Bounds(1)] | tuple[int, ...] = 3
     corner: Corner = "unit_triangular"
     orders: OrderPattern = "four"
     coupling: CouplingKind = "affine"
+    scale: ScaleKind = "tanh"
     split_prior: SplitPrior = "conditional"
     logit_margin: float | None = None
     context_channels: Annotated[int, Bounds(0)] = 0
@@ -100,6 +105,8 @@ class FlowConfig:
         if not isinstance(self.kernel_size, int):
             object.__setattr__(self, "kernel_size", tuple(self.kernel_size))
         check(self)
+        if self.scale != "tanh" and self.coupling not in ("affine", "hint"):
+            raise ValueError(f'a scale is a choice of "affine" and "hint" couplings, got {self.coupling!r} ones')
         self._check_shape()
         self._check_checkerboard()
 
@@ -116,7 +123,7 @@ class FlowConfig:
 
     @property
     def dimensions(self) -> int:
-        """Spatial axes: 2 for images, 3 for volumes."""
+        """Spatial axes: 1 for signals, 2 for images, 3 for volumes."""
         return len(self.image_shape) - 1
 
     @property
@@ -141,24 +148,16 @@ class FlowConfig:
         return cls(**values)
 
     def _check_shape(self) -> None:
-        with_conv = self.inverse_conv != "none"
-        if with_conv and len(self.image_shape) == 4:
-            raise ValueError(
-                f"the inverse convolution is two-dimensional: a volume (C, D, H, W) = {self.image_shape} needs "
-                f'inverse_conv="none"'
-            )
-        if len(self.image_shape) not in ((3,) if with_conv else (3, 4)):
-            expected = "(C, H, W)" if with_conv else "(C, H, W) or (C, D, H, W)"
-            raise ValueError(f"image_shape must be {expected}, got {self.image_shape}")
+        if self.dimensions not in AXES:
+            raise ValueError(f"image_shape must be (C, L), (C, H, W) or (C, D, H, W), got {self.image_shape}")
         if any(size < 1 for size in self.image_shape):
             raise ValueError(f"every axis of image_shape must be at least 1, got {self.image_shape}")
         sizes = self.image_shape[1:]
         divisor = SQUEEZE_FACTOR**self.squeezes
         if any(size % divisor for size in sizes):
-            axes = AXES[-len(sizes) :]
+            axes = " and ".join(filter(None, [", ".join(AXES[len(sizes)][:-1]), AXES[len(sizes)][-1]]))
             raise ValueError(
-                f"{self.levels} levels need {', '.join(axes[:-1])} and {axes[-1]} divisible by {divisor}, "
-                f"got {' × '.join(map(str, sizes))}"
+                f"{self.levels} levels need {axes} divisible by {divisor}, got {' × '.join(map(str, sizes))}"
             )
 
     def _check_checkerboard(self) -> None:
@@ -166,10 +165,11 @@ class FlowConfig:
             return
         if self.coupling not in ("affine", "additive"):
             raise ValueError(f'checkerboard masks need an "affine" or "additive" coupling, got {self.coupling!r}')
-        if self.inverse_conv != "none" and self.orders == "four" and self.image_shape[0] % 4:
+        orders = 2**self.dimensions
+        if self.inverse_conv != "none" and self.orders == "four" and self.image_shape[0] % orders:
             raise ValueError(
                 f'with checkerboard masks an inverse convolution meets unsqueezed images: orders="four" needs their '
-                f'channels divisible by 4, got {self.image_shape[0]}; use orders="alternating"'
+                f'channels divisible by {orders}, got {self.image_shape[0]}; use orders="alternating"'
             )
 
 

@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 
 from torch import nn
 
-from inverse_flow.conv import InverseConv2d
+from inverse_flow.conv import InverseConv1d, InverseConv2d, InverseConv3d, InverseConvNd
 from inverse_flow.flows import (
     HINT,
     ActNorm,
@@ -30,6 +30,7 @@ from inverse_flow.flows import (
 )
 from inverse_flow.flows.base import first_half
 from inverse_flow.models.config import SQUEEZE_FACTOR, FlowConfig
+from inverse_flow.ops.spec import ORDERS
 
 Coupling: TypeAlias = AdditiveCoupling | AffineCoupling | SplineCoupling
 
@@ -38,7 +39,12 @@ COUPLINGS: dict[str, type[Coupling]] = {
     "additive": AdditiveCoupling,
     "spline": SplineCoupling,
 }
-ALL_ORDERS = ("top_left", "bottom_right", "top_right", "bottom_left")
+INVERSE_CONVS: dict[int, type[InverseConvNd]] = {1: InverseConv1d, 2: InverseConv2d, 3: InverseConv3d}
+# By the number of axes, an order and the opposite one behind each other: after two steps every pixel has seen all.
+ALL_ORDERS = {
+    axes: [order for pair in zip(orders, reversed(orders), strict=True) for order in pair][: len(orders)]
+    for axes, orders in ORDERS.items()
+}
 
 
 def build_layers(config: FlowConfig) -> list[nn.Module]:
@@ -75,14 +81,14 @@ def _step(config: FlowConfig, channels: int, index: int, mask: Literal["channel"
     return Compose(*layers)
 
 
-def _inverse_conv(config: FlowConfig, channels: int, index: int) -> InverseConv2d:
-    four = config.orders == "four"
+def _inverse_conv(config: FlowConfig, channels: int, index: int) -> InverseConvNd:
+    each_order, orders = config.orders == "four", ALL_ORDERS[config.dimensions]
     # No bias: the ActNorm that follows has one.
-    return InverseConv2d(
+    return INVERSE_CONVS[config.dimensions](
         channels,
         config.kernel_size,
-        groups=len(ALL_ORDERS) if four else 1,
-        order=ALL_ORDERS if four else ALL_ORDERS[index % len(ALL_ORDERS)],
+        groups=len(orders) if each_order else 1,
+        order=orders if each_order else orders[index % len(orders)],
         corner=config.corner,
         bias=False,
     )
@@ -116,14 +122,19 @@ def _channel_coupling(config: FlowConfig, channels: int) -> nn.Module:
 
 def _coupling(config: FlowConfig, kind: type[Coupling], channels: int) -> nn.Module:
     kept = first_half(channels)
-    return kind(channels, conditioner=_conditioner(config, kept, kind.parameters_per_value * (channels - kept)))
+    conditioner = _conditioner(config, kept, kind.parameters_per_value * (channels - kept))
+    if kind is AffineCoupling:
+        return AffineCoupling(channels, conditioner=conditioner, scale=config.scale)
+    return kind(channels, conditioner=conditioner)
 
 
 def _checkerboard_coupling(config: FlowConfig, channels: int, parity: int) -> nn.Module:
     assert config.coupling in ("affine", "additive")
     numbers = CheckerboardCoupling.parameters_per_value(config.coupling)
     conditioner = _conditioner(config, channels, numbers * channels)
-    return CheckerboardCoupling(channels, kind=config.coupling, parity=parity, conditioner=conditioner)
+    return CheckerboardCoupling(
+        channels, kind=config.coupling, parity=parity, conditioner=conditioner, scale=config.scale
+    )
 
 
 def _conditioner(config: FlowConfig, in_channels: int, out_channels: int) -> nn.Module:

@@ -21,6 +21,7 @@ from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 
 from inverse_flow.ops import library as ops
+from inverse_flow.ops import planes as _planes  # noqa: F401 - operators that the binding of the GPU calls
 from inverse_flow.ops.causal import convolve, per_channel, read_part, sum_channels
 from inverse_flow.ops.spec import Spec
 

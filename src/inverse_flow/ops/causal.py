@@ -114,7 +114,7 @@ def limit_row_sums(weight: Tensor, spec: Spec, most: float) -> Tensor:
     sums = taps.abs().flatten(1).sum(1)
     surplus = taps.flatten(1) * (1 - most / sums.clamp(min=most))[:, None]
     corners = corner_taps(effective_weight(weight, spec), spec.orders).to(taps.dtype)
-    with _without_autocast(weight.device.type):
+    with without_autocast(weight.device.type):
         unfolded = corners @ surplus.unflatten(0, (len(spec.orders), -1))
     return (weight - unfolded.reshape(weight.shape)).to(weight.dtype)
 
@@ -155,8 +155,8 @@ def _pad(images: Tensor, padding: list[tuple[int, int]]) -> Tensor:
     return F.pad(images, [size for pair in reversed(padding) for size in pair])
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[object]:
-    # The meta device has none.
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Within it autocast is off; on the meta device, which has none, it does nothing."""
     return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
@@ -178,7 +178,7 @@ def convolve(input: Tensor, weight: Tensor, spec: Spec, dilation: Sequence[int] 
         return convolve(input.to(weight.dtype), weight, spec, dilation).to(input.dtype)
     convolution, adjoint = CONVOLUTIONS[weight.dim() - 2]
     options = {"groups": len(spec.orders), "dilation": 1 if dilation is None else tuple(dilation)}
-    with _without_autocast(input.device.type):
+    with without_autocast(input.device.type):
         if not spec.transposed:
             output: Tensor = convolution(padded(input, weight, spec.orders, dilation), weight, **options)
             return output
@@ -199,7 +199,7 @@ def convolve_mixed(
     reach = _reach(weight, dilation)
     runs = _runs(orders, len(weight) // len(orders))
     step = 1 if dilation is None else tuple(dilation)
-    with _without_autocast(input.device.type):
+    with without_autocast(input.device.type):
         full = CONVOLUTIONS[len(reach)][0](input, weight, bias, padding=reach, dilation=step)
     # What lies on the other side of the order's own padding is too much.
     too_much = [[(after, before) for before, after in _padding(order, reach)] for order, _ in runs]

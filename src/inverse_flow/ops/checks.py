@@ -26,7 +26,7 @@ def _floating(name: str, value: object) -> torch.dtype:
 
 def shape_of_images(dimensions: int, channels: object = "C") -> str:
     """``(B, C, H, W)`` and the like, as errors put it."""
-    return f"(B, {channels}, {', '.join(AXES[dimensions])})"
+    return f"({', '.join(['B', str(channels), *AXES.get(dimensions, ())])})"
 
 
 def check_arguments(

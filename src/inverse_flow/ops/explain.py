@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -147,11 +148,13 @@ class Plan(Facts):
             with rows as lanes some more, since a row starts behind the one above it.
         scratch_bytes: Memory beside inputs, outputs and gradients; on a CPU also beside a prepared copy of the weight.
 
-        isa: CPU, as the next four: the instruction set in use.
+        isa: CPU, as the next five: the instruction set in use.
         workers: Threads that have work.
-        lanes: Pixels that are solved at once: images of a batch, or rows of a band.
-        units: Pieces of work: pieces of the batch times groups, or bands of all images and groups.
+        lanes: Pixels that are solved at once, most: images of a batch, or rows of a band.
+        units: Pieces of work: eights of the batch times groups, or bands of all images and groups.
         joined: Whether a thread that is through with a band's first row goes on with the next band's.
+        rest: The same facts of the last images of a batch, and their ``batch``, where fewer than fill a vector are
+            swept apart; else None.
 
         tile: GPU, as all that follow: rows and columns that a block keeps in shared memory.
         tiles: Tiles of an image, downwards and to the right.
@@ -167,6 +170,9 @@ class Plan(Facts):
         fold_launches: Launches, for each chunk of groups, that fold the corner before the solve, of ``fold_blocks``; 0
             if every block does it for itself.
         launches: Launches in all, those of the gradient included.
+        planes: Of a volume, whose planes are solved one after the other; in ``convolutions``, PyTorch's own, each takes
+            up those before it, and a backward pass has its sums. ``launches`` are those of all planes without the
+            convolutions', and everything else is said of one plane.
         tf32: Whether tensor cores multiply once, in TF32, as PyTorch's switches allow it now; else three times, which
             is as exact as float32. ``products`` says the same of what they multiply.
         tensor: On tensor cores, how they solve one anti-diagonal, else None: ``output_tiles`` of 16 channels;
@@ -210,7 +216,7 @@ def explain(
     ```
 
     Args:
-        shape: (B, C, H, W) of the images, or (B, C, L) of signals.
+        shape: (B, C, H, W) of the images, (B, C, L) of signals, or (B, C, D, H, W) of volumes.
         kernel: Kernel size, an integer or one for each axis, or the shape (C, C / groups, kH, kW) of the weight.
         groups: As for the solve.
         order: As for the solve.
@@ -263,7 +269,9 @@ def _explain_cpu(problem: Problem, corner: int, dtype: str, threads: int | None)
     if threads is None:
         threads = torch.get_num_threads()
     _check_integer("threads", threads, 1)
-    return Plan(_C.plan_cpu(problem.operator_sizes(), corner, dtype, threads, problem.backward), problem)
+    facts = _C.plan_cpu(problem.operator_sizes(), corner, dtype, threads, problem.backward)
+    rest = facts.pop("rest", None)
+    return Plan({**facts, "rest": None if rest is None else Facts(rest)}, problem)
 
 
 def _explain_cuda(
@@ -275,6 +283,8 @@ def _explain_cuda(
     regime: int | None = None,
 ) -> Plan:
     """The plan of csrc/cuda. Tests ask for a regime by its place in SolvePlan of csrc/cuda/regimes.h."""
+    if len(problem.sizes) == 3:
+        return _explain_planes(problem, orders, corner, dtype, gpu)
     limits = (gpu.threads_per_block, gpu.shared_bytes, gpu.multiprocessors)
     facts = _C.plan_cuda(problem.operator_sizes(), orders, corner, dtype, problem.backward, *limits, regime)
     if facts is None:
@@ -291,9 +301,30 @@ def _explain_cuda(
     return Plan({**facts, "tf32": tf32}, problem, gpu)
 
 
+def _explain_planes(problem: Problem, orders: tuple[int, ...], corner: int, dtype: str, gpu: GpuProperties) -> Plan:
+    """The plan of a plane, and how many of them there are: see :mod:`inverse_flow.ops.planes`."""
+    batch, _, channels, depth, *in_plane = problem.operator_sizes()
+    height, width, kernel_d, *kernel = in_plane
+    # Groups that go through the planes in one direction are solved together, in the state type.
+    runs = [tuple(order & 3 for order in run) for _, run in groupby(orders, lambda order: order & 4)]
+    state = "float64" if dtype == "float64" else "float32"
+    plans = []
+    for run in runs:
+        plane = replace(
+            problem, batch=batch, channels=channels * len(run), sizes=(height, width), kernel_size=tuple(kernel),
+            groups=len(run), dilation=(1, 1), backward=False,
+        )  # fmt: skip
+        plans.append(_explain_cuda(plane, run, corner, state, gpu))
+    convolutions = len(runs) * (depth - 1) * (kernel_d > 1) + problem.backward
+    launches = depth * sum(plan.launches for plan in plans)
+    facts = {**plans[0].facts, "planes": depth, "launches": launches, "convolutions": convolutions}
+    return Plan(facts, problem, gpu)
+
+
 def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    if len(shape) not in (3, 4):
-        raise ValueError(f"shape must be {shape_of_images(2)} or {shape_of_images(1)}, got {tuple(shape)}")
+    if len(shape) - 2 not in AXES:
+        known = " or ".join(shape_of_images(dimensions) for dimensions in (2, 1, 3))
+        raise ValueError(f"shape must be {known}, got {tuple(shape)}")
     axes = AXES[len(shape) - 2]
     for name, size, least in zip(("B", "C", *axes), shape, (0, 1, *(1 for _ in axes)), strict=True):
         _check_integer(f"{name} of shape", size, least)

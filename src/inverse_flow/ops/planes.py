@@ -28,7 +28,13 @@ MIRROR_PLANES = 4
 
 
 def solve(
-    input: Tensor, weight: Tensor, bias: Tensor | None, orders: Orders, corner: int, transposed: bool, allow_tf32: bool
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    orders: Orders,
+    corner: int,
+    transposed: bool,
+    allow_tf32: bool = False,
 ) -> Tensor:
     """The operator ``solve`` of volumes (B, C, D, H, W), with kernels for images alone."""
     output = torch.empty_like(input)
@@ -53,7 +59,7 @@ def solve_backward(
     orders: Orders,
     corner: int,
     transposed: bool,
-    allow_tf32: bool,
+    allow_tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator ``solve_backward`` of volumes: the transposed solve, and the sums of PyTorch's convolution."""
     state = torch.promote_types(output.dtype, torch.float32)

@@ -17,6 +17,7 @@ from inverse_flow.parts.method import ByParts
 from inverse_flow.parts.split import Carried, Part
 from inverse_flow.training import TrainConfig, Trainer
 from inverse_flow.training.files import locked
+from inverse_flow.training.gains import naming_largest_gain
 
 # Batches that a process may be ahead of the next one: enough to even out their pace, and a bound on the memory.
 AHEAD = 4
@@ -60,7 +61,11 @@ def fit_parts(trainer: Trainer, on_step: Callable[[int, float], None] | None = N
     if config.minutes is not None:
         raise ValueError("parts in parallel are limited by steps, not by time: give no minutes")
     distributed.barrier()  # all have made their trainers: none still looks whether the folder is free
-    with locked(trainer.folder) if trainer.folder and rank == 0 else nullcontext():
+    context = trainer.batches.all_context
+    with (
+        locked(trainer.folder) if trainer.folder and rank == 0 else nullcontext(),
+        naming_largest_gain(trainer.model, context),
+    ):
         _fit(trainer, method, rank, count, on_step)
 
 

@@ -12,8 +12,13 @@ from inverse_flow.stability import gains, largest
 
 
 def largest_gain(model: ImageFlow, context: Tensor | None = None) -> tuple[str, float] | None:
-    """The path and the gain of the inverse convolution with the largest one; None if there is none."""
-    return largest(gains(model, model.event_shape, context))
+    """The path and the gain of the inverse convolution with the largest one. None if there is none, or if a layer of
+    one's own cannot run without values, by which :func:`gains` finds the sizes of image: a run goes on without.
+    """
+    try:
+        return largest(gains(model, model.event_shape, context))
+    except (RuntimeError, TypeError, ValueError):
+        return None
 
 
 @contextmanager
@@ -23,7 +28,7 @@ def naming_largest_gain(model: ImageFlow, context: Tensor | None = None) -> Iter
         yield
     except FloatingPointError as error:
         found = largest_gain(model, context)
-        if found is None:
+        if found is None or not error.args:
             raise
         *where, what = error.args
         path, gain = found
