@@ -163,7 +163,7 @@ def summarize(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
-    """For each model a row of gains and one of gradients, a column a rate, a line a way (of the first seed)."""
+    """For each model a row of gains and one of gradients, a column per rate, a line per run."""
     models = list(dict.fromkeys(entry["model"] for entry in runs))
     rates = list(dict.fromkeys(entry["learning_rate"] for entry in runs))
     figure = new_figure(3.2 * len(rates), 3.8 * len(models))

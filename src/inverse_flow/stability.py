@@ -108,7 +108,7 @@ class StabilityReport:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """A sentence a layer that has some."""
+        """One sentence per layer that has some."""
         return tuple(
             f"{_name(layer.path)} has {' and '.join(layer.warnings)}" for layer in self.layers if layer.warnings
         )
@@ -182,7 +182,7 @@ def stability_report(
 
 @torch.no_grad()
 def gains(model: nn.Module, image_size: int | Sequence[int], context: Tensor | None = None) -> dict[str, float]:
-    """‖A⁻¹‖∞ of every inverse convolution by its path: of :func:`stability_report` what is cheap, a solve a layer."""
+    """‖A⁻¹‖∞ of every inverse convolution by its path: what is cheap of :func:`stability_report`."""
     found = _layers(model, image_size, context)
     return {path: _gain(layer, _weight(layer), _apart(layer, sizes)) for path, layer, sizes in found}
 

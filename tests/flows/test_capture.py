@@ -1,7 +1,9 @@
-"""Every layer is captured whole by ``torch.compile`` and ``torch.export``, for any batch, and trained afterwards."""
+"""Every layer is captured whole by ``torch.compile`` and ``torch.export``, strict or not, for any batch and any sizes,
+and trained afterwards."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ NAMES = (
     "residual_coupling", "compose", "haar_volume",
 )  # fmt: skip
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the compiler about its own code
-BATCH = torch.export.Dim("batch")
+AUTO = torch.export.Dim.AUTO
 
 
 class BothWays(nn.Module):
@@ -34,9 +36,12 @@ class BothWays(nn.Module):
         return flat(z), logdet, back, inverse_logdet
 
 
-def arguments(case: Case, batch: int) -> tuple[Tensor, ...]:
+def arguments(case: Case, batch: int, factor: int) -> tuple[Tensor, ...]:
+    """Images so many times as large as those of the case."""
+    channels, *sizes = case.shape
+    larger = replace(case, shape=(channels, *(factor * size for size in sizes)))
     context = case.context(batch, torch.float32)
-    return (case.images(batch, torch.float32), *(() if context is None else (context,)))
+    return (larger.images(batch, torch.float32), *(() if context is None else (context,)))
 
 
 def gradients(module: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Tensor | None]:
@@ -46,16 +51,15 @@ def gradients(module: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Tensor
     weights = torch.linspace(0.5, 1.5, len(values))
     wanted = {"x": x, **dict(module.named_parameters())}
     found = torch.autograd.grad((weights * values).sum(), list(wanted.values()), allow_unused=True)
-    return dict(zip(wanted, found, strict=True))
+    return {name.removeprefix("_orig_mod."): grad for name, grad in zip(wanted, found, strict=True)}
 
 
-def check(captured: Any, module: nn.Module, case: Case, *, grad: bool) -> None:
-    """What was captured gives the module's values, for another batch too, and its gradients."""
-    for batch in (3, 5):
-        inputs = arguments(case, batch)
+def check(captured: Any, module: nn.Module, case: Case) -> None:
+    """What was captured gives the module's values and gradients, for another batch and other sizes too."""
+    for batch, factor in ((3, 2), (5, 3)):
+        inputs = arguments(case, batch, factor)
         torch.testing.assert_close(captured(*inputs), module(*inputs))
-    if grad:
-        torch.testing.assert_close(gradients(captured, inputs), gradients(module, inputs))
+    torch.testing.assert_close(gradients(captured, inputs), gradients(module, inputs))
 
 
 cases = pytest.mark.parametrize("case", [CASES[name] for name in NAMES], ids=NAMES)
@@ -65,13 +69,15 @@ cases = pytest.mark.parametrize("case", [CASES[name] for name in NAMES], ids=NAM
 def test_compiled_whole(case: Case) -> None:
     torch.compiler.reset()
     module = BothWays(case.layer(torch.float32))
-    check(torch.compile(module, fullgraph=True, dynamic=True, backend="eager"), module, case, grad=False)
+    check(torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager"), module, case)
 
 
 @cases
-def test_exported_for_any_batch_and_trained_afterwards(case: Case) -> None:
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_for_any_sizes_and_trained_afterwards(case: Case, strict: bool) -> None:
     module = BothWays(case.layer(torch.float32))
-    inputs = arguments(case, 3)
-    program = torch.export.export(module, inputs, dynamic_shapes=tuple({0: BATCH} for _ in inputs))
-    check(program.module(), module, case, grad=True)
-    check(program.run_decompositions().module(), module, case, grad=False)
+    inputs = arguments(case, 3, 2)
+    sizes = [{0: AUTO, **dict.fromkeys(range(2, x.dim()), AUTO)} for x in inputs]
+    program = torch.export.export(module, inputs, dynamic_shapes=tuple(sizes), strict=strict)
+    check(program.module(), module, case)
+    check(program.run_decompositions().module(), module, case)

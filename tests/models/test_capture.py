@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from inverse_flow.models import (
     ConditionalFlow,
@@ -45,7 +46,7 @@ class AllMethods(nn.Module):
 
     def forward(self, x: Tensor, latents: tuple[Tensor, ...], *condition: Tensor) -> tuple[Tensor, ...]:
         back, logdet = self.model.inverse(latents, *condition)
-        return self.model.log_prob(x, *condition), back, logdet, self.model.sample(2, *(c[:2] for c in condition))
+        return self.model.log_prob(x, *condition), back, logdet, self.model.sample(x.shape[0], *condition)
 
 
 def shaken(model: nn.Module) -> nn.Module:
@@ -65,16 +66,18 @@ def arguments(model: nn.Module, batch: int) -> tuple[Tensor, ...]:
     return (torch.rand(batch, *SHAPE), latents, *condition)
 
 
-def check(captured: Callable[..., tuple[Tensor, ...]], module: AllMethods, *batches: int) -> None:
-    """What was captured gives what the model gives, for every batch, and its gradients."""
+def check(captured: nn.Module, module: AllMethods, *batches: int) -> None:
+    """What was captured gives what the model gives, for every batch, and the gradients of its parameters."""
     for batch in batches:
         inputs = arguments(module.model, batch)
         found = []
         for function in (captured, module):
             torch.manual_seed(0)
             results = function(*inputs)
-            loss = sum(result.square().sum() for result in results if result.requires_grad)
-            found.append((results, torch.autograd.grad(loss, list(module.parameters()), allow_unused=True)))
+            loss = sum(result.square().sum() for result in results[:-1] if result.requires_grad)
+            of_name = {name.removeprefix("_orig_mod."): value for name, value in function.named_parameters()}
+            parameters = [of_name[name] for name, _ in module.named_parameters()]
+            found.append((results, torch.autograd.grad(loss, parameters, allow_unused=True)))
         (*values, samples), grads = found[0]
         (*expected, expected_samples), expected_grads = found[1]
         torch.testing.assert_close(values, expected)
@@ -94,17 +97,32 @@ def test_compiled_whole_and_trained(make: Callable[[], nn.Module]) -> None:
 
 
 @models
-def test_exported_for_any_batch(make: Callable[[], nn.Module]) -> None:
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_for_any_batch_and_trained(make: Callable[[], nn.Module], strict: bool) -> None:
     module = AllMethods(shaken(make()))
     x, latents, *condition = arguments(module.model, 3)
     shapes = [{0: BATCH}, tuple({0: BATCH} for _ in latents), *([({0: BATCH},)] if condition else [])]
-    program = torch.export.export(module, (x, latents, *condition), dynamic_shapes=tuple(shapes), strict=True)
-    decomposed = program.run_decompositions().module()
-    inputs = arguments(module.model, 5)
-    torch.manual_seed(0)
-    expected = module(*inputs)
-    torch.manual_seed(0)
-    torch.testing.assert_close(decomposed(*inputs), expected)
+    program = torch.export.export(module, (x, latents, *condition), dynamic_shapes=tuple(shapes), strict=strict)
+    for captured in (program.module(), program.run_decompositions().module()):
+        check(captured, module, 3, 5)
+
+
+def test_equal_steps_share_one_compiled_program() -> None:
+    """Compiled layer by layer, a model costs the compiler as much whatever the number of its steps."""
+    torch.compiler.reset()
+    programs = []
+    for steps in (2, 4):
+        flow = shaken(InverseFlow((1, 8, 8), levels=2, steps=steps, hidden=1))
+        x, latents = torch.rand(3, 1, 8, 8), tuple(torch.randn(3, *shape) for shape in flow.latent_shapes)
+        expected = flow.log_prob(x), flow.inverse(latents)[0]
+        counter = CompileCounter()
+        torch.compiler.reset()
+        for layer in flow.layers:
+            layer.compile(fullgraph=True, backend=counter)
+            layer.inverse = torch.compile(layer.inverse, fullgraph=True, backend=counter)
+        torch.testing.assert_close((flow.log_prob(x), flow.inverse(latents)[0]), expected)
+        programs.append(counter.frame_count)
+    assert programs[0] == programs[1]
 
 
 def test_a_classifier_is_captured_too() -> None:

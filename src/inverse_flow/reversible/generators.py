@@ -4,22 +4,41 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 KINDS = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
 
 
-def shared(device: torch.device) -> list[Any]:
-    """Those of the whole program: of the CPU and, outside of graph capture, which forbids it, of the device."""
-    found = [torch.default_generator, random._inst, np.random.mtrand._rand]
+def of_torch(device: torch.device) -> list[Any]:
+    """PyTorch's own: of the CPU and, outside of graph capture, which forbids it, of the device."""
+    found = [torch.default_generator]
     if device.type == "cuda" and not is_capturing(device):
         index = torch.cuda.current_device() if device.index is None else device.index
         found.append(torch.cuda.default_generators[index])
     return found
+
+
+def of_others() -> list[Any]:
+    """Python's and NumPy's."""
+    return [random._inst, np.random.mtrand._rand]
+
+
+def may_use_others(modules: Iterable[nn.Module]) -> bool:
+    """Whether a module may draw from :func:`of_others`: PyTorch's and ours do not, unless their hooks do.
+
+    It is asked since reading these states takes longer than a small layer.
+    """
+    return any(_is_foreign(type(m)) or m._forward_hooks or m._forward_pre_hooks for m in modules)
+
+
+@cache
+def _is_foreign(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] not in ("torch", "inverse_flow")
 
 
 def states(sources: Iterable[Any]) -> list[Any]:

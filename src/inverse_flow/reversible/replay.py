@@ -49,8 +49,12 @@ class Replay:
         self._autocast_enabled = torch.is_autocast_enabled(device.type)
         self._autocast_dtype = torch.get_autocast_dtype(device.type)
         self._caches_weights = parametrize._cache_enabled
-        self._shared = generators.shared(device)
+        of_torch, of_others = generators.of_torch(device), generators.of_others()
+        uses_others = [generators.may_use_others(modules) for modules in self._modules]
+        self._shared = of_torch + of_others * any(uses_others)
         self._shared_states = generators.states(self._shared)
+        self._watched = [len(self._shared) if others else len(of_torch) for others in uses_others]
+        """How many of the shared ones each layer may draw from."""
         self._drawn: dict[int, tuple[list[Any], list[Any]]] = {}
         """The generators of each layer that draws, and their states before it."""
         self._states: dict[int, _State] = {}
@@ -77,11 +81,13 @@ class Replay:
         self._states[i] = _State(self._modules[i]) if initialised else state
         if changed and not initialised:
             self._changed[i] = changed
-        sources, before = [*self._shared, *state.generators], [*self._shared_states, *state.generator_states]
+        watched = self._watched[i]
+        sources = self._shared[:watched] + state.generators
+        before = self._shared_states[:watched] + state.generator_states
         now = generators.states(sources)
         if not generators.are_equal(now, before):
             self._drawn[i] = sources, before
-            self._shared_states = now[: len(self._shared)]
+            self._shared_states[:watched] = now[:watched]
 
     def changed(self, i: int) -> list[nn.Module]:
         """The modules of layer ``i`` that its first run changed, and that did not initialise themselves."""
