@@ -123,6 +123,7 @@ Plan make_plan(const Shape& shape, bool with_gradient, const Kernels<IO, T>& ker
   };
   int64_t band = min_lanes;
   while (band < shape.height && band < max_lanes) band *= 2;
+  // Bands of a volume are long enough to be cut for the sake of threads that have none.
   while (shape.depth > 1 && band > min_lanes && busy_with(band / 2) > busy_with(band)) band /= 2;
   // A line narrower than a vector takes as long as one that fills it.
   const int64_t vector = std::max(min_lanes, max_lanes / 2);

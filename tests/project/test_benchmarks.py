@@ -15,6 +15,7 @@ import torch
 RUNS = {
     "layer": "--shapes 2x3x5 --threads 1 --budget 0 --corner general identity",
     "layer, calls": "--calls --budget 0",
+    "volumes": "--shapes 1x2x4 9x2x3x1 --threads 1 --budget 0 --corner general identity",
     "scaling": "--sweep image --largest 32 --threads 1 --budget 0 --plot {out}/plot",
     "numerics": "--growths 10 --draws 1 --plot {out}/plot",
     "memory": "--steps 1 --timed-steps 1 --side 8 --batch 2 --hidden 4 --budget 0 --plot {out}/plot",
