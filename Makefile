@@ -8,6 +8,7 @@
 #   make bench            the solve against conv2d; results in benchmarks/results/
 #   make gpu-check        everything that needs a GPU; results in benchmarks/results/
 #   make docs             the documentation, in site/
+#   make wheel            a wheel in dist/, which installs without a compiler
 #   make clean            removes what the others made
 #
 #   PYTHON=python3.12     the interpreter that the environment is made with
@@ -41,7 +42,7 @@ endif
 # What the build reads from the environment; see docs/installation.md.
 settings := $(FORCE_CUDA)/$(CUDA_HOME)/$(TORCH_CUDA_ARCH_LIST)/$(NVCC_APPEND_FLAGS)/$(if $(findstring default,$(origin CXX)),,$(CXX))
 
-.PHONY: demo test test-isas lint bench gpu-check docs clean
+.PHONY: demo test test-isas lint bench gpu-check docs wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(done)/package $(done)/train
@@ -71,6 +72,12 @@ gpu-check: $(done)/package
 docs: $(done)/dev
 	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict
 
+# PyTorch brings its own libraries and those of CUDA: they stay out.
+wheel: $(done)/package $(done)/wheel
+	rm -rf build/lib* build/bdist* build/wheel
+	$(pip) wheel --no-build-isolation --no-deps --wheel-dir build/wheel .
+	$(python) -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcud*' --wheel-dir dist build/wheel/*.whl
+
 clean:
 	rm -rf .venv build dist demo site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
@@ -93,7 +100,7 @@ $(done)/package: $(done)/python $(done)/settings $(sources)
 	@touch $@
 
 # The requirements of an extra.
-$(done)/train $(done)/dev: pyproject.toml | $(done)/package
+$(done)/train $(done)/wheel $(done)/dev: pyproject.toml | $(done)/package
 	$(pip) install "inverse-flow[$(@F)]"
 	@touch $@
 

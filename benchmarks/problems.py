@@ -41,6 +41,14 @@ class Case:
     def __str__(self) -> str:
         return f"{self.batch} x {self.channels} x {self.size}², k={self.kernel}"
 
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.batch, self.channels, self.size, self.size
+
+    @property
+    def window(self) -> tuple[int, int]:
+        return self.kernel, self.kernel
+
     @classmethod
     def parse(cls, text: str) -> Case:
         """CxH, BxCxH or BxCxHxK; B is 100 and K is 3 where they are left out. For argparse."""
@@ -56,6 +64,22 @@ class Case:
                 f"the kernel must be odd for a convolution that keeps the size, got {text!r}"
             )
         return case
+
+
+@dataclass(frozen=True)
+class Signal(Case):
+    """Signals (batch, channels, size) and a window of ``kernel`` taps, as images of one row."""
+
+    def __str__(self) -> str:
+        return f"{self.batch} x {self.channels} x {self.size}, k={self.kernel}"
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.batch, self.channels, 1, self.size
+
+    @property
+    def window(self) -> tuple[int, int]:
+        return 1, self.kernel
 
 
 @dataclass
@@ -75,16 +99,15 @@ class Operands:
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator)
 
-        shape = (case.batch, case.channels, case.size, case.size)
-        weight = normal(case.channels, case.channels, case.kernel, case.kernel)
+        weight = normal(case.channels, case.channels, *case.window)
         weight *= GAIN / weight[0].numel() ** 0.5
         weight[:, :, -1, -1] += torch.eye(case.channels)
-        images = normal(*shape).to(device, dtype)
+        images = normal(*case.shape).to(device, dtype)
         count = 1
         if device.type == "cuda":
             count = max(2, min(MAX_ROTATED, ROTATED_BYTES // (images.numel() * images.element_size())))
         rotated = [images.roll(i, 0) for i in range(count)]
-        return cls(rotated, *(t.to(device, dtype) for t in (weight, normal(case.channels), normal(*shape))))
+        return cls(rotated, *(t.to(device, dtype) for t in (weight, normal(case.channels), normal(*case.shape))))
 
     def map(self, images: Callable[[Tensor], Tensor]) -> Operands:
         """Each tensor but the bias replaced."""

@@ -66,14 +66,14 @@ py::dict plan_cpu_as(const Shape& shape, int64_t threads, bool backward) {
     problem.shape.batch = images;
     problem.with_gradient = backward;
     const Shape& part = problem.shape;
-    const cpu::Plan plan = cpu::make_plan(part, backward, kernels.min_lanes, kernels.max_lanes, sizeof(T), threads);
+    const cpu::Plan plan = cpu::make_plan(part, backward, kernels, threads);
     plan.visit(part, facts);
     const int64_t kept =
         plan.jobs * cpu::halo_elements(part, plan) + plan.sets * cpu::sum_sizes(part, backward).total();
     facts("scratch_bytes", plan.workers * static_cast<int64_t>(cpu::thread_scratch(kernels, plan, problem)) +
                                kept * static_cast<int64_t>(sizeof(T)));
   };
-  const int64_t first = cpu::first_part(shape, backward, kernels.min_lanes, kernels.max_lanes, sizeof(T), threads);
+  const int64_t first = cpu::first_part(shape, backward, kernels, threads);
   see_part(first, see);
   if (first < shape.batch) {
     const Facts rest;

@@ -19,6 +19,7 @@
 
 #include "../checks.h"
 #include "../tensors.h"
+#include "blocks.h"
 #include "isa.h"
 #include "plan.h"
 #include "prepare.h"
@@ -81,8 +82,7 @@ void run_part(const Shape& shape, int64_t first_of_part, const std::vector<int64
               T* weight_gradient, T* bias_gradient) {
   const bool with_gradient = other != nullptr;
   const Kernels<IO, T>& kernels = isa_in_use().kernels;
-  const Plan plan = make_plan(shape, with_gradient, kernels.min_lanes, kernels.max_lanes, sizeof(T),
-                              torch::stable::get_num_threads());
+  const Plan plan = make_plan(shape, with_gradient, kernels, torch::stable::get_num_threads());
 
   std::vector<Problem<IO, T>> problems;
   for (int64_t g = 0; g < shape.groups; ++g) {
@@ -115,7 +115,7 @@ void run_part(const Shape& shape, int64_t first_of_part, const std::vector<int64
   const int64_t jobs = plan.jobs;
   const Scratch scratch(plan.workers, bytes);
 
-  if (plan.by_rows) {
+  if (plan.regime == Regime::kRows) {
     const int64_t halo = halo_elements(shape, plan);
     const Scratch halos(1, jobs * halo * sizeof(T));
     std::unique_ptr<std::atomic<int64_t>[]> steps_done(new std::atomic<int64_t>[jobs]);
@@ -130,6 +130,20 @@ void run_part(const Shape& shape, int64_t first_of_part, const std::vector<int64
           const int64_t group = job / (shape.batch * plan.units);
           group_of_set[job] = group;
           kernels.rows(problems[group], bands, job, scratch.piece(begin), gradients(job));
+        }
+      }
+    });
+  } else if (plan.regime == Regime::kOutputs) {
+    const int64_t units = shape.groups * plan.units;
+    torch::stable::parallel_for(0, jobs, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t job = begin; job < end; ++job) {
+        for (int64_t unit = units * job / jobs; unit < units * (job + 1) / jobs; ++unit) {
+          const int64_t group = unit / plan.units;
+          const int64_t first = shape.batch * (unit % plan.units) / plan.units;
+          const int64_t last = shape.batch * (unit % plan.units + 1) / plan.units;
+          const int64_t set = job + group;  // unique: both grow along the units
+          group_of_set[set] = group;
+          kernels.outputs(problems[group], plan.outputs, first, last - first, scratch.piece(begin), gradients(set));
         }
       }
     });
@@ -165,11 +179,19 @@ void run_part(const Shape& shape, int64_t first_of_part, const std::vector<int64
 
 // Solves all groups; with `other` also adds up the weight and bias gradients (contiguous, zeroed).
 template <class IO, class T>
-void run(const Shape& shape, const std::vector<int64_t>& orders, const Prepared<T>& prepared, const Tensor& input,
+void run(const Shape& shape, const std::vector<int64_t>& orders, const T* weight, const T* bias, const Tensor& input,
          const Tensor& output, const Tensor* other, T* weight_gradient, T* bias_gradient) {
-  const Kernels<IO, T>& kernels = isa_in_use().kernels;
-  const int64_t first = first_part(shape, other != nullptr, kernels.min_lanes, kernels.max_lanes, sizeof(T),
-                                   torch::stable::get_num_threads());
+  const KernelSet& set = isa_in_use().kernels;
+  const Kernels<IO, T>& kernels = set;
+  const int64_t threads = torch::stable::get_num_threads();
+  const bool with_gradient = other != nullptr;
+  // A singular M is an error of an empty batch, too. Only batches of one part have outputs as lanes.
+  const Plan plan = shape.batch > 0 ? make_plan(shape, with_gradient, kernels, threads) : Plan{};
+  const Prepared<T> prepared =
+      plan.regime == Regime::kOutputs
+          ? prepare_blocks(shape, orders, weight, bias, plan.outputs.block, kernels.block_lanes, set.prepare)
+          : prepare(shape, orders, weight, bias, set.prepare);
+  const int64_t first = first_part(shape, with_gradient, kernels, threads);
   Shape part = shape;
   for (int64_t begin = 0; begin < shape.batch; begin += part.batch) {
     part.batch = begin == 0 ? first : shape.batch - first;
@@ -243,8 +265,7 @@ void solve_as(const Shape& shape, const std::vector<int64_t>& orders, const Tens
   const StateValues<T> w(weight, weight_count(shape));
   std::optional<StateValues<T>> b;
   if (bias) b.emplace(*bias, channel_count(shape));
-  const Prepared<T> prepared = prepare(shape, orders, w.data(), b ? b->data() : nullptr, isa_in_use().kernels.prepare);
-  if (shape.batch > 0) run<IO, T>(shape, orders, prepared, input, output, nullptr, nullptr, nullptr);
+  run<IO, T>(shape, orders, w.data(), b ? b->data() : nullptr, input, output, nullptr, nullptr, nullptr);
 }
 
 template <class IO, class T>
@@ -252,12 +273,9 @@ void solve_backward_as(const Shape& shape, const std::vector<int64_t>& orders, c
                        const Tensor& output, const Tensor& weight, const Tensor& grad_input, const Tensor& grad_weight,
                        const Tensor& grad_bias) {
   const StateValues<T> w(weight, weight_count(shape));
-  const Prepared<T> prepared = prepare<T>(shape, orders, w.data(), nullptr, isa_in_use().kernels.prepare);
   const StateSums<T> weight_sums(grad_weight, weight_count(shape));
   const StateSums<T> bias_sums(grad_bias, channel_count(shape));
-  if (shape.batch > 0) {
-    run<IO, T>(shape, orders, prepared, grad_output, grad_input, &output, weight_sums.data(), bias_sums.data());
-  }
+  run<IO, T>(shape, orders, w.data(), nullptr, grad_output, grad_input, &output, weight_sums.data(), bias_sums.data());
   weight_sums.finish();
   bias_sums.finish();
 }

@@ -26,8 +26,9 @@ template <class T, int kA, int kB, int kLanes>
 INVERSE_FLOW_INLINE void outer_block(const TapSpans<T>& tap, const OuterStrides& stride, ptrdiff_t first_u,
                                      ptrdiff_t first_x, T* sums, int64_t channels) {
   constexpr int64_t n = kVectorLanes<T, kLanes>;
-  Vector<T, kLanes> sum[kA][kB];
-  set_zero(sum);
+  // One array: of an array of arrays GCC reads the operands again for every product.
+  Vector<T, kLanes> sum[kA * kB];
+  for (int i = 0; i < kA * kB; ++i) sum[i] = Vector<T, kLanes>{};
   for (int64_t i = 0; i < tap.count; ++i) {
     const T* u = tap.spans[i].u + first_u;
     const T* x = tap.spans[i].x + first_x;
@@ -37,13 +38,13 @@ INVERSE_FLOW_INLINE void outer_block(const TapSpans<T>& tap, const OuterStrides&
         for (int b = 0; b < kB; ++b) right[b] = load<kLanes>(x + b * stride.x_channel + v * n);
         for (int a = 0; a < kA; ++a) {
           const Vector<T, kLanes> left = load<kLanes>(u + a * stride.u_channel + v * n);
-          for (int b = 0; b < kB; ++b) sum[a][b] += left * right[b];
+          for (int b = 0; b < kB; ++b) sum[a * kB + b] += left * right[b];
         }
       }
     }
   }
   T total[kA * kB];
-  horizontal_sums<T, kLanes, kA * kB>(&sum[0][0], total);
+  horizontal_sums<T, kLanes>(sum, total);
   for (int a = 0; a < kA; ++a) {
     for (int b = 0; b < kB; ++b) sums[a * channels + b] -= total[a * kB + b];
   }
@@ -77,7 +78,7 @@ static void subtract_sums(const T* state, int64_t channels, ptrdiff_t channel_st
       for (int64_t v = 0; v < kLanes; v += n) sum[0] += load<kLanes>(state + s * step_state + c * channel_state + v);
     }
     T total[1];
-    horizontal_sums<T, kLanes, 1>(sum, total);
+    horizontal_sums<T, kLanes>(sum, total);
     sums[c] -= total[0];
   }
 }

@@ -10,13 +10,20 @@
 
 namespace inverse_flow::cpu {
 
-// How the work is cut up. Lanes are images where that fills the vectors and the threads, else the rows of a band.
+inline int64_t pieces(int64_t total, int64_t piece) { return (total + piece - 1) / piece; }
+
+enum class Regime { kImages, kRows, kOutputs };
+
+// How the work is cut up. Lanes are images where that fills the vectors and the threads, else the rows of a band; of a
+// signal, which has one row, the outputs of a block of steps.
 struct Plan {
-  bool by_rows;
-  RowsPlan rows;    // of rows as lanes
-  int64_t lanes;    // of the widest line
-  int64_t units;    // narrowest lines that hold the images of a group, or bands of an image (rows)
-  int64_t jobs;     // what the threads share: bands (rows), or ranges of neighbouring units (images)
+  Regime regime;
+  RowsPlan rows;        // of rows as lanes
+  OutputsPlan outputs;  // of outputs as lanes
+  int64_t lanes;        // of the widest line
+  int64_t
+      units;     // narrowest lines that hold the images of a group, bands of an image, or pieces of the batch (outputs)
+  int64_t jobs;  // what the threads share: bands (rows), or ranges of neighbouring units (images, outputs)
   int64_t workers;  // threads that have a job
   int64_t sets;     // partial sums of the gradients that are kept apart
   int64_t cost;     // estimate of the busiest thread's time, in steps of a line of one vector
@@ -24,12 +31,16 @@ struct Plan {
   // Calls see(name, value) for every fact of the plan that inverse_flow.explain tells.
   template <class See>
   void visit(const Shape& shape, const See& see) const {
-    see("regime", by_rows ? "rows as lanes" : "images as lanes");
+    constexpr const char* names[] = {"images as lanes", "rows as lanes", "outputs as lanes"};
+    const bool by_rows = regime == Regime::kRows;
+    const int64_t block = regime == Regime::kOutputs ? outputs.block : 1;
+    see("regime", names[static_cast<int>(regime)]);
     see("workers", workers);
     see("lanes", lanes);
     see("units", units * shape.groups * (by_rows ? shape.batch : 1));
-    see("steps", by_rows ? band_steps(shape, lanes) : shape.pixels());
+    see("steps", by_rows ? band_steps(shape, lanes) : pieces(shape.pixels(), block));
     see("joined", by_rows && rows.joined);
+    see("block", block);
   }
 };
 
@@ -76,9 +87,35 @@ inline int64_t line_lanes(int64_t units, int64_t min_lanes, int64_t max_lanes) {
   return lanes;
 }
 
-inline Plan make_plan(const Shape& shape, bool with_gradient, int64_t min_lanes, int64_t max_lanes, int64_t state_bytes,
-                      int64_t threads) {
-  const auto pieces = [](int64_t total, int64_t piece) { return (total + piece - 1) / piece; };
+// Costs with outputs as lanes are counted in multiply-adds of a vector. Packing and unpacking a value takes about as
+// long as so many; a block waits for the one before it, since it reads what that one stored, and sums it.
+constexpr int64_t kImagesPacking = 1;
+constexpr int64_t kOutputsPacking = 3;
+constexpr int64_t kBlockWait = 48;
+
+// What a unit of so many signals costs with outputs as lanes.
+inline int64_t outputs_cost(const Shape& shape, int64_t block, int64_t signals, int64_t lanes) {
+  const int64_t columns = (shape.kernel_w - 1 + block) * shape.channels;
+  const int64_t vectors = pieces(block * shape.channels, lanes);
+  // A multiply-add of one signal alone loads both of its factors, which takes twice as long.
+  const int64_t products = columns * vectors * std::max<int64_t>(signals, 2);
+  // The matrix of a block is a recurrence in float64, over all columns.
+  const int64_t prepared = 2 * columns * vectors * shape.channels * std::min(block, shape.kernel_w);
+  return pieces(shape.width, block) *
+             (std::max(products, kBlockWait) + kOutputsPacking * signals * block * shape.channels) +
+         prepared;
+}
+
+// What a step of a line of `line` lanes costs with images as lanes. A vector of few channels waits for its own sums.
+inline int64_t images_cost(const Shape& shape, int64_t line, int64_t lanes) {
+  const int64_t products = std::max<int64_t>(shape.channels, 2) * shape.taps() * pieces(line, lanes);
+  return shape.channels * (products + kImagesPacking * line);
+}
+
+template <class IO, class T>
+Plan make_plan(const Shape& shape, bool with_gradient, const Kernels<IO, T>& kernels, int64_t threads) {
+  const int64_t min_lanes = kernels.min_lanes;
+  const int64_t max_lanes = kernels.max_lanes;
   // Bands of one image overlap but for a start-up of one band's width each, so one image fills at most this many.
   const auto busy_with = [&](int64_t band) {
     const int64_t per_image = std::min(pieces(shape.height, band), band_steps(shape, band) / (band + kStretch));
@@ -86,6 +123,7 @@ inline Plan make_plan(const Shape& shape, bool with_gradient, int64_t min_lanes,
   };
   int64_t band = min_lanes;
   while (band < shape.height && band < max_lanes) band *= 2;
+  // Bands of a volume are long enough to be cut for the sake of threads that have none.
   while (shape.depth > 1 && band > min_lanes && busy_with(band / 2) > busy_with(band)) band /= 2;
   // A line narrower than a vector takes as long as one that fills it.
   const int64_t vector = std::max(min_lanes, max_lanes / 2);
@@ -93,7 +131,7 @@ inline Plan make_plan(const Shape& shape, bool with_gradient, int64_t min_lanes,
   const int64_t bands = pieces(shape.height, band);
   const int64_t jobs_by_rows = shape.groups * shape.batch * bands;
   const int64_t busy = busy_with(band);
-  const RowsPlan rows = plan_rows(shape, with_gradient, band, state_bytes, std::min(busy, bands));
+  const RowsPlan rows = plan_rows(shape, with_gradient, band, sizeof(T), std::min(busy, bands));
   const int64_t steps = rows.joined ? pieces(jobs_by_rows, busy) * band_period(shape) + band
                                     : pieces(jobs_by_rows, busy) * band_steps(shape, band);
   const int64_t by_rows = steps * vectors(band);
@@ -108,22 +146,45 @@ inline Plan make_plan(const Shape& shape, bool with_gradient, int64_t min_lanes,
     by_images += vectors(lanes) * shape.pixels();
     left -= lanes / min_lanes;
   }
-  if (by_rows < by_images) return {true, rows, band, bands, jobs_by_rows, busy, jobs_by_rows, by_rows};
+  if (shape.depth == 1 && shape.height == 1) {
+    int64_t pieces_of_batch = pieces(shape.batch, kernels.most_signals);
+    if (shape.groups % threads != 0) {
+      pieces_of_batch = std::min(shape.batch, pieces(pieces_of_batch, threads) * threads);
+    }
+    OutputsPlan outputs{1, pieces(shape.batch, pieces_of_batch)};
+    int64_t least = outputs_cost(shape, 1, outputs.signals, kernels.block_lanes.step);
+    for (int64_t block = 2; block * shape.channels <= kTileVectors * kernels.block_lanes.block; ++block) {
+      const int64_t cost = outputs_cost(shape, block, outputs.signals, kernels.block_lanes.block);
+      if (cost >= least) continue;
+      least = cost;
+      outputs.block = block;
+    }
+    const int64_t cost =
+        pieces(shape.groups * pieces_of_batch, threads) * least / images_cost(shape, vector, kernels.block_lanes.step);
+    if (cost < std::min(by_images, by_rows)) {
+      const int64_t workers = std::min(threads, shape.groups * pieces_of_batch);
+      return {Regime::kOutputs,       {},  outputs, outputs.block * shape.channels, pieces_of_batch, workers, workers,
+              workers + shape.groups, cost};
+    }
+  }
+  if (by_rows < by_images) return {Regime::kRows, rows, {}, band, bands, jobs_by_rows, busy, jobs_by_rows, by_rows};
   const int64_t lanes = line_lanes(std::min(most, units), min_lanes, max_lanes);
-  return {false, {}, lanes, units, jobs, jobs, jobs + shape.groups, by_images};
+  return {Regime::kImages, {}, {}, lanes, units, jobs, jobs, jobs + shape.groups, by_images};
 }
 
 // How many images of a batch, the first ones, are swept before the others: as many as fill vectors, if those that are
 // left over are swept sooner by their rows, on all threads, than as the lanes of a line of one thread that they do not
 // fill. Else all.
-inline int64_t first_part(const Shape& shape, bool with_gradient, int64_t min_lanes, int64_t max_lanes,
-                          int64_t state_bytes, int64_t threads) {
+template <class IO, class T>
+int64_t first_part(const Shape& shape, bool with_gradient, const Kernels<IO, T>& kernels, int64_t threads) {
+  // Signals are swept by their rows in neither part.
+  if (shape.depth == 1 && shape.height == 1) return shape.batch;
   const auto cost = [&](int64_t batch) {
     Shape part = shape;
     part.batch = batch;
-    return make_plan(part, with_gradient, min_lanes, max_lanes, state_bytes, threads).cost;
+    return make_plan(part, with_gradient, kernels, threads).cost;
   };
-  const int64_t left_over = shape.batch % std::max(min_lanes, max_lanes / 2);
+  const int64_t left_over = shape.batch % std::max(kernels.min_lanes, kernels.max_lanes / 2);
   const int64_t first = shape.batch - left_over;
   if (left_over == 0 || first == 0) return shape.batch;
   const int64_t together = cost(shape.batch);
@@ -136,7 +197,8 @@ inline int64_t first_part(const Shape& shape, bool with_gradient, int64_t min_la
 // Working memory of one thread, in bytes.
 template <class IO, class T>
 size_t thread_scratch(const Kernels<IO, T>& kernels, const Plan& plan, const Problem<IO, T>& problem) {
-  if (plan.by_rows) return kernels.rows_scratch(problem, plan.rows);
+  if (plan.regime == Regime::kRows) return kernels.rows_scratch(problem, plan.rows);
+  if (plan.regime == Regime::kOutputs) return kernels.outputs_scratch(problem, plan.outputs);
   // Narrow lines may keep more rows than wide ones.
   size_t bytes = 0;
   for (int64_t lanes = kernels.min_lanes; lanes <= plan.lanes; lanes *= 2) {
@@ -147,7 +209,7 @@ size_t thread_scratch(const Kernels<IO, T>& kernels, const Plan& plan, const Pro
 
 // Elements, in the state type, of the halo below a band; those of all bands are kept.
 inline int64_t halo_elements(const Shape& shape, const Plan& plan) {
-  return plan.by_rows && plan.units > 1 ? halo_size(shape) : 0;
+  return plan.regime == Regime::kRows && plan.units > 1 ? halo_size(shape) : 0;
 }
 
 // Elements, in the state type, of one set of sums: the weight's, then the bias's.

@@ -103,11 +103,19 @@ constexpr int64_t kPackGrain = 1 << 14;
 
 }  // namespace
 
+void invert_corner(std::vector<double>& matrix, int64_t n, int64_t first_channel, const PrepareKernels& kernels) {
+  const int64_t column = invert(matrix, n, kernels);
+  if (column < 0) return;
+  throw std::runtime_error("the corner tap is singular: channel " + std::to_string(first_channel + column) +
+                           " depends linearly on the channels before it in its group");
+}
+
 template <class T>
 Weights<T> Prepared<T>::group(const Shape& shape, int64_t group) const {
-  const int64_t pairs = shape.channels * shape.channels;
-  return {taps.data() + group * pairs * (shape.taps() - 1), corner.empty() ? nullptr : corner.data() + group * pairs,
-          bias.empty() ? nullptr : bias.data() + group * shape.channels};
+  const auto part = [&](const auto& values) {
+    return values.empty() ? nullptr : values.data() + group * (static_cast<int64_t>(values.size()) / shape.groups);
+  };
+  return {part(taps), part(corner), part(bias), part(steps), part(blocks), block_steps};
 }
 
 template <class T>
@@ -118,7 +126,7 @@ Prepared<T> prepare(const Shape& shape, const std::vector<int64_t>& orders, cons
   const int64_t window = shape.taps();
   const bool identity = shape.corner == kIdentity || (shape.corner == kUnitTriangular && n == 1);
 
-  Prepared<T> prepared;
+  Prepared<T> prepared{};
   prepared.taps.resize(shape.groups * pairs * (window - 1));
   if (!identity) prepared.corner.resize(shape.groups * pairs);
   if (bias) prepared.bias.assign(bias, bias + shape.groups * n);
@@ -170,11 +178,7 @@ Prepared<T> prepare(const Shape& shape, const std::vector<int64_t>& orders, cons
         for (int64_t c = 0; c < n; ++c) matrix[o * n + c] = from[(o * n + c) * window + corner];
       }
       std::vector<double> inverse = matrix;
-      const int64_t column = invert(inverse, n, kernels);
-      if (column >= 0) {
-        throw std::runtime_error("the corner tap is singular: channel " + std::to_string(g * n + column) +
-                                 " depends linearly on the channels before it in its group");
-      }
+      invert_corner(inverse, n, g * n, kernels);
       if (shape.transposed) {
         transpose(matrix, n);
         transpose(inverse, n);

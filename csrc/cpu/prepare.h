@@ -13,6 +13,10 @@ struct Prepared {
   std::vector<T> taps;
   std::vector<T> corner;  // empty when M = I
   std::vector<T> bias;    // empty without one
+  // By prepare_blocks alone, and then without taps and corner.
+  std::vector<T> steps;
+  std::vector<double> blocks;
+  int64_t block_steps;
   Weights<T> group(const Shape& shape, int64_t group) const;
 };
 
@@ -22,6 +26,10 @@ struct Prepared {
 template <class T>
 Prepared<T> prepare(const Shape& shape, const std::vector<int64_t>& orders, const T* weight, const T* bias,
                     const PrepareKernels& kernels);
+
+// Inverts the n x n row-major corner tap of a group whose first channel is given. Throws std::runtime_error when it is
+// singular.
+void invert_corner(std::vector<double>& matrix, int64_t n, int64_t first_channel, const PrepareKernels& kernels);
 
 // Scatters the sums of one group (see Gradients) into the weight's gradient, adding, and leaving what the corner kind
 // does not read at zero. `shape` is that of the solve that made the sums.

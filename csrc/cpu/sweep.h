@@ -7,7 +7,10 @@
 //
 // A volume is swept plane after plane; with rows as lanes a line goes through the same rows of all planes.
 //
-// so one micro-kernel serves both; they differ in where a tap's source lies and in how a lane maps to memory.
+// so one micro-kernel serves both; they differ in where a tap's source lies and in how a lane maps to memory. A signal,
+// which is an image of one row, has a regime of its own where the others have too few lanes:
+//
+//   outputs as lanes   all channels of a block of steps are solved at once, by a matrix of what they depend on
 #pragma once
 
 #include <atomic>
@@ -27,6 +30,9 @@ int64_t slab_bytes();
 
 // Most lanes a line can have: 2 AVX-512 vectors of float.
 constexpr int64_t kMaxLanes = 32;
+
+// Vectors of outputs that are summed together with outputs as lanes.
+constexpr int kTileVectors = 2;
 
 // Output channels a micro-kernel keeps in registers: 6 x 2 accumulators, 2 sources and a weight fill the 16 of AVX2.
 constexpr int64_t kOutputBlock = 6;
@@ -50,6 +56,13 @@ struct Weights {
   // triangular one the inverses of the blocks on the diagonal, and -M elsewhere, since blocks are substituted.
   const T* corner;
   const T* bias;  // one per channel, or null
+  // Of outputs as lanes instead of taps and corner: what the outputs of a block of so many steps, [step][channel], are
+  // of the (kernel_w - 1) * channels values of x in front of it and, behind those, of the block's own y - bias. In
+  // tiles of at most kTileVectors vectors of outputs, the last vector filled up with zeros: [tile][input][output of the
+  // tile]. Several steps at once sum larger products than one after the other would, and do so in float64.
+  const T* step;        // of blocks of one step, else null
+  const double* block;  // of longer ones, else null
+  int64_t block_steps;
 };
 
 // Whether the inverse of M is folded into the taps, which costs channels^3 * taps multiply-adds before the first pixel:
@@ -89,6 +102,18 @@ struct RowsPlan {
   bool joined;
 };
 
+// How outputs as lanes are swept.
+struct OutputsPlan {
+  int64_t block;    // steps that are solved at once
+  int64_t signals;  // that are swept together at most
+};
+
+// Lanes of a vector, in the state type and in float64, that blocks of one step and longer ones are solved in.
+struct BlockLanes {
+  int64_t step;
+  int64_t block;
+};
+
 // The bands of all images, which lines claim in order, and what passes from a band to the one below it.
 template <class T>
 struct Bands {
@@ -121,13 +146,19 @@ struct Kernels {
   // A line has one of these numbers of lanes, or one between that is twice, four times ... the first.
   int64_t min_lanes;
   int64_t max_lanes;
+  // With outputs as lanes: the lanes of a vector, and the most signals that are swept together.
+  BlockLanes block_lanes;
+  int64_t most_signals;
   // Bytes of 64-byte-aligned scratch a call needs.
   size_t (*images_scratch)(const Problem<IO, T>&, int64_t lanes);
   size_t (*rows_scratch)(const Problem<IO, T>&, const RowsPlan&);
+  size_t (*outputs_scratch)(const Problem<IO, T>&, const OutputsPlan&);
   // Images first .. first + count of one group; count <= lanes.
   void (*images)(const Problem<IO, T>&, int64_t first, int64_t count, int64_t lanes, void* scratch, Gradients<T>);
   // A line that begins with `band`; if lines are joined, it claims bands of the same image as long as there are any.
   void (*rows)(const Problem<IO, T>&, const Bands<T>&, int64_t band, void* scratch, Gradients<T>);
+  // Signals first .. first + count of one group; count <= plan.signals.
+  void (*outputs)(const Problem<IO, T>&, const OutputsPlan&, int64_t first, int64_t count, void* scratch, Gradients<T>);
 };
 
 // Steps from the start of a plane of a band to that of the next one; from there to that of the next band of its line;

@@ -98,6 +98,7 @@ static void with_lanes(int64_t lanes, F f) {
 #include "packing.h"
 #include "solve_steps.h"
 #include "sweep_images.h"
+#include "sweep_outputs.h"
 #include "sweep_rows.h"
 
 template <class IO, class T>
@@ -118,7 +119,16 @@ static void rows(const Problem<IO, T>& problem, const Bands<T>& bands, int64_t b
 
 template <class IO, class T>
 static Kernels<IO, T> kernels() {
-  return {kMinLanes, kMaxLanesOf<T>, &images_scratch<IO, T>, &rows_scratch<IO, T>, &images<IO, T>, &rows<IO, T>};
+  return {kMinLanes,
+          kMaxLanesOf<T>,
+          {kWide<T>, kWide<double>},
+          kMostSignals,
+          &images_scratch<IO, T>,
+          &rows_scratch<IO, T>,
+          &outputs_scratch<IO, T>,
+          &images<IO, T>,
+          &rows<IO, T>,
+          &outputs<IO, T>};
 }
 
 static void subtract_rows(double* matrix, const double* row, const double* factors, int64_t rows, int64_t columns) {

@@ -4,6 +4,10 @@
 // Steps with lanes that hold no pixel are solved so many at a time at most.
 constexpr int64_t kMaskedSteps = 32;
 
+// Steps whose outer products are summed at a time: what a block of channels needs of them for the taps of a plane stays
+// in L1.
+constexpr int64_t kSummedSteps = 48;
+
 // The state of a line: [step][channel][lane], with the halo of the band above in front of the lanes, and in front of
 // the window the steps that its taps reach.
 template <class T>
@@ -98,7 +102,9 @@ class RowsSweep {
         step_state_(shape_.channels * scratch_.lane_stride),
         half_(kHalf < kLanes && shape_.channels > kOutputBlock ? kHalf : 0),
         line_{{{shape_, bands.plan, first_band, 0}, {shape_, bands.plan, first_band, 0}}, 1} {
-    __builtin_memset(scratch_.memory, 0, scratch_.lead_size * sizeof(T));
+    // Where no band is above, nor will be, the halo is zero once and for all.
+    const int64_t zeros = has_halo() ? scratch_.lead_size : scratch_.lead_size + bands.plan.window * step_state_;
+    __builtin_memset(scratch_.memory, 0, zeros * sizeof(T));
     tap_order(shape_, scratch_.order);
     for (int64_t t = 0; t + 1 < shape_.taps(); ++t) {
       const auto [a, p, q] = scratch_.order[t];
@@ -174,9 +180,11 @@ class RowsSweep {
     while (bands_.steps_done[band.index - 1].load(std::memory_order_acquire) < needed) std::this_thread::yield();
   }
 
+  bool has_halo() const { return bands_.plan.joined || line_.band[0].row > 0; }
+
   // The rows above lane 0 at steps [begin, end): of the halos of the bands above, or zero. Row h runs h steps ahead.
   void fill_halo(int64_t begin, int64_t end, T* first) const {
-    for (int64_t h = 1; h <= scratch_.halo; ++h) {
+    for (int64_t h = 1; h <= scratch_.halo && has_halo(); ++h) {
       for (int64_t c = 0; c < shape_.channels; ++c) {
         T* const to = first + c * scratch_.lane_stride - h;
         const auto fill = [&](int64_t from, int64_t until, const T* source) {
@@ -384,15 +392,19 @@ class RowsSweep {
     const int64_t channels = shape_.channels;
     const int64_t tap_count = shape_.taps() - 1;
     subtract_sums<T, kLanes>(scratch_.state, channels, scratch_.lane_stride, step_state_, steps, gradients_.bias);
-    for (int64_t t = 0; t <= tap_count; ++t) {
-      const bool is_tap = t < tap_count;
-      scratch_.spans[t] = {scratch_.state + (is_tap ? scratch_.taps[t].source : 0), scratch_.other};
-      // What a tap reaches beyond the first plane is not kept.
-      scratch_.tap_spans[t] = {&scratch_.spans[t], is_tap && scratch_.order[t].a >= shape_.depth ? 0 : 1, steps};
+    const int64_t x_step = channels * kLanes;
+    for (int64_t from = 0; from < steps; from += kSummedSteps) {
+      const int64_t count = smaller(steps - from, kSummedSteps);
+      for (int64_t t = 0; t <= tap_count; ++t) {
+        const bool is_tap = t < tap_count;
+        const T* const u = scratch_.state + from * step_state_ + (is_tap ? scratch_.taps[t].source : 0);
+        scratch_.spans[t] = {u, scratch_.other + from * x_step};
+        // What a tap reaches beyond the first plane is not kept.
+        scratch_.tap_spans[t] = {&scratch_.spans[t], is_tap && scratch_.order[t].a >= shape_.depth ? 0 : 1, count};
+      }
+      outer_sums<T, kLanes>(scratch_.tap_spans, tap_count + 1, channels,
+                            {scratch_.lane_stride, step_state_, kLanes, x_step}, gradients_.weight);
     }
-    outer_sums<T, kLanes>(scratch_.tap_spans, tap_count + 1, channels,
-                          {scratch_.lane_stride, step_state_, kLanes, static_cast<ptrdiff_t>(channels * kLanes)},
-                          gradients_.weight);
   }
 
   const Problem<IO, T>& problem_;

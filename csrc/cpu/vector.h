@@ -204,27 +204,24 @@ INVERSE_FLOW_INLINE Eight<T> sums_of_eight(const Eight<T> (&v)[8]) {
          INVERSE_FLOW_SHUFFLE(Index, b[0], b[1], 4, 5, 6, 7, 12, 13, 14, 15);
 }
 
-// out[i] = the sum of the lanes of v[i].
-template <class T, int kLanes, int kCount>
-INVERSE_FLOW_INLINE void horizontal_sums(const Vector<T, kLanes>* v, T* out) {
+// out[i] = the sum of the lanes of v[i], from kFirst on.
+template <class T, int kLanes, int kCount, int kFirst = 0>
+INVERSE_FLOW_INLINE void horizontal_sums(const Vector<T, kLanes> (&v)[kCount], T* out) {
   constexpr int n = kVectorLanes<T, kLanes>;
+  constexpr int count = n < 8 ? 1 : kCount - kFirst < 8 ? kCount - kFirst : 8;
   if constexpr (n < 8) {
-    for (int i = 0; i < kCount; ++i) {
-      out[i] = v[i][0];
-      for (int l = 1; l < n; ++l) out[i] += v[i][l];
-    }
+    out[kFirst] = v[kFirst][0];
+    for (int l = 1; l < n; ++l) out[kFirst] += v[kFirst][l];
   } else {
-    for (int first = 0; first < kCount; first += 8) {
-      Eight<T> eight[8];
-      for (int i = 0; i < 8; ++i) {
-        eight[i] = Eight<T>{};
-        if (first + i >= kCount) continue;
-        Eight<T> part[n / 8];
-        __builtin_memcpy(part, &v[first + i], sizeof part);
-        for (int p = 0; p < n / 8; ++p) eight[i] += part[p];
-      }
-      const Eight<T> sums = sums_of_eight<T>(eight);
-      __builtin_memcpy(out + first, &sums, (first + 8 <= kCount ? 8 : kCount - first) * sizeof(T));
+    Eight<T> eight[8];
+    for (int i = 0; i < 8; ++i) {
+      Eight<T> part[n / 8];
+      __builtin_memcpy(part, &v[kFirst + (i < count ? i : 0)], sizeof part);
+      eight[i] = part[0];
+      for (int p = 1; p < n / 8; ++p) eight[i] += part[p];
     }
+    const Eight<T> sums = sums_of_eight<T>(eight);
+    __builtin_memcpy(out + kFirst, &sums, count * sizeof(T));
   }
+  if constexpr (kFirst + count < kCount) horizontal_sums<T, kLanes, kCount, kFirst + count>(v, out);
 }

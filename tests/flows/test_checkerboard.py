@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from inverse_flow.flows import CheckerboardCoupling
-from inverse_flow.flows.coupling import MAX_LOG_SCALE
+from inverse_flow.flows.scale import MAX_LOG_SCALE
 
 
 class Constant(nn.Module):

@@ -378,3 +378,13 @@ def test_more_errors_say_what_was_given() -> None:
         Glow.from_config(HintConfig((1, 4, 4)))
     with pytest.raises(TypeError, match="wavelet"):
         Glow((1, 4, 4), wavelet=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"coupling": "hint"}, {"masks": "checkerboard"}])
+def test_the_scale_reaches_every_affine_coupling(options: dict[str, str]) -> None:
+    model = Glow((2, 4, 4), levels=2, steps=1, hidden=3, scale="softplus", **options)
+    couplings = [m for m in model.modules() if isinstance(m, (AffineCoupling, CheckerboardCoupling))]
+    assert couplings
+    assert {coupling.scale for coupling in couplings} == {"softplus"}
+    with pytest.raises(ValueError, match="a scale is a choice of"):
+        Glow((2, 4, 4), coupling="additive", scale="softplus")

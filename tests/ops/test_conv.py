@@ -89,6 +89,18 @@ def test_other_layers_keep_types_and_round_trip(corner: str, other: str) -> None
 
 @CORNER
 @OTHER
+def test_other_layers_under_autocast_and_on_the_meta_device(corner: str, other: str) -> None:
+    layer, x = other_layer(other, corner)
+    expected = layer(x)[0], layer.inverse(x)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x)[0], layer.inverse(x)[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    z, log_det = layer.to("meta")(x.to("meta"))
+    assert (z.shape, z.device.type, log_det.shape) == (x.shape, "meta", (2,))
+
+
+@CORNER
+@OTHER
 def test_the_closed_form_of_the_backward_pass(corner: str, other: str) -> None:
     """backward_from_output against autograd, for what is made of the operator's own."""
     layer, x = other_layer(other, corner)

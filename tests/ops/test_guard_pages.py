@@ -21,8 +21,16 @@ from inverse_flow.ops import library as ops
 
 PAGE = mmap.PAGESIZE
 PROT_NONE = 0
-LAYOUTS = {"contiguous": (0, 1, 2, 3), "channels_last": (0, 2, 3, 1), "columns_first": (0, 1, 3, 2)}
-SHAPES = [(9, 3, 4, 5), (8, 9, 3, 16), (17, 1, 2, 1), (1, 3, 17, 9), (2, 8, 9, 8), (3, 1, 1, 7)]
+# The order of the dimensions in memory, of images and of volumes.
+LAYOUTS = {
+    "contiguous": {4: (0, 1, 2, 3), 5: (0, 1, 2, 3, 4)},
+    "channels_last": {4: (0, 2, 3, 1), 5: (0, 2, 3, 4, 1)},
+    "columns_first": {4: (0, 1, 3, 2), 5: (0, 1, 2, 4, 3)},
+}
+SHAPES = [
+    *[(9, 3, 4, 5), (8, 9, 3, 16), (17, 1, 2, 1), (1, 3, 17, 9), (2, 8, 9, 8), (3, 1, 1, 7)],
+    *[(9, 3, 2, 4, 5), (1, 3, 3, 17, 9), (2, 1, 1, 2, 7)],
+]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -43,19 +51,19 @@ class Guarded:
         size = images.numel() * images.element_size()
         offset = PAGE + (self.pages - size if at_end else 0)
         flat = torch.frombuffer(self.memory, dtype=images.dtype, count=images.numel(), offset=offset)
-        placed = flat.view([images.shape[d] for d in layout]).permute([layout.index(d) for d in range(4)])
+        placed = flat.view([images.shape[d] for d in layout]).permute([layout.index(d) for d in range(images.dim())])
         return placed.copy_(images)
 
 
 def solve_everything() -> None:
     """Every kernel that reads images, on guarded ones."""
-    for shape, dtype, layout, at_end in product(SHAPES, DTYPES, LAYOUTS.values(), (False, True)):
+    for shape, dtype, layouts, at_end in product(SHAPES, DTYPES, LAYOUTS.values(), (False, True)):
         images = torch.randn(shape).to(dtype)
         memory = Guarded(images.numel() * images.element_size())
-        placed = memory.place(images, layout, at_end)
+        placed = memory.place(images, layouts[len(shape)], at_end)
         channels = shape[1]
-        weight = (torch.randn(channels, channels, 3, 2) * 0.1).to(dtype)
-        for order, transposed in product(range(4), (False, True)):
+        weight = (torch.randn(channels, channels, *(2, 3, 2)[-len(shape) + 2 :]) * 0.1).to(dtype)
+        for order, transposed in product(range(2 ** (len(shape) - 2)), (False, True)):
             codes = ([order], 1, transposed)
             x = ops.solve(placed, weight, None, *codes)
             ops.solve_backward(placed, x, weight, *codes)
@@ -86,7 +94,7 @@ def main(what: str) -> None:
     if what == "solve":
         solve_everything()
     else:
-        placed = Guarded(64).place(torch.zeros(1, 1, 4, 4), LAYOUTS["contiguous"], what == "behind")
+        placed = Guarded(64).place(torch.zeros(1, 1, 4, 4), LAYOUTS["contiguous"][4], what == "behind")
         ctypes.string_at(placed.data_ptr() + (64 if what == "behind" else -4), 4)
     print("done")
 

@@ -15,6 +15,7 @@ import torch
 RUNS = {
     "layer": "--shapes 2x3x5 --threads 1 --budget 0 --corner general identity",
     "layer, calls": "--calls --budget 0",
+    "volumes": "--shapes 1x2x4 9x2x3x1 --threads 1 --budget 0 --corner general identity",
     "scaling": "--sweep image --largest 32 --threads 1 --budget 0 --plot {out}/plot",
     "numerics": "--growths 10 --draws 1 --plot {out}/plot",
     "memory": "--steps 1 --timed-steps 1 --side 8 --batch 2 --hidden 4 --budget 0 --plot {out}/plot",
@@ -33,6 +34,7 @@ RUNS = {
     "stability": "--data {source} --learning-rates 1e-3 2e-2 --steps 3 --every 2 --levels 1 --depth 1 --hidden 2 "
     "--side 16 --seeds 2 --threads 1 --plot {out}/plot",
     "stability, cost": "--cost 2 --budget 0 --threads 1",
+    "signals": "--shapes 2x1x40x3 9x3x20x2 --threads 1 --budget 0",
     "classifier": "--epochs 1 --hidden 2 --threads 1",
 }
 

@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -417,43 +418,77 @@ def check_wheel_content(wheel: Path) -> None:
         assert line in metadata.splitlines()
 
 
+WHEEL_WORKS = textwrap.dedent("""
+    import torch, inverse_flow, inverse_flow.data
+    from inverse_flow.reference import inverse_conv2d_dense
+    torch.manual_seed(0)
+    print(inverse_flow.__file__)
+    print(inverse_flow.build_info()["cuda_absent"])
+    images, layer = torch.randn(9, 3, 5, 6, dtype=torch.float64), inverse_flow.InverseConv2d(3, dtype=torch.float64)
+    expected = inverse_conv2d_dense(images, layer.weight, layer.bias, corner="unit_triangular")
+    torch.testing.assert_close(layer(images)[0], expected)
+    assert len(inverse_flow.data.load("embedded").train.images)
+""")
+
+
 def check_wheel_works(wheel: Path, folder: Path) -> None:
     target = folder / "site"
     run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", target, wheel, folder=folder)
-    program = """
-        import torch, inverse_flow, inverse_flow.data
-        from inverse_flow.reference import inverse_conv2d_dense
-        torch.manual_seed(0)
-        print(inverse_flow.__file__)
-        print(inverse_flow.build_info()["cuda_absent"])
-        images, layer = torch.randn(9, 3, 5, 6, dtype=torch.float64), inverse_flow.InverseConv2d(3, dtype=torch.float64)
-        expected = inverse_conv2d_dense(images, layer.weight, layer.bias, corner="unit_triangular")
-        torch.testing.assert_close(layer(images)[0], expected)
-        assert len(inverse_flow.data.load("embedded").train.images)
-    """
-    output = run(
-        sys.executable, "-W", "error", "-c", textwrap.dedent(program), folder=folder, PYTHONPATH=str(target)
-    ).splitlines()
+    output = run(sys.executable, "-W", "error", "-c", WHEEL_WORKS, folder=folder, PYTHONPATH=str(target)).splitlines()
     assert Path(output[0]).is_relative_to(target)
     assert "_C_cuda is missing (the build was told FORCE_CUDA=0)" in output[1]
 
 
-def test_wheel_from_the_source_distribution(tmp_path: Path) -> None:
-    """One test, since the build takes long: even without optimisation, which would take most of the time."""
+def built_wheel(folder: Path) -> Path:
+    """From the source distribution; without optimisation, which would take most of the time."""
     compiler = shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    with tarfile.open(source_distribution(tmp_path)) as archive:
-        archive.extractall(tmp_path / "unpacked", filter="data")
-    [tree] = (tmp_path / "unpacked").iterdir()
-    unoptimised = script(tmp_path / "c++", f'exec {compiler} "$@" -O0')
+    with tarfile.open(source_distribution(folder)) as archive:
+        archive.extractall(folder / "unpacked", filter="data")
+    [tree] = (folder / "unpacked").iterdir()
+    unoptimised = script(folder / "c++", f'exec {compiler} "$@" -O0')
     run(
-        sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", tmp_path, tree,
-        folder=tmp_path, CXX=str(unoptimised), FORCE_CUDA="0",
+        sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", folder, tree,
+        folder=folder, CXX=str(unoptimised), FORCE_CUDA="0",
     )  # fmt: skip
-    [wheel] = tmp_path.glob("*.whl")
+    [wheel] = folder.glob("*.whl")
+    return wheel
+
+
+def portable(wheel: Path, folder: Path) -> Path:
+    """What `make wheel` makes of it; the wheel itself where its tools are missing."""
+    if None in (importlib.util.find_spec("auditwheel"), shutil.which("patchelf"), shutil.which("make")):
+        return wheel
+    plan = subprocess.run(["make", "--dry-run", "wheel"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    [command] = [line for line in plan.splitlines() if "auditwheel repair" in line]
+    options = shlex.split(command.split("auditwheel repair")[1].split("--wheel-dir")[0])
+    run(sys.executable, "-m", "auditwheel", "repair", *options, "--wheel-dir", folder / "dist", wheel, folder=folder)
+    [made] = (folder / "dist").glob("*.whl")
+    assert "manylinux" in made.name
+    check_wheel_content(made)
+    with zipfile.ZipFile(made) as archive:
+        libraries = [name for name in archive.namelist() if ".so" in name]
+    assert all(name.startswith("inverse_flow/_C") for name in libraries), libraries
+    return made
+
+
+def test_wheel_from_the_source_distribution(tmp_path: Path) -> None:
+    """One test, since the build takes long."""
+    wheel = built_wheel(tmp_path)
     check_wheel_content(wheel)
-    check_wheel_works(wheel, tmp_path)
+    check_wheel_works(portable(wheel, tmp_path), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["2.13.0", "2.14.1"])
+def test_wheel_in_a_clean_environment(tmp_path: Path, version: str) -> None:
+    """In one that has nothing but what pip brings, and no compiler; it downloads a PyTorch."""
+    wheel = portable(built_wheel(tmp_path), tmp_path)
+    run(sys.executable, "-m", "venv", tmp_path / "clean", folder=tmp_path)
+    folder = tmp_path / "clean" / "bin"
+    run(folder / "pip", "install", f"torch=={version}", wheel, folder=tmp_path, PATH=str(folder), PYTHONPATH="")
+    run(folder / "python", "-c", WHEEL_WORKS, folder=tmp_path, PATH=str(folder), PYTHONPATH="")
 
 
 # -------------------------------------------------------------------------------------- what is installed

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from inverse_flow.flows.base import FlowLayer, check_images, logdet_dtype, sum_example
 from inverse_flow.flows.conditioner import ConvNet
-from inverse_flow.flows.coupling import bound_log_scale
+from inverse_flow.flows.scale import Scale, check_scale, log_scale
 from inverse_flow.reversible.layer import uses_context
 
 CheckerboardKind: TypeAlias = Literal["affine", "additive"]
@@ -20,8 +20,8 @@ class CheckerboardCoupling(FlowLayer):
 
     The mask m is 1 at the pixels whose coordinates add up to ``parity`` modulo 2: they condition and stay, in every
     channel, and the others change. Two layers of different parity change every pixel. It needs no second channel, so
-    it works on images as they are. Dinh, Sohl-Dickstein & Bengio, "Real NVP", 2016, section 3.4, equation 9; s is
-    bounded as that of :class:`AffineCoupling`.
+    it works on images as they are. Dinh, Sohl-Dickstein & Bengio, "Real NVP", 2016, section 3.4, equation 9; s is that
+    of :class:`AffineCoupling`.
 
     Args:
         channels: C of the images.
@@ -32,9 +32,11 @@ class CheckerboardCoupling(FlowLayer):
         dimensions: of the default conditioner: 1 for signals (B, C, L), 2 for images, 3 for volumes.
         conditioner: a module of your own instead: ``conditioner(m ⊙ x, context)`` gives t, and for the affine kind the
             raw scales behind it, stacked along the channels: (B, 2C, H, W). What it gives where m is 1 is not used.
+        scale: of the affine kind: the name of the function from raw scales to s, or the function, as for
+            :class:`AffineCoupling`.
 
     Raises:
-        ValueError: a kind or parity that does not exist.
+        ValueError: a kind, parity or scale that does not exist.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class CheckerboardCoupling(FlowLayer):
         context_channels: int = 0,
         dimensions: int = 2,
         conditioner: nn.Module | None = None,
+        scale: Scale = "tanh",
     ) -> None:
         super().__init__()
         if kind not in ("affine", "additive"):
@@ -54,6 +57,7 @@ class CheckerboardCoupling(FlowLayer):
         if parity not in (0, 1):
             raise ValueError(f"the parity of a checkerboard must be 0 or 1, got {parity}")
         self.channels, self.kind, self.parity = channels, kind, parity
+        self.scale = check_scale(scale)
         out_channels = self.parameters_per_value(kind) * channels
         self.conditioner = conditioner or ConvNet(
             channels, hidden, out_channels, context_channels=context_channels, dimensions=dimensions
@@ -80,7 +84,8 @@ class CheckerboardCoupling(FlowLayer):
         return uses_context(self.conditioner)
 
     def extra_repr(self) -> str:
-        return f'{self.channels}, kind="{self.kind}", parity={self.parity}'
+        text = f'{self.channels}, kind="{self.kind}", parity={self.parity}'
+        return text if self.kind == "additive" else f"{text}, scale={self.scale!r}"
 
     def _shift_and_log_scale(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """t; s, zero where the mask is 1; and the mask as booleans, broadcasting against ``x``."""
@@ -94,7 +99,7 @@ class CheckerboardCoupling(FlowLayer):
         if self.kind == "additive":
             return parameters, torch.zeros_like(parameters), stays
         shift, raw = parameters.chunk(2, dim=1)
-        return shift, torch.where(stays, torch.zeros_like(raw), bound_log_scale(raw)), stays
+        return shift, torch.where(stays, torch.zeros_like(raw), log_scale(self.scale, raw)), stays
 
     def _mask(self, x: Tensor) -> Tensor:
         axes = [torch.arange(size, device=x.device) for size in x.shape[2:]]

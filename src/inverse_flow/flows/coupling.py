@@ -15,17 +15,9 @@ from inverse_flow.flows.base import (
     zero_logdet,
 )
 from inverse_flow.flows.conditioner import ConvNet
+from inverse_flow.flows.scale import Scale, check_scale, log_scale
 from inverse_flow.reversible import backpropagate
 from inverse_flow.reversible.layer import uses_context
-
-# The largest |log scale| of an affine coupling and of a split's prior: a scale lies in [e⁻², e²] ≈ [0.14, 7.4], so that
-# one layer can stretch or shrink by no more than that, whatever its network puts out.
-MAX_LOG_SCALE = 2.0
-
-
-def bound_log_scale(raw: Tensor, limit: float = MAX_LOG_SCALE) -> Tensor:
-    """limit · tanh(raw / limit): slope 1 at zero, never beyond ±limit."""
-    return limit * torch.tanh(raw / limit)
 
 
 def _sum(grad: Tensor, more: Tensor | None) -> Tensor:
@@ -119,8 +111,15 @@ class AdditiveCoupling(_Coupling):
 class AffineCoupling(_Coupling):
     """z₁ = x₁, z₂ = x₂ · exp(s(x₁)) + t(x₁); log-determinant Σ s (Dinh, Sohl-Dickstein & Bengio, "Real NVP", 2016).
 
-    s = m·tanh(r/m) of the conditioner's raw output r, with m = ``MAX_LOG_SCALE`` = 2: every scale lies in
-    [e⁻², e²] in both directions.
+    s is a function of the conditioner's raw output r, ``scale``. Each is 0 at r = 0:
+
+    - ``"tanh"``: s = 2·tanh(r/2), so that every scale lies in [e⁻², e²] in both directions;
+    - ``"exp_clamp"``: s = 2·(2/π)·atan(r), with the same bounds (Ardizzone et al., 2019; InvertibleNetworks.jl);
+    - ``"sigmoid"``: exp(s) = 0.5 + 1.5·σ(r − log 2), in (0.5, 2);
+    - ``"softplus"``: exp(s) = log(1 + exp(r + log(e − 1))), without an upper bound;
+    - ``"exp"``: s = r, without bounds, as Real NVP is written;
+    - a function of your own from r to s, such as a ``functools.partial`` of those in ``inverse_flow.flows.scale`` with
+      other bounds.
 
     Args:
         channels: C ≥ 2 of the images; the first ⌈C/2⌉ are x₁.
@@ -130,9 +129,28 @@ class AffineCoupling(_Coupling):
             for volumes.
         conditioner: a module of your own instead: ``conditioner(x1, context)`` gives t and r, stacked along the
             channels: (B, 2·⌊C/2⌋, H, W).
+        scale: the name of the function from r to s, or the function.
+
+    Raises:
+        ValueError: fewer than 2 channels; a scale that does not exist.
     """
 
     parameters_per_value = 2
+
+    def __init__(
+        self,
+        channels: int,
+        hidden: int = 64,
+        *,
+        context_channels: int = 0,
+        dimensions: int = 2,
+        conditioner: nn.Module | None = None,
+        scale: Scale = "tanh",
+    ) -> None:
+        super().__init__(
+            channels, hidden, context_channels=context_channels, dimensions=dimensions, conditioner=conditioner
+        )
+        self.scale = check_scale(scale)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x1, x2 = self._halves(x)
@@ -162,6 +180,9 @@ class AffineCoupling(_Coupling):
         x2, grad_x2 = (centred / scale).to(z.dtype), (grad_z2 * scale).to(z.dtype)
         return torch.cat((z1, x2), dim=1), torch.cat((_sum(grad_z1, z1.grad), grad_x2), dim=1)
 
+    def extra_repr(self) -> str:
+        return f"{self.channels}, scale={self.scale!r}"
+
     def _shift_and_log_scale(self, x1: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         shift, raw = self._condition(x1, context).chunk(2, dim=1)
-        return shift, bound_log_scale(raw)
+        return shift, log_scale(self.scale, raw)

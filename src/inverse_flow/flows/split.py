@@ -18,7 +18,7 @@ from inverse_flow.flows.base import (
     zero_logdet,
 )
 from inverse_flow.flows.conditioner import ConvNet
-from inverse_flow.flows.coupling import bound_log_scale
+from inverse_flow.flows.scale import tanh_scale
 from inverse_flow.reversible import backpropagate
 from inverse_flow.reversible.layer import uses_context
 
@@ -30,8 +30,8 @@ class Split(FlowLayer):
 
     ``prior="conditional"`` gives x₂ the Gaussian density N(μ(x₁), σ(x₁)²), with μ and log σ learned. It is written as
     the bijection ε = (x₂ − μ) / σ with log-determinant −Σ log σ, so that the latents of every scale are standard
-    normal and one temperature serves them all. ``prior="standard"`` is ε = x₂. log σ is bounded by
-    ``MAX_LOG_SCALE`` as a coupling's log scale is. Source: Dinh et al., "Real NVP", 2016, section 3.6; Kingma &
+    normal and one temperature serves them all. ``prior="standard"`` is ε = x₂. log σ lies in [−2, 2], by the ``tanh``
+    of a coupling's log scale. Source: Dinh et al., "Real NVP", 2016, section 3.6; Kingma &
     Dhariwal, "Glow", 2018.
 
     In a :class:`~inverse_flow.flows.Flow` the ε are collected; the method ``inverse`` takes the pair (x₁, ε).
@@ -135,4 +135,4 @@ class Split(FlowLayer):
     def _mean_and_log_std(self, kept: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         assert self.prior_net is not None
         mean, raw = self.prior_net(kept, context).to(logdet_dtype(kept.dtype)).chunk(2, dim=1)
-        return mean, bound_log_scale(raw)
+        return mean, tanh_scale(raw)

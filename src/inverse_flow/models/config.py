@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
+from inverse_flow.flows.scale import ScaleKind
 from inverse_flow.flows.split import SplitPrior
 from inverse_flow.models.fields import Bounds, check, either
 
@@ -45,6 +46,8 @@ class FlowConfig:
             ``"alternating"``: one group that mixes all the channels, its order changing from step to step.
         coupling: kind of the couplings: ``"affine"``, ``"additive"``, ``"spline"`` (rational-quadratic), or ``"hint"``
             (recursive, affine).
+        scale: how affine couplings bound their scales: ``"tanh"``, ``"exp_clamp"``, ``"sigmoid"``, ``"softplus"`` or
+            ``"exp"``, see :class:`~inverse_flow.flows.AffineCoupling`.
         split_prior: density of what a split takes off: ``"conditional"`` on what stays, or ``"standard"`` normal, see
             :class:`~inverse_flow.flows.Split`.
         logit_margin: begin with a :class:`~inverse_flow.flows.Logit` of this margin, for images in [0, 1]; None for no
@@ -80,6 +83,7 @@ class FlowConfig:
     corner: Corner = "unit_triangular"
     orders: OrderPattern = "four"
     coupling: CouplingKind = "affine"
+    scale: ScaleKind = "tanh"
     split_prior: SplitPrior = "conditional"
     logit_margin: float | None = None
     context_channels: Annotated[int, Bounds(0)] = 0
@@ -101,6 +105,8 @@ class FlowConfig:
         if not isinstance(self.kernel_size, int):
             object.__setattr__(self, "kernel_size", tuple(self.kernel_size))
         check(self)
+        if self.scale != "tanh" and self.coupling not in ("affine", "hint"):
+            raise ValueError(f'a scale is a choice of "affine" and "hint" couplings, got {self.coupling!r} ones')
         self._check_shape()
         self._check_checkerboard()
 

@@ -122,14 +122,19 @@ def _channel_coupling(config: FlowConfig, channels: int) -> nn.Module:
 
 def _coupling(config: FlowConfig, kind: type[Coupling], channels: int) -> nn.Module:
     kept = first_half(channels)
-    return kind(channels, conditioner=_conditioner(config, kept, kind.parameters_per_value * (channels - kept)))
+    conditioner = _conditioner(config, kept, kind.parameters_per_value * (channels - kept))
+    if kind is AffineCoupling:
+        return AffineCoupling(channels, conditioner=conditioner, scale=config.scale)
+    return kind(channels, conditioner=conditioner)
 
 
 def _checkerboard_coupling(config: FlowConfig, channels: int, parity: int) -> nn.Module:
     assert config.coupling in ("affine", "additive")
     numbers = CheckerboardCoupling.parameters_per_value(config.coupling)
     conditioner = _conditioner(config, channels, numbers * channels)
-    return CheckerboardCoupling(channels, kind=config.coupling, parity=parity, conditioner=conditioner)
+    return CheckerboardCoupling(
+        channels, kind=config.coupling, parity=parity, conditioner=conditioner, scale=config.scale
+    )
 
 
 def _conditioner(config: FlowConfig, in_channels: int, out_channels: int) -> nn.Module:

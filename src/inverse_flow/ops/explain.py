@@ -139,7 +139,8 @@ class Plan(Facts):
     Attributes:
         problem: What is asked.
         gpu: The limits that the plan was made for; None on a CPU.
-        regime: How the work is cut up. On a CPU "images as lanes" or "rows as lanes". On a GPU "images in a block"
+        regime: How the work is cut up. On a CPU "images as lanes", "rows as lanes" or, for signals, which are images of
+            one row, "outputs as lanes". On a GPU "images in a block"
             (whole images), "tiles" (an image is cut up), "tensor cores" (whole images, or a ring of their diagonals),
             each with where the folded weights are; or "rows as lanes", whole images or tiles, with the weights in
             registers. "nothing to do" for an empty batch, of which there is little else to say.
@@ -150,9 +151,12 @@ class Plan(Facts):
 
         isa: CPU, as the next five: the instruction set in use.
         workers: Threads that have work.
-        lanes: Pixels that are solved at once, most: images of a batch, or rows of a band.
-        units: Pieces of work: eights of the batch times groups, or bands of all images and groups.
+        lanes: Pixels that are solved at once, most: images of a batch, or rows of a band; or the outputs of a block of
+            steps, of all channels.
+        units: Pieces of work: eights of the batch times groups, or bands of all images and groups; with outputs as
+            lanes the signals that are swept together.
         joined: Whether a thread that is through with a band's first row goes on with the next band's.
+        block: Steps that are solved at once with outputs as lanes; fewer where the recurrence grows too fast for it.
         rest: The same facts of the last images of a batch, and their ``batch``, where fewer than fill a vector are
             swept apart; else None.
 
