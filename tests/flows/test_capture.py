@@ -60,7 +60,8 @@ def check(captured: Any, module: nn.Module, case: Case, *, grad: bool = True) ->
         inputs = arguments(case, batch, factor)
         torch.testing.assert_close(captured(*inputs), module(*inputs))
     if grad:
-        torch.testing.assert_close(gradients(captured, inputs), gradients(module, inputs))
+        # Sums in another order.
+        torch.testing.assert_close(gradients(captured, inputs), gradients(module, inputs), rtol=1e-4, atol=1e-4)
 
 
 cases = pytest.mark.parametrize("case", [CASES[name] for name in NAMES], ids=NAMES)

@@ -81,7 +81,7 @@ def check(captured: nn.Module, module: AllMethods, *batches: int) -> None:
         (*values, samples), grads = found[0]
         (*expected, expected_samples), expected_grads = found[1]
         torch.testing.assert_close(values, expected)
-        torch.testing.assert_close(grads, expected_grads)
+        torch.testing.assert_close(grads, expected_grads, rtol=1e-4, atol=1e-4)  # sums in another order
         assert samples.shape == expected_samples.shape  # the compiler may draw the latents in another order
         assert torch.isfinite(samples).all()
 
