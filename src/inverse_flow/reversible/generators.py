@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -33,12 +32,12 @@ def may_use_others(modules: Iterable[nn.Module]) -> bool:
 
     It is asked since reading these states takes longer than a small layer.
     """
-    return any(_is_foreign(type(m)) or m._forward_hooks or m._forward_pre_hooks for m in modules)
-
-
-@cache
-def _is_foreign(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] not in ("torch", "inverse_flow")
+    return any(
+        type(m).__module__.partition(".")[0] not in ("torch", "inverse_flow")
+        or m._forward_hooks
+        or m._forward_pre_hooks
+        for m in modules
+    )
 
 
 def states(sources: Iterable[Any]) -> list[Any]:
