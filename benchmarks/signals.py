@@ -51,7 +51,7 @@ SINGLE_TARGETS = {
     (str(SINGLE[1]), "conv1d"): 3.0,
 }
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-# Batches beyond this many multiply-adds are left out: the largest would take seconds a call.
+# Batches beyond this many multiply-adds are left out: the largest would take seconds per call.
 MOST_WORK = 4_000_000_000
 
 

@@ -20,7 +20,7 @@ namespace inverse_flow {
 
 namespace {
 
-// (batch, groups, channels a group, depth, height, width, kernel_d, kernel_h, kernel_w)
+// (batch, groups, channels per group, depth, height, width, kernel_d, kernel_h, kernel_w)
 using Sizes = std::array<int64_t, 9>;
 
 Shape shape_of(const Sizes& sizes, int64_t corner, bool backward) {

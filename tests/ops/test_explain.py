@@ -281,7 +281,7 @@ def test_the_gpu_decides() -> None:
     assert plan.gpu is small
     assert plan.shared_bytes <= small.shared_bytes
     assert plan.launches == sum(plan.tiles) - 1 > 1
-    with pytest.raises(RuntimeError, match=r"5000 channels a group are more than fit .* a small one \(16384 bytes\)"):
+    with pytest.raises(RuntimeError, match=r"5000 channels per group are more than fit .* a small one \(16384 bytes\)"):
         cuda((1, 5000, 1, 1), 1, gpu=small)
 
 

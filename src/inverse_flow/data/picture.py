@@ -69,7 +69,7 @@ def _correct_key(file: Image) -> None:
     """Corrects the transparent colour of a PNG, which Pillow takes for one of the values that it makes of the pixels.
 
     Raises:
-        ValueError: that colour has 16 bits a channel, of which Pillow keeps 8.
+        ValueError: that colour has 16 bits per channel, of which Pillow keeps 8.
     """
     key, tiles = file.info.get("transparency"), getattr(file, "tile", None)
     if file.format != "PNG" or key is None or not tiles:

@@ -99,7 +99,7 @@ class Problem:
         return f"{what} of ({shape}), {kernel}, {groups}, {orders}, {self.corner} corner, {dtype}"
 
     def operator_sizes(self) -> tuple[int, ...]:
-        """What the operator is given: (batch, groups, channels a group, depth, height, width, kernel_d, kernel_h,
+        """What the operator is given: (batch, groups, channels per group, depth, height, width, kernel_d, kernel_h,
         kernel_w). Signals are images of one row, and residue classes images of a batch; see
         :mod:`inverse_flow.ops.views`."""
         images = self.batch * math.prod(self.dilation)
@@ -293,7 +293,7 @@ def _explain_cuda(
     facts = _C.plan_cuda(problem.operator_sizes(), orders, corner, dtype, problem.backward, *limits, regime)
     if facts is None:
         raise RuntimeError(
-            f"{problem.channels // problem.groups} channels a group are more than fit the shared memory of {gpu.name} "
+            f"{problem.channels // problem.groups} channels per group are more than fit the shared memory of {gpu.name} "
             f"({gpu.shared_bytes} bytes)"
         )
     tf32 = switches_allow_tf32()

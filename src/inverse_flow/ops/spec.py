@@ -22,7 +22,7 @@ OrderNames = str | Sequence[str]
 """The name of an order, or one name for each group."""
 
 Orders = tuple[int, ...]
-"""One code a group."""
+"""One code per group."""
 
 Steps = int | Sequence[int]
 """One integer for all axes, or one for each."""
