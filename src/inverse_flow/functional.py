@@ -69,8 +69,8 @@ def inverse_conv2d(
     images. The backward pass is one transposed solve and one weight-gradient pass. The result can be differentiated
     any number of times in reverse mode, and once more in forward mode on top (``torch.func.hessian``).
 
-    On a GPU, layers of 9 channels per group or more, with 3 × 3 taps of 13 or more, use tensor cores, to the accuracy of
-    float32; so do weight gradients of 16 or more. Products are rounded to TF32, three digits less, where both of
+    On a GPU, layers of 9 channels per group or more, with 3 × 3 taps of 13 or more, use tensor cores, to the accuracy
+    of float32; so do weight gradients of 16 or more. Products are rounded to TF32, three digits less, where both of
     PyTorch's switches allow it: ``torch.backends.cudnn.conv.fp32_precision`` is ``"tf32"`` by default, and
     ``torch.set_float32_matmul_precision("high")`` sets the other, ``torch.backends.cuda.matmul.fp32_precision``. They
     are read in the forward pass, whose derivatives do the same; by ``torch.compile`` once, when it compiles.

@@ -76,7 +76,7 @@ def test_explain_tells_what_is_launched(case: Case, operation: str) -> None:
         case.image_shape,
         case.weight_shape,
         groups=len(case.orders),
-        order=[list(ORDERS)[order] for order in case.orders],
+        order=[ORDERS[2][order] for order in case.orders],
         corner=list(CORNERS)[case.corner],
         dtype={"float": torch.float32, "half": torch.float16}[case.image_type],
         device="cuda",

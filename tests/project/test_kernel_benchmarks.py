@@ -104,6 +104,7 @@ def test_half_precision_is_compared_to_the_same_corner(scripts: Any) -> None:
 def test_the_summary_says_which_targets_are_kept(scripts: Any) -> None:
     arguments = scripts.layer.parse_arguments(["--device", "cuda"])
     same = {"threads": 1, "launch": "graph", "tf32": "tf32 off", "corner": "general", "set": "layers"}
+    same["of_the_limit"] = 0.5
     ratios = {"forward": (0.4, 1.6), "forward+backward": (0.5, 1.0)}
     rows = [same | {"mode": mode, "ratio": r, "ratio_fastest": r} for mode, pair in ratios.items() for r in pair]
     forward, both = scripts.layer.summarise(rows, arguments)

@@ -293,8 +293,8 @@ def _explain_cuda(
     facts = _C.plan_cuda(problem.operator_sizes(), orders, corner, dtype, problem.backward, *limits, regime)
     if facts is None:
         raise RuntimeError(
-            f"{problem.channels // problem.groups} channels per group are more than fit the shared memory of {gpu.name} "
-            f"({gpu.shared_bytes} bytes)"
+            f"{problem.channels // problem.groups} channels per group are more than fit the shared memory of "
+            f"{gpu.name} ({gpu.shared_bytes} bytes)"
         )
     tf32 = switches_allow_tf32()
     for part in ("tensor", "gradient"):

@@ -24,13 +24,13 @@ def solve(input: Tensor, weight: Tensor, bias: Tensor | None, spec: Spec, dilati
     if dilation == 1 and weight.dim() > 3:
         return autograd.solve(input, weight, bias, spec)
     steps = each_axis("dilation", dilation, weight.dim() - 2)
+    images = input
     if bias is not None and _is_padded(input, steps):
         # The zeros behind the last pixels must be so without the bias.
         wide = torch.promote_types(input.dtype, torch.float32)
-        centred = input.to(wide) - per_channel(bias.to(wide), input)
-        return solve(centred, weight.to(wide), None, spec, steps).to(input.dtype)
-    output = autograd.solve(_apart(input, steps), _as_image(weight), bias, spec)
-    return _together(output, input, steps)
+        images, weight, bias = input.to(wide) - per_channel(bias.to(wide), input), weight.to(wide), None
+    output = autograd.solve(_apart(images, steps), _as_image(weight), bias, spec)
+    return _together(output, input, steps).to(input.dtype)
 
 
 def solve_backward(
