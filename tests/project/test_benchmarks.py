@@ -15,7 +15,7 @@ import torch
 RUNS = {
     "layer": "--shapes 2x3x5 --threads 1 --budget 0 --corner general identity",
     "layer, calls": "--calls --budget 0",
-    "volumes": "--shapes 1x2x4 9x2x3x1 --threads 1 --budget 0 --corner general identity",
+    "layer, volumes": "--volumes --shapes 1x2x4 9x2x3x1 --threads 1 --budget 0 --corner general identity",
     "scaling": "--sweep image --largest 32 --threads 1 --budget 0 --plot {out}/plot",
     "numerics": "--growths 10 --draws 1 --plot {out}/plot",
     "memory": "--steps 1 --timed-steps 1 --side 8 --batch 2 --hidden 4 --budget 0 --plot {out}/plot",
@@ -77,7 +77,7 @@ def test_results_are_written_as_they_become_known(scripts: Any, tmp_path: Path) 
     assert not path.exists()
     report.add("rows", {"ms": 1.0, "shape": scripts.problems.Case(1, 2, 3)})
     assert json.loads(path.read_text())["rows"] == [
-        {"ms": 1.0, "shape": {"batch": 1, "channels": 2, "size": 3, "kernel": 3}}
+        {"ms": 1.0, "shape": {"batch": 1, "channels": 2, "size": 3, "kernel": 3, "dimensions": 2}}
     ]
     report.add("rows", {"ms": 2.0})
     report.set(summary={"mean": 1.5})
