@@ -124,8 +124,14 @@ def main(given: list[str] | None = None) -> int:
         parsed.error(f"--fewer must be at least 1 and below --steps, {arguments.steps}; got {arguments.fewer}")
 
     report = Report("compiling a flow", arguments)
-    table = Table({"compiled": "{job}, {way}", "s of the processor": "{seconds:>6.1f}",
-                   "per further step": "{per_step:.2f}", "ms before": "{plain:.2f}", "after": "{compiled:.2f}"})  # fmt: skip
+    columns = {
+        "compiled": "{job}, {way}",
+        "s of the processor": "{seconds:>6.1f}",
+        "per further step": "{per_step:.2f}",
+        "ms before": "{plain:.2f}",
+        "after": "{compiled:.2f}",
+    }
+    table = Table(columns)
     for job in arguments.jobs:
         for way in WAYS:
             with report.checked(f"{job}, {way}"):
