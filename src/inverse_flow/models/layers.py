@@ -57,7 +57,8 @@ def build_layers(config: FlowConfig) -> list[nn.Module]:
             layers += [_step(config, channels, index, "checkerboard") for index in range(config.steps + last)]
             if last:
                 break
-        layers.append(_squeeze(config))
+        if config.dimensions:
+            layers.append(_squeeze(config))
         channels *= SQUEEZE_FACTOR**config.dimensions
         layers += [_step(config, channels, index, "channel") for index in range(config.steps)]
         if not last:
@@ -91,6 +92,7 @@ def _inverse_conv(config: FlowConfig, channels: int, index: int) -> InverseConvN
         order=orders if each_order else orders[index % len(orders)],
         corner=config.corner,
         bias=False,
+        max_row_sum=config.max_row_sum,
     )
 
 
