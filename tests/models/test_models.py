@@ -12,7 +12,6 @@ from inverse_flow.flows import (
     AffineCoupling,
     CheckerboardCoupling,
     Conv1x1,
-    HaarSqueeze,
     Householder,
     Permute,
     ResNet,
@@ -21,6 +20,7 @@ from inverse_flow.flows import (
     SplineCoupling,
     Split,
     Squeeze,
+    WaveletSqueeze,
 )
 from inverse_flow.models import (
     KINDS,
@@ -161,7 +161,7 @@ def test_build_makes_what_describe_described() -> None:
         ({"inverse_conv": "both"}, 'must be "training", "sampling" or "none", got \'both\''),
         ({"activation": "tanh"}, "got 'tanh'"),
         ({"conv1x1": "qr"}, "got 'qr'"),
-        ({"squeeze": "db4"}, "got 'db4'"),
+        ({"squeeze": "fourier"}, "got 'fourier'"),
         ({"masks": "stripes"}, "got 'stripes'"),
         ({"conditioner": "unet"}, "got 'unet'"),
         ({"max_row_sum": 1.0}, "max_row_sum must be .* above 0 and below 1, got 1.0"),
@@ -270,7 +270,7 @@ def test_the_ablations_are_flags() -> None:
 def test_options_choose_the_layers() -> None:
     size = {"levels": 2, "steps": 2, "hidden": 4}
     chosen = {
-        HaarSqueeze: {"squeeze": "haar"},
+        WaveletSqueeze: {"squeeze": "haar"},
         Householder: {"conv1x1": "householder"},
         Permute: {"conv1x1": "permutation"},
         SplineActivation: {"activation": "spline"},

@@ -22,7 +22,7 @@ Mixing: TypeAlias = Literal["plu", "householder", "permutation"]
 CouplingKind: TypeAlias = Literal["affine", "additive", "spline", "hint"]
 Masks: TypeAlias = Literal["channel", "checkerboard"]
 Conditioner: TypeAlias = Literal["conv", "resnet"]
-SqueezeKind: TypeAlias = Literal["pixel", "haar"]
+SqueezeKind: TypeAlias = Literal["pixel", "patch", "column", "haar", "db2", "db3", "db4", "sym4", "coif1"]
 
 SQUEEZE_FACTOR = 2
 # The axes of vectors, signals, images and volumes, for messages.
@@ -65,8 +65,10 @@ class FlowConfig:
             convolution (or at the head of a step without one).
         conv1x1: what mixes the channels between two couplings: a 1×1 convolution as ``"plu"`` or as ``"householder"``
             reflections, or the ``"permutation"`` that reverses them.
-        squeeze: how space becomes channels: ``"pixel"``, in the order of ``F.pixel_unshuffle``, or ``"haar"``, the
-            wavelet transform.
+        squeeze: how space becomes channels: ``"pixel"``, in the order of ``F.pixel_unshuffle``, ``"patch"`` or
+            ``"column"``, see :class:`~inverse_flow.flows.Squeeze`, or by a wavelet: ``"haar"``, and ``"db2"``,
+            ``"db3"``, ``"db4"``, ``"sym4"`` and ``"coif1"`` with the filters of PyWavelets, see
+            :class:`~inverse_flow.flows.WaveletSqueeze`.
         masks: ``"channel"``: the couplings split the channels. ``"checkerboard"``: Real NVP's arrangement, in which a
             level is K couplings with checkerboard masks, the squeeze, and K with channel masks; the last level is
             K + 1 with checkerboard masks.
