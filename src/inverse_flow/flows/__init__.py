@@ -7,7 +7,6 @@ from inverse_flow.flows.compose import Compose, Flow, Reverse, reverse
 from inverse_flow.flows.conditioner import ConvNet, ResNet
 from inverse_flow.flows.conv1x1 import Conv1x1
 from inverse_flow.flows.coupling import AdditiveCoupling, AffineCoupling
-from inverse_flow.flows.haar import HaarSqueeze
 from inverse_flow.flows.hint import HINT
 from inverse_flow.flows.householder import Householder
 from inverse_flow.flows.hyperbolic import Hyperbolic
@@ -20,6 +19,7 @@ from inverse_flow.flows.prior import StandardNormal
 from inverse_flow.flows.spline import SplineActivation, SplineCoupling
 from inverse_flow.flows.split import Split
 from inverse_flow.flows.squeeze import Squeeze
+from inverse_flow.flows.wavelet import HaarSqueeze, WaveletSqueeze
 from inverse_flow.reversible.finite import NonFiniteError, detect_nonfinite
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "Split",
     "Squeeze",
     "StandardNormal",
+    "WaveletSqueeze",
     "detect_nonfinite",
     "interpolate",
     "jvp",

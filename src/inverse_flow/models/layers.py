@@ -17,7 +17,6 @@ from inverse_flow.flows import (
     Compose,
     Conv1x1,
     ConvNet,
-    HaarSqueeze,
     Householder,
     Logit,
     Permute,
@@ -27,8 +26,10 @@ from inverse_flow.flows import (
     SplineCoupling,
     Split,
     Squeeze,
+    WaveletSqueeze,
 )
 from inverse_flow.flows.base import first_half
+from inverse_flow.flows.squeeze import Pattern
 from inverse_flow.models.config import SQUEEZE_FACTOR, FlowConfig
 from inverse_flow.ops.spec import ORDERS
 
@@ -39,6 +40,8 @@ COUPLINGS: dict[str, type[Coupling]] = {
     "additive": AdditiveCoupling,
     "spline": SplineCoupling,
 }
+# Of the kinds of squeeze, those that are no wavelets.
+PATTERNS: dict[str, Pattern] = {"pixel": "checkerboard", "patch": "patch", "column": "column"}
 INVERSE_CONVS: dict[int, type[InverseConvNd]] = {1: InverseConv1d, 2: InverseConv2d, 3: InverseConv3d}
 # By the number of axes, an order and the opposite one behind each other: after two steps every pixel has seen all.
 ALL_ORDERS = {
@@ -57,7 +60,8 @@ def build_layers(config: FlowConfig) -> list[nn.Module]:
             layers += [_step(config, channels, index, "checkerboard") for index in range(config.steps + last)]
             if last:
                 break
-        layers.append(_squeeze(config))
+        if config.dimensions:
+            layers.append(_squeeze(config))
         channels *= SQUEEZE_FACTOR**config.dimensions
         layers += [_step(config, channels, index, "channel") for index in range(config.steps)]
         if not last:
@@ -91,11 +95,13 @@ def _inverse_conv(config: FlowConfig, channels: int, index: int) -> InverseConvN
         order=orders if each_order else orders[index % len(orders)],
         corner=config.corner,
         bias=False,
+        max_row_sum=config.max_row_sum,
     )
 
 
 def _squeeze(config: FlowConfig) -> nn.Module:
-    return HaarSqueeze() if config.squeeze == "haar" else Squeeze(SQUEEZE_FACTOR)
+    pattern = PATTERNS.get(config.squeeze)
+    return Squeeze(SQUEEZE_FACTOR, pattern) if pattern else WaveletSqueeze(config.squeeze)
 
 
 def _split(config: FlowConfig, channels: int) -> Split:
