@@ -44,6 +44,7 @@ from inverse_flow.flows import (
     SplineCoupling,
     Split,
     Squeeze,
+    WaveletSqueeze,
     Woodbury,
 )
 from inverse_flow.models import InverseFlow
@@ -89,6 +90,9 @@ def small_flow() -> Flow:
     return Flow([Squeeze(), ActNorm(4), Split(4, context_channels=CONTEXT_CHANNELS), Conv1x1(2)], (1, 4, 2))
 
 
+# Daubechies' wavelet of two vanishing moments.
+DB2 = [(1 + 3**0.5) / 32**0.5, (3 + 3**0.5) / 32**0.5, (3 - 3**0.5) / 32**0.5, (1 - 3**0.5) / 32**0.5]
+
 with_context = {"context_channels": CONTEXT_CHANNELS}
 
 CASES = {
@@ -113,6 +117,8 @@ CASES = {
     "affine_coupling_context": Case(partial(AffineCoupling, 3, 6, **with_context), (3, 2, 3), uses_context=True),
     "squeeze": Case(Squeeze, (3, 4, 2)),
     "squeeze_3": Case(partial(Squeeze, 3), (1, 3, 6)),
+    "squeeze_patch": Case(partial(Squeeze, pattern="patch"), (2, 4, 6)),
+    "squeeze_column": Case(partial(Squeeze, pattern="column"), (2, 4, 2)),
     "logit": Case(partial(Logit, 0.05), (2, 3, 2), unit_interval=True),
     "permute": Case(partial(Permute, (2, 0, 1)), (3, 2, 3)),
     "split_standard": Case(partial(Split, 3, prior="standard"), (3, 3, 2)),
@@ -131,6 +137,8 @@ CASES = {
     "householder_one_channel": Case(partial(Householder, 1), (1, 2, 3)),
     "haar": Case(HaarSqueeze, (3, 4, 2)),
     "haar_by_channel": Case(partial(HaarSqueeze, "channel"), (3, 2, 4)),
+    "wavelet": Case(partial(WaveletSqueeze, DB2), (2, 4, 6)),
+    "wavelet_by_channel": Case(partial(WaveletSqueeze, DB2, "channel"), (3, 2, 4)),
     "hint": Case(partial(HINT, 5, 0), (5, 2, 3)),
     "hint_shallow": Case(partial(HINT, 4, 3, least_channels=3), (4, 2, 2)),
     "hint_additive": Case(partial(HINT, 4, coupling=partial(AdditiveCoupling, hidden=0)), (4, 2, 2)),
@@ -152,6 +160,9 @@ CASES = {
     "householder_volume": Case(partial(Householder, 3), (3, 2, 1, 3)),
     "haar_volume": Case(HaarSqueeze, (2, 2, 4, 2)),
     "haar_volume_by_channel": Case(partial(HaarSqueeze, "channel"), (2, 2, 2, 2)),
+    "wavelet_volume": Case(partial(WaveletSqueeze, DB2), (1, 2, 4, 2)),
+    "squeeze_volume_patch": Case(partial(Squeeze, pattern="patch"), (1, 4, 2, 2)),
+    "squeeze_volume_column": Case(partial(Squeeze, pattern="column"), (1, 4, 2, 2)),
     "hint_volume": Case(partial(HINT, 4, 0, dimensions=3), (4, 2, 1, 2)),
     "hyperbolic_volume": Case(partial(Hyperbolic, 2, dimensions=3), (2, 2, 3, 2)),
     "residual_coupling_volume": Case(

@@ -43,6 +43,14 @@ def test_emerging_sees_the_pixels_on_all_sides() -> None:
     assert seen.sum() == 25
 
 
+def test_emerging_bounds_both_solves() -> None:
+    layer = shaken(EmergingConv(2, max_row_sum=0.3, corner="identity"))
+    bounded = [module.complete_weight() for module in layer.modules() if isinstance(module, InverseConv2d)]
+    assert len(bounded) == 2
+    for weight in bounded:
+        assert weight.abs().sum((1, 2, 3)).max() <= 1.3 + 1e-12
+
+
 def test_emerging_samples_as_before_when_prepared() -> None:
     flow = Flow([shaken(EmergingConv(3))], (3, 4, 4))
     z = torch.randn(2, 3, 4, 4, dtype=torch.float64)

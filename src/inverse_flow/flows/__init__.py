@@ -10,7 +10,6 @@ from inverse_flow.flows.conv1x1 import Conv1x1
 from inverse_flow.flows.coupling import AdditiveCoupling, AffineCoupling
 from inverse_flow.flows.emerging import EmergingConv, PeriodicConv
 from inverse_flow.flows.exponential import ExponentialConv
-from inverse_flow.flows.haar import HaarSqueeze
 from inverse_flow.flows.hint import HINT
 from inverse_flow.flows.householder import Householder
 from inverse_flow.flows.hyperbolic import Hyperbolic
@@ -23,6 +22,7 @@ from inverse_flow.flows.prior import StandardNormal
 from inverse_flow.flows.spline import SplineActivation, SplineCoupling
 from inverse_flow.flows.split import Split
 from inverse_flow.flows.squeeze import Squeeze
+from inverse_flow.flows.wavelet import HaarSqueeze, WaveletSqueeze
 from inverse_flow.flows.woodbury import Woodbury
 from inverse_flow.reversible.finite import NonFiniteError, detect_nonfinite
 
@@ -57,6 +57,7 @@ __all__ = [
     "Split",
     "Squeeze",
     "StandardNormal",
+    "WaveletSqueeze",
     "Woodbury",
     "detect_nonfinite",
     "interpolate",

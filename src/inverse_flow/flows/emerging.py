@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ class EmergingConv(Compose):
         kernel_size: of both, as that of :class:`~inverse_flow.InverseConv2d`.
         corner: the kind of M, as there; ``"plu"`` mixes the channels and scales them.
         bias: learn b₁ and b₂.
+        max_row_sum: a bound on both solves, as there.
         dimensions: 1 for signals (B, C, L), 2 for images, 3 for volumes.
 
     Raises:
@@ -43,18 +45,16 @@ class EmergingConv(Compose):
         *,
         corner: str = "plu",
         bias: bool = True,
+        max_row_sum: float | None = None,
         dimensions: int = 2,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         make = INVERSE_CONVS[check_dimensions(dimensions, least=1)]
+        options: dict[str, Any] = {"corner": corner, "bias": bias, "max_row_sum": max_row_sum}
         orders = ORDERS[dimensions][0], ORDERS[dimensions][-1]
-        super().__init__(
-            *(
-                Reverse(make(channels, kernel_size, order=order, corner=corner, bias=bias, device=device, dtype=dtype))
-                for order in orders
-            )
-        )
+        convs = (make(channels, kernel_size, order=order, **options, device=device, dtype=dtype) for order in orders)
+        super().__init__(*map(Reverse, convs))
 
 
 class PeriodicConv(FlowLayer):

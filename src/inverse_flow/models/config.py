@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
+from inverse_flow.flows.base import first_half
 from inverse_flow.flows.scale import ScaleKind
 from inverse_flow.flows.split import SplitPrior
 from inverse_flow.models.fields import Bounds, check, either
@@ -21,11 +22,11 @@ Mixing: TypeAlias = Literal["plu", "householder", "permutation"]
 CouplingKind: TypeAlias = Literal["affine", "additive", "spline", "hint"]
 Masks: TypeAlias = Literal["channel", "checkerboard"]
 Conditioner: TypeAlias = Literal["conv", "resnet"]
-SqueezeKind: TypeAlias = Literal["pixel", "haar"]
+SqueezeKind: TypeAlias = Literal["pixel", "patch", "column", "haar", "db2", "db3", "db4", "sym4", "coif1"]
 
 SQUEEZE_FACTOR = 2
-# The axes of signals, images and volumes, for messages.
-AXES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
+# The axes of vectors, signals, images and volumes, for messages.
+AXES: dict[int, tuple[str, ...]] = {0: (), 1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,10 @@ class FlowConfig:
     """Everything that defines a flow; the subclasses differ in their defaults alone.
 
     Attributes:
-        image_shape: (C, H, W) of one image, (C, L) of one signal, or (C, D, H, W) of one volume; every axis divisible
-            by 2 to the number of squeezes, one in each level (with checkerboard masks in each but the last).
+        image_shape: (C, H, W) of one image, (C, L) of one signal, (C, D, H, W) of one volume, or (D,) of one vector;
+            every axis divisible by 2 to the number of squeezes, one in each level (with checkerboard masks in each but
+            the last). A vector is channels alone, so that nothing of it is squeezed: no inverse convolution,
+            and channel masks.
         levels: scales of the flow, L. Each begins with a squeeze, and each but the last ends with a split.
         steps: flow steps in a level, K.
         hidden: width of the coupling networks.
@@ -45,6 +48,8 @@ class FlowConfig:
             eight of volumes, which have as many orders). That is the layer of the paper's experiments, and the number
             of channels after a squeeze is always divisible by it.
             ``"alternating"``: one group that mixes all the channels, its order changing from step to step.
+        max_row_sum: a bound on the folded taps of the inverse convolutions, below 1, see
+            :class:`~inverse_flow.InverseConv2d`; None for none.
         coupling: kind of the couplings: ``"affine"``, ``"additive"``, ``"spline"`` (rational-quadratic), or ``"hint"``
             (recursive, affine).
         scale: how affine couplings bound their scales: ``"tanh"``, ``"exp_clamp"``, ``"sigmoid"``, ``"softplus"`` or
@@ -64,8 +69,10 @@ class FlowConfig:
             ``"leaky_relu"``, ``"smooth_leaky_relu"`` or ``"smooth_tanh"``, the layers of these names; ``"none"``.
         conv1x1: what mixes the channels between two couplings: a 1×1 convolution as ``"plu"`` or as ``"householder"``
             reflections, or the ``"permutation"`` that reverses them.
-        squeeze: how space becomes channels: ``"pixel"``, in the order of ``F.pixel_unshuffle``, or ``"haar"``, the
-            wavelet transform.
+        squeeze: how space becomes channels: ``"pixel"``, in the order of ``F.pixel_unshuffle``, ``"patch"`` or
+            ``"column"``, see :class:`~inverse_flow.flows.Squeeze`, or by a wavelet: ``"haar"``, and ``"db2"``,
+            ``"db3"``, ``"db4"``, ``"sym4"`` and ``"coif1"`` with the filters of PyWavelets, see
+            :class:`~inverse_flow.flows.WaveletSqueeze`.
         masks: ``"channel"``: the couplings split the channels. ``"checkerboard"``: Real NVP's arrangement, in which a
             level is K couplings with checkerboard masks, the squeeze, and K with channel masks; the last level is
             K + 1 with checkerboard masks.
@@ -86,6 +93,7 @@ class FlowConfig:
     kernel_size: Annotated[int, Bounds(1)] | tuple[int, ...] = 3
     corner: Corner = "unit_triangular"
     orders: OrderPattern = "four"
+    max_row_sum: Annotated[float, Bounds(above=0, below=1)] | None = None
     coupling: CouplingKind = "affine"
     scale: ScaleKind = "tanh"
     split_prior: SplitPrior = "conditional"
@@ -111,6 +119,8 @@ class FlowConfig:
         check(self)
         if self.scale != "tanh" and self.coupling not in ("affine", "hint"):
             raise ValueError(f'a scale is a choice of "affine" and "hint" couplings, got {self.coupling!r} ones')
+        if self.max_row_sum is not None and self.inverse_conv not in ("training", "sampling", "emerging"):
+            raise ValueError(f"max_row_sum={self.max_row_sum} bounds inverse convolutions, and this flow has none")
         self._check_shape()
         self._check_checkerboard()
 
@@ -127,7 +137,7 @@ class FlowConfig:
 
     @property
     def dimensions(self) -> int:
-        """Spatial axes: 1 for signals, 2 for images, 3 for volumes."""
+        """Spatial axes: 1 for signals, 2 for images, 3 for volumes, 0 for vectors."""
         return len(self.image_shape) - 1
 
     @property
@@ -153,7 +163,7 @@ class FlowConfig:
 
     def _check_shape(self) -> None:
         if self.dimensions not in AXES:
-            raise ValueError(f"image_shape must be (C, L), (C, H, W) or (C, D, H, W), got {self.image_shape}")
+            raise ValueError(f"image_shape must be (D,), (C, L), (C, H, W) or (C, D, H, W), got {self.image_shape}")
         if any(size < 1 for size in self.image_shape):
             raise ValueError(f"every axis of image_shape must be at least 1, got {self.image_shape}")
         sizes = self.image_shape[1:]
@@ -162,6 +172,22 @@ class FlowConfig:
             axes = " and ".join(filter(None, [", ".join(AXES[len(sizes)][:-1]), AXES[len(sizes)][-1]]))
             raise ValueError(
                 f"{self.levels} levels need {axes} divisible by {divisor}, got {' × '.join(map(str, sizes))}"
+            )
+        if not sizes:
+            self._check_vectors()
+
+    def _check_vectors(self) -> None:
+        for name, right in (("inverse_conv", "none"), ("masks", "channel")):
+            given = getattr(self, name)
+            if given != right:
+                raise ValueError(f'a vector has no axes besides its channels: {name} must be "{right}", got "{given}"')
+        (channels,) = self.image_shape
+        for _ in range(self.levels - 1):
+            channels = first_half(channels)
+        if channels < 2:
+            raise ValueError(
+                f"a coupling needs 2 values, and {self.levels} levels leave {channels} of {self.image_shape[0]} in the "
+                "last: vectors need fewer levels, or to be longer"
             )
 
     def _check_checkerboard(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
@@ -19,7 +19,6 @@ from inverse_flow.flows import (
     ConvNet,
     EmergingConv,
     ExponentialConv,
-    HaarSqueeze,
     Householder,
     LeakyReLU,
     Logit,
@@ -33,10 +32,12 @@ from inverse_flow.flows import (
     SplineCoupling,
     Split,
     Squeeze,
+    WaveletSqueeze,
     Woodbury,
 )
 from inverse_flow.flows.base import Shape, first_half
 from inverse_flow.flows.emerging import INVERSE_CONVS
+from inverse_flow.flows.squeeze import Pattern
 from inverse_flow.models.config import SQUEEZE_FACTOR, FlowConfig
 from inverse_flow.ops.spec import ORDERS
 
@@ -53,6 +54,8 @@ ACTIVATIONS: dict[str, Callable[[int], nn.Module]] = {
     "smooth_leaky_relu": lambda channels: SmoothLeakyReLU(),
     "smooth_tanh": lambda channels: SmoothTanh(),
 }
+# Of the kinds of squeeze, those that are no wavelets.
+PATTERNS: dict[str, Pattern] = {"pixel": "checkerboard", "patch": "patch", "column": "column"}
 # By the number of axes, an order and the opposite one behind each other: after two steps every pixel has seen all.
 ALL_ORDERS = {
     axes: [order for pair in zip(orders, reversed(orders), strict=True) for order in pair][: len(orders)]
@@ -70,9 +73,10 @@ def build_layers(config: FlowConfig) -> list[nn.Module]:
             layers += [_step(config, shape, index, "checkerboard") for index in range(config.steps + last)]
             if last:
                 break
-        squeeze = _squeeze(config)
-        layers.append(squeeze)
-        shape = squeeze.output_shape(shape)
+        if config.dimensions:
+            squeeze = _squeeze(config)
+            layers.append(squeeze)
+            shape = squeeze.output_shape(shape)
         layers += [_step(config, shape, index, "channel") for index in range(config.steps)]
         if not last:
             split = _split(config, shape[0])
@@ -97,8 +101,9 @@ def _step(config: FlowConfig, shape: Shape, index: int, mask: Literal["channel",
 def _convolution(config: FlowConfig, shape: Shape, index: int) -> nn.Module:
     """What a step begins with. No bias: the ActNorm that follows has one."""
     channels, kernel_size, dimensions = shape[0], config.kernel_size, config.dimensions
+    causal: dict[str, Any] = {"corner": config.corner, "bias": False, "max_row_sum": config.max_row_sum}
     if config.inverse_conv == "emerging":
-        return EmergingConv(channels, kernel_size, corner=config.corner, bias=False, dimensions=dimensions)
+        return EmergingConv(channels, kernel_size, dimensions=dimensions, **causal)
     if config.inverse_conv == "periodic":
         return PeriodicConv(channels, kernel_size, dimensions=dimensions)
     if config.inverse_conv == "exponential":
@@ -111,14 +116,14 @@ def _convolution(config: FlowConfig, shape: Shape, index: int) -> nn.Module:
         kernel_size,
         groups=len(orders) if each_order else 1,
         order=orders if each_order else orders[index % len(orders)],
-        corner=config.corner,
-        bias=False,
+        **causal,
     )
     return conv if config.inverse_conv == "training" else Reverse(conv)
 
 
-def _squeeze(config: FlowConfig) -> HaarSqueeze | Squeeze:
-    return HaarSqueeze() if config.squeeze == "haar" else Squeeze(SQUEEZE_FACTOR)
+def _squeeze(config: FlowConfig) -> Squeeze | WaveletSqueeze:
+    pattern = PATTERNS.get(config.squeeze)
+    return Squeeze(SQUEEZE_FACTOR, pattern) if pattern else WaveletSqueeze(config.squeeze)
 
 
 def _split(config: FlowConfig, channels: int) -> Split:
