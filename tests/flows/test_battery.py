@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from inverse_flow import InverseConv1d, InverseConv2d, InverseConv3d
 from inverse_flow.flows import (
     HINT,
+    IRIM,
     ActNorm,
     AdditiveCoupling,
     AffineCoupling,
@@ -128,6 +129,8 @@ CASES = {
     "checkerboard_additive": Case(partial(CheckerboardCoupling, 1, 6, kind="additive", parity=1), (1, 3, 2)),
     "checkerboard_sigmoid": Case(partial(CheckerboardCoupling, 1, 6, scale="sigmoid"), (1, 3, 2)),
     "checkerboard_context": Case(partial(CheckerboardCoupling, 1, 6, **with_context), (1, 3, 2), uses_context=True),
+    "affine_coupling_kept": Case(partial(AffineCoupling, 4, 6, kept=1), (4, 2, 3)),
+    "additive_coupling_kept": Case(partial(AdditiveCoupling, 4, 6, kept=3), (4, 2, 3)),
     "spline": Case(partial(SplineActivation, 2, bound=1.5), (2, 3, 4)),
     "linear_spline": Case(partial(SplineActivation, 2, kind="linear", bins=3, bound=1.5), (2, 3, 4)),
     "spline_coupling": Case(partial(SplineCoupling, 4, 6, bins=3, bound=1.5), (4, 3, 2)),
@@ -143,6 +146,8 @@ CASES = {
     "hint_shallow": Case(partial(HINT, 4, 3, least_channels=3), (4, 2, 2)),
     "hint_additive": Case(partial(HINT, 4, coupling=partial(AdditiveCoupling, hidden=0)), (4, 2, 2)),
     "hint_context": Case(partial(HINT, 3, 0, **with_context), (3, 2, 2), uses_context=True),
+    "irim": Case(partial(IRIM, 4, 5), (4, 2, 3)),
+    "irim_context": Case(partial(IRIM, 3, 5, reflections=2, **with_context), (3, 2, 2), uses_context=True),
     "hyperbolic": Case(partial(Hyperbolic, 6), (6, 3, 2)),
     "hyperbolic_hidden": Case(partial(Hyperbolic, 2, 5, step_size=0.3, kernel_size=5), (2, 3, 2)),
     "residual_coupling": Case(
@@ -163,6 +168,7 @@ CASES = {
     "wavelet_volume": Case(partial(WaveletSqueeze, DB2), (1, 2, 4, 2)),
     "squeeze_volume_patch": Case(partial(Squeeze, pattern="patch"), (1, 4, 2, 2)),
     "squeeze_volume_column": Case(partial(Squeeze, pattern="column"), (1, 4, 2, 2)),
+    "irim_volume": Case(partial(IRIM, 3, 2, dimensions=3), (3, 2, 1, 2)),
     "hint_volume": Case(partial(HINT, 4, 0, dimensions=3), (4, 2, 1, 2)),
     "hyperbolic_volume": Case(partial(Hyperbolic, 2, dimensions=3), (2, 2, 3, 2)),
     "residual_coupling_volume": Case(
@@ -181,6 +187,8 @@ CASES = {
     ),
     "spline_vector": Case(partial(SplineActivation, 2, bins=3), (2,)),
     "spline_coupling_vector": Case(partial(SplineCoupling, 4, 6, bins=3, dimensions=0), (4,)),
+    "spline_coupling_kept": Case(partial(SplineCoupling, 3, 4, bins=3, kept=1, dimensions=0), (3,)),
+    "irim_vector": Case(partial(IRIM, 3, 4, dimensions=0), (3,)),
     "split_vector": Case(partial(Split, 3, dimensions=0), (3,)),
     "hint_vector": Case(partial(HINT, 5, 3, dimensions=0), (5,)),
     "residual_coupling_vector": Case(

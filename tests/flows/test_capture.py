@@ -18,7 +18,7 @@ NAMES = (
     "affine_coupling_context", "squeeze", "logit", "permute", "split_hidden_context", "checkerboard_context",
     "linear_spline", "spline_coupling", "householder", "haar_by_channel", "hint_shallow", "hyperbolic",
     "residual_coupling", "compose", "haar_volume", "emerging", "periodic", "exponential", "leaky_relu", "smooth_tanh",
-    "wavelet", "squeeze_patch",
+    "wavelet", "squeeze_patch", "irim",
 )  # fmt: skip
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the compiler about its own code
 AUTO = torch.export.Dim.AUTO

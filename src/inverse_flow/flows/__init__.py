@@ -13,7 +13,9 @@ from inverse_flow.flows.exponential import ExponentialConv
 from inverse_flow.flows.hint import HINT
 from inverse_flow.flows.householder import Householder
 from inverse_flow.flows.hyperbolic import Hyperbolic
+from inverse_flow.flows.irim import IRIM
 from inverse_flow.flows.jacobian import jvp, vjp
+from inverse_flow.flows.joint import JointFlow
 from inverse_flow.flows.latents import interpolate, reconstruction_error
 from inverse_flow.flows.logit import Logit
 from inverse_flow.flows.permute import Permute
@@ -28,6 +30,7 @@ from inverse_flow.reversible.finite import NonFiniteError, detect_nonfinite
 
 __all__ = [
     "HINT",
+    "IRIM",
     "ActNorm",
     "AdditiveCoupling",
     "AffineCoupling",
@@ -42,6 +45,7 @@ __all__ = [
     "HaarSqueeze",
     "Householder",
     "Hyperbolic",
+    "JointFlow",
     "LeakyReLU",
     "Logit",
     "NonFiniteError",
