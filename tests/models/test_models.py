@@ -12,15 +12,22 @@ from inverse_flow.flows import (
     AffineCoupling,
     CheckerboardCoupling,
     Conv1x1,
-    HaarSqueeze,
+    EmergingConv,
+    ExponentialConv,
     Householder,
+    LeakyReLU,
+    PeriodicConv,
     Permute,
     ResNet,
     Reverse,
+    SmoothLeakyReLU,
+    SmoothTanh,
     SplineActivation,
     SplineCoupling,
     Split,
     Squeeze,
+    WaveletSqueeze,
+    Woodbury,
 )
 from inverse_flow.models import (
     KINDS,
@@ -76,8 +83,17 @@ def test_alternating_orders_change_from_step_to_step() -> None:
     [
         {},
         {"inverse_conv": "sampling"},
+        {"inverse_conv": "emerging"},
+        {"inverse_conv": "emerging", "corner": "plu", "kernel_size": 2},
+        {"inverse_conv": "periodic"},
+        {"inverse_conv": "exponential"},
+        {"inverse_conv": "woodbury"},
+        {"inverse_conv": "woodbury", "masks": "checkerboard"},
         {"inverse_conv": "none"},
         {"activation": "spline"},
+        {"activation": "leaky_relu"},
+        {"activation": "smooth_leaky_relu"},
+        {"activation": "smooth_tanh"},
         {"conv1x1": "householder"},
         {"conv1x1": "permutation"},
         {"squeeze": "haar"},
@@ -158,12 +174,15 @@ def test_build_makes_what_describe_described() -> None:
         ({"orders": "two"}, "got 'two'"),
         ({"coupling": "cubic"}, "got 'cubic'"),
         ({"split_prior": "flat"}, "got 'flat'"),
-        ({"inverse_conv": "both"}, 'must be "training", "sampling" or "none", got \'both\''),
+        ({"inverse_conv": "both"}, 'must be "training", .*, "woodbury" or "none", got \'both\''),
         ({"activation": "tanh"}, "got 'tanh'"),
+        ({"inverse_conv": "exponential", "kernel_size": 2}, "kernel_size must be odd"),
         ({"conv1x1": "qr"}, "got 'qr'"),
-        ({"squeeze": "db4"}, "got 'db4'"),
+        ({"squeeze": "fourier"}, "got 'fourier'"),
         ({"masks": "stripes"}, "got 'stripes'"),
         ({"conditioner": "unet"}, "got 'unet'"),
+        ({"max_row_sum": 1.0}, "max_row_sum must be .* above 0 and below 1, got 1.0"),
+        ({"inverse_conv": "none", "max_row_sum": 0.5}, "max_row_sum=0.5 bounds inverse convolutions"),
         ({"blocks": 0}, "blocks must be at least 1, got 0"),
         ({"masks": "checkerboard", "coupling": "spline", "orders": "alternating"}, "need an .* coupling, got 'spline'"),
         ({"masks": "checkerboard"}, 'divisible by 4, got 1; use orders="alternating"'),
@@ -174,9 +193,10 @@ def test_errors_say_what_was_given(options: dict, message: str) -> None:
         InverseFlow((1, 8, 8), **options)
 
 
-def test_an_image_shape_without_channels_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"must be \(C, L\), \(C, H, W\) or \(C, D, H, W\), got \(8,\)"):
-        InverseFlow((8,))
+def test_an_image_shape_of_no_event_is_refused() -> None:
+    for shape in ((), (1, 2, 2, 2, 2)):
+        with pytest.raises(ValueError, match=r"must be \(D,\), \(C, L\), \(C, H, W\) or \(C, D, H, W\), got"):
+            InverseFlow(shape)
 
 
 def test_the_first_layer_squeezes() -> None:
@@ -267,7 +287,7 @@ def test_the_ablations_are_flags() -> None:
 def test_options_choose_the_layers() -> None:
     size = {"levels": 2, "steps": 2, "hidden": 4}
     chosen = {
-        HaarSqueeze: {"squeeze": "haar"},
+        WaveletSqueeze: {"squeeze": "haar"},
         Householder: {"conv1x1": "householder"},
         Permute: {"conv1x1": "permutation"},
         SplineActivation: {"activation": "spline"},
@@ -276,6 +296,13 @@ def test_options_choose_the_layers() -> None:
         ResNet: {"conditioner": "resnet"},
         CheckerboardCoupling: {"masks": "checkerboard"},
         InverseConv2d: {"inverse_conv": "training"},
+        EmergingConv: {"inverse_conv": "emerging"},
+        PeriodicConv: {"inverse_conv": "periodic"},
+        ExponentialConv: {"inverse_conv": "exponential"},
+        Woodbury: {"inverse_conv": "woodbury"},
+        LeakyReLU: {"activation": "leaky_relu"},
+        SmoothLeakyReLU: {"activation": "smooth_leaky_relu"},
+        SmoothTanh: {"activation": "smooth_tanh"},
     }
     plain = kinds_of(Glow((1, 4, 4), **size))
     for layer, options in chosen.items():
@@ -366,8 +393,6 @@ def test_the_names_of_weights_stay_those_of_earlier_checkpoints() -> None:
 
 
 def test_more_errors_say_what_was_given() -> None:
-    with pytest.raises(ValueError, match=r"must be \(C, L\), \(C, H, W\) or \(C, D, H, W\), got \(4,\)"):
-        Glow((4,))
     with pytest.raises(ValueError, match="2 levels need length divisible by 4, got 6"):
         InverseFlow((1, 6))
     with pytest.raises(ValueError, match="2 levels need depth, height and width divisible by 4, got 4 × 4 × 6"):

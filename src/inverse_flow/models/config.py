@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
+from inverse_flow.flows.base import first_half
 from inverse_flow.flows.scale import ScaleKind
 from inverse_flow.flows.split import SplitPrior
 from inverse_flow.models.fields import Bounds, check, either
@@ -13,19 +14,19 @@ from inverse_flow.models.fields import Bounds, check, either
 if TYPE_CHECKING:
     from typing_extensions import Self  # in typing from Python 3.11 on
 
-InverseConvDirection: TypeAlias = Literal["training", "sampling", "none"]
+InverseConvKind: TypeAlias = Literal["training", "sampling", "emerging", "periodic", "exponential", "woodbury", "none"]
 OrderPattern: TypeAlias = Literal["four", "alternating"]
 Corner: TypeAlias = Literal["unit_triangular", "plu", "identity"]
-Activation: TypeAlias = Literal["none", "spline"]
+Activation: TypeAlias = Literal["none", "spline", "leaky_relu", "smooth_leaky_relu", "smooth_tanh"]
 Mixing: TypeAlias = Literal["plu", "householder", "permutation"]
 CouplingKind: TypeAlias = Literal["affine", "additive", "spline", "hint"]
 Masks: TypeAlias = Literal["channel", "checkerboard"]
 Conditioner: TypeAlias = Literal["conv", "resnet"]
-SqueezeKind: TypeAlias = Literal["pixel", "haar"]
+SqueezeKind: TypeAlias = Literal["pixel", "patch", "column", "haar", "db2", "db3", "db4", "sym4", "coif1"]
 
 SQUEEZE_FACTOR = 2
-# The axes of signals, images and volumes, for messages.
-AXES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
+# The axes of vectors, signals, images and volumes, for messages.
+AXES: dict[int, tuple[str, ...]] = {0: (), 1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
 
 
 @dataclass(frozen=True)
@@ -33,17 +34,22 @@ class FlowConfig:
     """Everything that defines a flow; the subclasses differ in their defaults alone.
 
     Attributes:
-        image_shape: (C, H, W) of one image, (C, L) of one signal, or (C, D, H, W) of one volume; every axis divisible
-            by 2 to the number of squeezes, one in each level (with checkerboard masks in each but the last).
+        image_shape: (C, H, W) of one image, (C, L) of one signal, (C, D, H, W) of one volume, or (D,) of one vector;
+            every axis divisible by 2 to the number of squeezes, one in each level (with checkerboard masks in each but
+            the last). A vector is channels alone, so that nothing of it is squeezed: no inverse convolution,
+            and channel masks.
         levels: scales of the flow, L. Each begins with a squeeze, and each but the last ends with a split.
         steps: flow steps in a level, K.
         hidden: width of the coupling networks.
         kernel_size: of the inverse convolutions along every axis, or one number for each.
-        corner: kind of the corner tap of the inverse convolutions, see :class:`~inverse_flow.InverseConv2d`.
+        corner: kind of the corner tap of the inverse and emerging convolutions, see
+            :class:`~inverse_flow.InverseConv2d`.
         orders: ``"four"``: four groups of channels, one for each order, in every inverse convolution (two of signals,
             eight of volumes, which have as many orders). That is the layer of the paper's experiments, and the number
             of channels after a squeeze is always divisible by it.
             ``"alternating"``: one group that mixes all the channels, its order changing from step to step.
+        max_row_sum: a bound on the folded taps of the inverse convolutions, below 1, see
+            :class:`~inverse_flow.InverseConv2d`; None for none.
         coupling: kind of the couplings: ``"affine"``, ``"additive"``, ``"spline"`` (rational-quadratic), or ``"hint"``
             (recursive, affine).
         scale: how affine couplings bound their scales: ``"tanh"``, ``"exp_clamp"``, ``"sigmoid"``, ``"softplus"`` or
@@ -53,15 +59,20 @@ class FlowConfig:
         logit_margin: begin with a :class:`~inverse_flow.flows.Logit` of this margin, for images in [0, 1]; None for no
             such layer.
         context_channels: channels of the context given to the coupling and prior networks; 0 for none.
-        inverse_conv: the direction in which the solve runs, the other one being a plain convolution:
-            ``"training"`` (from data to latent, Inverse-Flow), ``"sampling"`` (from latent to data, FInC Flow), or
-            ``"none"`` for a step without the layer.
-        activation: ``"spline"`` puts a monotone :class:`~inverse_flow.flows.SplineActivation` behind the inverse
-            convolution (or at the head of a step without one).
+        inverse_conv: what a step begins with. An inverse convolution, whose solve runs from data to latent,
+            ``"training"`` (Inverse-Flow), or from latent to data, ``"sampling"`` (FInC Flow), the other direction being
+            a plain convolution. Or another invertible convolution, of all channels together: ``"emerging"``
+            (:class:`~inverse_flow.flows.EmergingConv`), ``"periodic"`` (:class:`~inverse_flow.flows.PeriodicConv`) or
+            ``"exponential"`` (:class:`~inverse_flow.flows.ExponentialConv`). ``"woodbury"``: a
+            :class:`~inverse_flow.flows.Woodbury`, which has no kernel. ``"none"``: nothing.
+        activation: what follows: ``"spline"``, a monotone :class:`~inverse_flow.flows.SplineActivation`, or
+            ``"leaky_relu"``, ``"smooth_leaky_relu"`` or ``"smooth_tanh"``, the layers of these names; ``"none"``.
         conv1x1: what mixes the channels between two couplings: a 1×1 convolution as ``"plu"`` or as ``"householder"``
             reflections, or the ``"permutation"`` that reverses them.
-        squeeze: how space becomes channels: ``"pixel"``, in the order of ``F.pixel_unshuffle``, or ``"haar"``, the
-            wavelet transform.
+        squeeze: how space becomes channels: ``"pixel"``, in the order of ``F.pixel_unshuffle``, ``"patch"`` or
+            ``"column"``, see :class:`~inverse_flow.flows.Squeeze`, or by a wavelet: ``"haar"``, and ``"db2"``,
+            ``"db3"``, ``"db4"``, ``"sym4"`` and ``"coif1"`` with the filters of PyWavelets, see
+            :class:`~inverse_flow.flows.WaveletSqueeze`.
         masks: ``"channel"``: the couplings split the channels. ``"checkerboard"``: Real NVP's arrangement, in which a
             level is K couplings with checkerboard masks, the squeeze, and K with channel masks; the last level is
             K + 1 with checkerboard masks.
@@ -82,12 +93,13 @@ class FlowConfig:
     kernel_size: Annotated[int, Bounds(1)] | tuple[int, ...] = 3
     corner: Corner = "unit_triangular"
     orders: OrderPattern = "four"
+    max_row_sum: Annotated[float, Bounds(above=0, below=1)] | None = None
     coupling: CouplingKind = "affine"
     scale: ScaleKind = "tanh"
     split_prior: SplitPrior = "conditional"
     logit_margin: float | None = None
     context_channels: Annotated[int, Bounds(0)] = 0
-    inverse_conv: InverseConvDirection = "none"
+    inverse_conv: InverseConvKind = "none"
     activation: Activation = "none"
     conv1x1: Mixing = "plu"
     squeeze: SqueezeKind = "pixel"
@@ -107,6 +119,8 @@ class FlowConfig:
         check(self)
         if self.scale != "tanh" and self.coupling not in ("affine", "hint"):
             raise ValueError(f'a scale is a choice of "affine" and "hint" couplings, got {self.coupling!r} ones')
+        if self.max_row_sum is not None and self.inverse_conv not in ("training", "sampling", "emerging"):
+            raise ValueError(f"max_row_sum={self.max_row_sum} bounds inverse convolutions, and this flow has none")
         self._check_shape()
         self._check_checkerboard()
 
@@ -123,7 +137,7 @@ class FlowConfig:
 
     @property
     def dimensions(self) -> int:
-        """Spatial axes: 1 for signals, 2 for images, 3 for volumes."""
+        """Spatial axes: 1 for signals, 2 for images, 3 for volumes, 0 for vectors."""
         return len(self.image_shape) - 1
 
     @property
@@ -149,7 +163,7 @@ class FlowConfig:
 
     def _check_shape(self) -> None:
         if self.dimensions not in AXES:
-            raise ValueError(f"image_shape must be (C, L), (C, H, W) or (C, D, H, W), got {self.image_shape}")
+            raise ValueError(f"image_shape must be (D,), (C, L), (C, H, W) or (C, D, H, W), got {self.image_shape}")
         if any(size < 1 for size in self.image_shape):
             raise ValueError(f"every axis of image_shape must be at least 1, got {self.image_shape}")
         sizes = self.image_shape[1:]
@@ -159,6 +173,22 @@ class FlowConfig:
             raise ValueError(
                 f"{self.levels} levels need {axes} divisible by {divisor}, got {' × '.join(map(str, sizes))}"
             )
+        if not sizes:
+            self._check_vectors()
+
+    def _check_vectors(self) -> None:
+        for name, right in (("inverse_conv", "none"), ("masks", "channel")):
+            given = getattr(self, name)
+            if given != right:
+                raise ValueError(f'a vector has no axes besides its channels: {name} must be "{right}", got "{given}"')
+        (channels,) = self.image_shape
+        for _ in range(self.levels - 1):
+            channels = first_half(channels)
+        if channels < 2:
+            raise ValueError(
+                f"a coupling needs 2 values, and {self.levels} levels leave {channels} of {self.image_shape[0]} in the "
+                "last: vectors need fewer levels, or to be longer"
+            )
 
     def _check_checkerboard(self) -> None:
         if self.masks != "checkerboard":
@@ -166,7 +196,7 @@ class FlowConfig:
         if self.coupling not in ("affine", "additive"):
             raise ValueError(f'checkerboard masks need an "affine" or "additive" coupling, got {self.coupling!r}')
         orders = 2**self.dimensions
-        if self.inverse_conv != "none" and self.orders == "four" and self.image_shape[0] % orders:
+        if self.inverse_conv in ("training", "sampling") and self.orders == "four" and self.image_shape[0] % orders:
             raise ValueError(
                 f'with checkerboard masks an inverse convolution meets unsqueezed images: orders="four" needs their '
                 f'channels divisible by {orders}, got {self.image_shape[0]}; use orders="alternating"'
@@ -177,7 +207,7 @@ class FlowConfig:
 class InverseFlowConfig(FlowConfig):
     """Defaults of :class:`~inverse_flow.models.InverseFlow`: a step with the solve in the training direction."""
 
-    inverse_conv: InverseConvDirection = "training"
+    inverse_conv: InverseConvKind = "training"
 
     # Nagar & Varma, AISTATS 2025 (arXiv 2410.14634), section 4: L = 2, K = 16, a spline behind the inverse convolution.
     PAPER: ClassVar[dict[str, Any]] = {"levels": 2, "steps": 16, "activation": "spline"}
@@ -208,7 +238,7 @@ class RealNVPConfig(FlowConfig):
 class FInCFlowConfig(FlowConfig):
     """Defaults of :class:`~inverse_flow.models.FInCFlow`: a step with the convolution in the training direction."""
 
-    inverse_conv: InverseConvDirection = "sampling"
+    inverse_conv: InverseConvKind = "sampling"
 
     # The sizes at which Nagar & Varma, 2025, section 4, set it beside Inverse-Flow.
     PAPER: ClassVar[dict[str, Any]] = {"levels": 2, "steps": 16}

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class ImageFlow(Flow):
-    """A flow on images, signals or volumes, built from a config; its subclasses are the published models.
+    """A flow on images, signals, volumes or vectors, built from a config; its subclasses are the published models.
 
     Every model has every option of :class:`FlowConfig`, so that an ablation is one argument: the models differ in
     their defaults. Images are given as floats, for instance dequantized to [0, 1).
