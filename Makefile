@@ -49,7 +49,7 @@ demo: $(done)/package $(done)/train
 	$(python) -m inverse_flow.command.main train --data embedded --out demo $(if $(RESUME),--resume) $(if $(FRESH),--fresh)
 
 test: $(done)/package $(done)/dev
-	$(python) -m pytest -n auto
+	$(python) -m pytest -n auto --dist worksteal
 
 # PyTorch's own kernels are held to the same instruction set, which it calls "default" where it is the least.
 test-isas: $(done)/package $(done)/dev
@@ -57,7 +57,7 @@ test-isas: $(done)/package $(done)/dev
 	    print(*info["cpu_isas"][: info["cpu_isas"].index(info["cpu_isa"])])'); do \
 	  echo "tests/ops with $$isa"; \
 	  INVERSE_FLOW_CPU_ISA=$$isa ATEN_CPU_CAPABILITY=$$(echo $$isa | sed s/portable/default/) \
-	    $(python) -m pytest -n auto tests/ops; \
+	    $(python) -m pytest -n auto --dist worksteal tests/ops; \
 	done
 
 lint: $(done)/package $(done)/dev
