@@ -1,4 +1,5 @@
-r"""Public functions: the causal convolution A(w) and its inverse, of signals, images and volumes.
+r"""Public functions: the causal convolution A(w) and its inverse, of signals, images and volumes; and the inverse of a
+convolution with any kernel, by iterations.
 
 Nagar & Varma, *Parallel Backpropagation for Inverse of a Convolution with Application to Normalizing Flows*,
 AISTATS 2025 (arXiv 2410.14634).
@@ -6,10 +7,14 @@ AISTATS 2025 (arXiv 2410.14634).
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
+from inverse_flow.ops import centred, native, views
 from inverse_flow.ops import library as ops
-from inverse_flow.ops import native, views
 from inverse_flow.ops.causal import convolve, effective_weight, per_channel
 from inverse_flow.ops.checks import check_arguments
 from inverse_flow.ops.spec import OrderNames, Steps, each_axis, make_spec
@@ -21,7 +26,27 @@ __all__ = [
     "inverse_conv1d",
     "inverse_conv2d",
     "inverse_conv3d",
+    "solve_conv2d",
 ]
+
+# The relative residual at which iterations stop unless another is given.
+TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+class Solution(NamedTuple):
+    """What :func:`solve_conv2d` returns.
+
+    Attributes:
+        x: of the shape and dtype of ``input``.
+        iterations: that each image took, (B,).
+        residual: the relative residual of each image, (B,), at most ``tolerance``.
+        tolerance: the one that was asked for.
+    """
+
+    x: Tensor
+    iterations: Tensor
+    residual: Tensor
+    tolerance: float
 
 
 def inverse_conv1d(
@@ -124,6 +149,81 @@ def inverse_conv3d(
         y and x are (B, C, D, H, W), or (C, D, H, W) for one volume alone; w is (C, C / groups, kD, kH, kW).
     """
     return _inverse(3, input, weight, bias, order, groups, dilation, corner)
+
+
+def solve_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    groups: int = 1,
+    tikhonov: float = 0.0,
+    tolerance: float | None = None,
+    max_iterations: int = 500,
+    restart: int = 50,
+    preconditioned: bool = True,
+) -> Solution:
+    r"""Solves A x + b = y where A is any convolution of odd size with the usual padding, by iterations.
+
+    .. math:: (A x)_{o,i,j} = \sum_{c,p,q} w_{o,c,p,q}\, x_{c,\,i+p-\lfloor k_H/2 \rfloor,\,j+q-\lfloor k_W/2 \rfloor}
+
+    that is ``F.conv2d(x, w, padding="same", groups=groups)``. No order makes such a matrix triangular, so this is GMRES
+    with restarts, for which the solves of two quadrants of the kernel are the preconditioner:
+    (D + L) D⁻¹ (D + U), with D the centre tap, D + L the taps above and to the left of it, and D + U those below and to
+    the right, one :func:`inverse_conv2d` each. Each image stops on its own residual. Where a kernel has a causal form,
+    :func:`inverse_conv2d` is exact and faster by far.
+
+    With ``tikhonov`` λ > 0, for kernels that are singular or nearly so, x is what minimises ‖A x + b − y‖² + λ‖x‖²: the
+    solution of (AᵀA + λI) x = Aᵀ(y − b), which is unique for every kernel. The residual is that of this equation.
+
+    The backward pass is the same solve of the transposed system, to the same tolerance; derivatives of every order are
+    made of such solves. GMRES reads values: a GPU is waited for at each iteration, and graphs are not captured.
+
+    Args:
+        input: y, of shape (B, C, H, W), or (C, H, W) for one image alone; float32 or float64; any strides.
+        weight: w, of shape (C, C / groups, kH, kW), both sizes odd; the dtype of ``input``.
+        bias: b, of shape (C,) and of the weight's dtype.
+        groups: the number of channel groups.
+        tikhonov: λ.
+        tolerance: the relative residual ‖y − b − A x‖ / ‖y − b‖ to reach, 1e-5 for float32 and 1e-10 for float64 unless
+            given.
+        max_iterations: the most for each image.
+        restart: iterations between restarts. Memory is that of so many copies of ``input``; few make hard problems
+            slower.
+        preconditioned: False leaves the preconditioner out, which kernels need whose centre tap is small beside the
+            others: the two solves then grow without bound.
+
+    Returns:
+        x with the iterations and the residual of each image, and the tolerance.
+
+    Raises:
+        TypeError: an argument is not a tensor, or neither float32 nor float64.
+        ValueError: shapes, dtypes or ``groups`` do not fit; a kernel of even size; ``tikhonov`` or ``tolerance`` below
+            0, ``max_iterations`` or ``restart`` below 1; the centre tap is singular and the preconditioner asked for.
+        RuntimeError: the tensors lie on different devices.
+        torch.linalg.LinAlgError: an image did not reach the tolerance, here or in the backward pass.
+    """
+    check_arguments(input, weight, bias, groups, batched=False)
+    native.check_device(input.device)
+    if input.dtype not in TOLERANCES:
+        raise TypeError(f"input must be float32 or float64, got {input.dtype}")
+    if not all(size % 2 for size in weight.shape[2:]):
+        raise ValueError(f"a kernel must have odd sizes, so that it has a centre, got {tuple(weight.shape[2:])}")
+    if not 0 <= tikhonov < math.inf:
+        raise ValueError(f"tikhonov must be at least 0 and finite, got {tikhonov}")
+    chosen = TOLERANCES[input.dtype] if tolerance is None else tolerance
+    if not 0 <= chosen < 1:
+        raise ValueError(f"tolerance must be at least 0 and below 1, got {tolerance}")
+    if max_iterations < 1 or restart < 1:
+        raise ValueError(f"max_iterations and restart must be at least 1, got {max_iterations} and {restart}")
+    images = input if input.dim() == 4 else input[None]
+    if bias is not None:
+        images = images - per_channel(bias, images)
+    if tikhonov:
+        images = centred.convolve(images, centred.transpose(weight, groups), groups)
+    system = centred.System(groups, float(tikhonov), preconditioned, chosen, max_iterations, restart)
+    x, iterations, residual = centred.Solve.apply(images, weight, system)
+    return Solution(x if input.dim() == 4 else x[0], iterations, residual, chosen)
 
 
 def causal_conv1d(

@@ -19,25 +19,34 @@ from torch import Tensor, nn
 from inverse_flow import InverseConv1d, InverseConv2d, InverseConv3d
 from inverse_flow.flows import (
     HINT,
+    IRIM,
     ActNorm,
     AdditiveCoupling,
     AffineCoupling,
     CheckerboardCoupling,
     Compose,
     Conv1x1,
+    EmergingConv,
+    ExponentialConv,
     Flow,
     FlowLayer,
     HaarSqueeze,
     Householder,
     Hyperbolic,
+    LeakyReLU,
     Logit,
+    PeriodicConv,
     Permute,
     ResNet,
     Reverse,
+    SmoothLeakyReLU,
+    SmoothTanh,
     SplineActivation,
     SplineCoupling,
     Split,
     Squeeze,
+    WaveletSqueeze,
+    Woodbury,
 )
 from inverse_flow.models import InverseFlow
 
@@ -82,6 +91,9 @@ def small_flow() -> Flow:
     return Flow([Squeeze(), ActNorm(4), Split(4, context_channels=CONTEXT_CHANNELS), Conv1x1(2)], (1, 4, 2))
 
 
+# Daubechies' wavelet of two vanishing moments.
+DB2 = [(1 + 3**0.5) / 32**0.5, (3 + 3**0.5) / 32**0.5, (3 - 3**0.5) / 32**0.5, (1 - 3**0.5) / 32**0.5]
+
 with_context = {"context_channels": CONTEXT_CHANNELS}
 
 CASES = {
@@ -106,6 +118,8 @@ CASES = {
     "affine_coupling_context": Case(partial(AffineCoupling, 3, 6, **with_context), (3, 2, 3), uses_context=True),
     "squeeze": Case(Squeeze, (3, 4, 2)),
     "squeeze_3": Case(partial(Squeeze, 3), (1, 3, 6)),
+    "squeeze_patch": Case(partial(Squeeze, pattern="patch"), (2, 4, 6)),
+    "squeeze_column": Case(partial(Squeeze, pattern="column"), (2, 4, 2)),
     "logit": Case(partial(Logit, 0.05), (2, 3, 2), unit_interval=True),
     "permute": Case(partial(Permute, (2, 0, 1)), (3, 2, 3)),
     "split_standard": Case(partial(Split, 3, prior="standard"), (3, 3, 2)),
@@ -115,6 +129,8 @@ CASES = {
     "checkerboard_additive": Case(partial(CheckerboardCoupling, 1, 6, kind="additive", parity=1), (1, 3, 2)),
     "checkerboard_sigmoid": Case(partial(CheckerboardCoupling, 1, 6, scale="sigmoid"), (1, 3, 2)),
     "checkerboard_context": Case(partial(CheckerboardCoupling, 1, 6, **with_context), (1, 3, 2), uses_context=True),
+    "affine_coupling_kept": Case(partial(AffineCoupling, 4, 6, kept=1), (4, 2, 3)),
+    "additive_coupling_kept": Case(partial(AdditiveCoupling, 4, 6, kept=3), (4, 2, 3)),
     "spline": Case(partial(SplineActivation, 2, bound=1.5), (2, 3, 4)),
     "linear_spline": Case(partial(SplineActivation, 2, kind="linear", bins=3, bound=1.5), (2, 3, 4)),
     "spline_coupling": Case(partial(SplineCoupling, 4, 6, bins=3, bound=1.5), (4, 3, 2)),
@@ -124,10 +140,14 @@ CASES = {
     "householder_one_channel": Case(partial(Householder, 1), (1, 2, 3)),
     "haar": Case(HaarSqueeze, (3, 4, 2)),
     "haar_by_channel": Case(partial(HaarSqueeze, "channel"), (3, 2, 4)),
+    "wavelet": Case(partial(WaveletSqueeze, DB2), (2, 4, 6)),
+    "wavelet_by_channel": Case(partial(WaveletSqueeze, DB2, "channel"), (3, 2, 4)),
     "hint": Case(partial(HINT, 5, 0), (5, 2, 3)),
     "hint_shallow": Case(partial(HINT, 4, 3, least_channels=3), (4, 2, 2)),
     "hint_additive": Case(partial(HINT, 4, coupling=partial(AdditiveCoupling, hidden=0)), (4, 2, 2)),
     "hint_context": Case(partial(HINT, 3, 0, **with_context), (3, 2, 2), uses_context=True),
+    "irim": Case(partial(IRIM, 4, 5), (4, 2, 3)),
+    "irim_context": Case(partial(IRIM, 3, 5, reflections=2, **with_context), (3, 2, 2), uses_context=True),
     "hyperbolic": Case(partial(Hyperbolic, 6), (6, 3, 2)),
     "hyperbolic_hidden": Case(partial(Hyperbolic, 2, 5, step_size=0.3, kernel_size=5), (2, 3, 2)),
     "residual_coupling": Case(
@@ -145,6 +165,10 @@ CASES = {
     "householder_volume": Case(partial(Householder, 3), (3, 2, 1, 3)),
     "haar_volume": Case(HaarSqueeze, (2, 2, 4, 2)),
     "haar_volume_by_channel": Case(partial(HaarSqueeze, "channel"), (2, 2, 2, 2)),
+    "wavelet_volume": Case(partial(WaveletSqueeze, DB2), (1, 2, 4, 2)),
+    "squeeze_volume_patch": Case(partial(Squeeze, pattern="patch"), (1, 4, 2, 2)),
+    "squeeze_volume_column": Case(partial(Squeeze, pattern="column"), (1, 4, 2, 2)),
+    "irim_volume": Case(partial(IRIM, 3, 2, dimensions=3), (3, 2, 1, 2)),
     "hint_volume": Case(partial(HINT, 4, 0, dimensions=3), (4, 2, 1, 2)),
     "hyperbolic_volume": Case(partial(Hyperbolic, 2, dimensions=3), (2, 2, 3, 2)),
     "residual_coupling_volume": Case(
@@ -163,6 +187,8 @@ CASES = {
     ),
     "spline_vector": Case(partial(SplineActivation, 2, bins=3), (2,)),
     "spline_coupling_vector": Case(partial(SplineCoupling, 4, 6, bins=3, dimensions=0), (4,)),
+    "spline_coupling_kept": Case(partial(SplineCoupling, 3, 4, bins=3, kept=1, dimensions=0), (3,)),
+    "irim_vector": Case(partial(IRIM, 3, 4, dimensions=0), (3,)),
     "split_vector": Case(partial(Split, 3, dimensions=0), (3,)),
     "hint_vector": Case(partial(HINT, 5, 3, dimensions=0), (5,)),
     "residual_coupling_vector": Case(
@@ -178,6 +204,22 @@ CASES = {
     "checkerboard_signal": Case(partial(CheckerboardCoupling, 2, 3, dimensions=1), (2, 5)),
     "split_signal": Case(partial(Split, 3, dimensions=1), (3, 4)),
     "hyperbolic_signal": Case(partial(Hyperbolic, 4, dimensions=1), (4, 5)),
+    "emerging": Case(partial(EmergingConv, 3), (3, 3, 4)),
+    "emerging_volume": Case(partial(EmergingConv, 2, (1, 2, 2), corner="unit_triangular", dimensions=3), (2, 2, 3, 2)),
+    "periodic": Case(partial(PeriodicConv, 3), (3, 4, 3)),
+    "periodic_even": Case(partial(PeriodicConv, 2, (2, 4)), (2, 3, 4)),
+    "periodic_signal": Case(partial(PeriodicConv, 2, dimensions=1), (2, 5)),
+    "periodic_volume": Case(partial(PeriodicConv, 1, 2, dimensions=3), (1, 2, 3, 3)),
+    "exponential": Case(partial(ExponentialConv, 3), (3, 3, 4)),
+    "exponential_small_norm": Case(partial(ExponentialConv, 2, (1, 5), norm=0.3), (2, 2, 3)),
+    "exponential_signal": Case(partial(ExponentialConv, 2, dimensions=1), (2, 5)),
+    "exponential_volume": Case(partial(ExponentialConv, 1, dimensions=3), (1, 2, 3, 2)),
+    "woodbury": Case(partial(Woodbury, 3, (3, 2), 2), (3, 3, 2)),
+    "woodbury_signal": Case(partial(Woodbury, 2, (5,)), (2, 5)),
+    "leaky_relu": Case(partial(LeakyReLU, 3), (3, 2, 3)),
+    "leaky_relu_vector": Case(partial(LeakyReLU, 3), (3,)),
+    "smooth_leaky_relu": Case(SmoothLeakyReLU, (2, 3, 2)),
+    "smooth_tanh": Case(partial(SmoothTanh, 0.2), (2, 3, 2)),
     "reverse": Case(lambda: Reverse(Squeeze()), (4, 2, 3)),
     "reverse_affine": Case(lambda: Reverse(AffineCoupling(4, 6)), (4, 2, 3)),
     "compose": Case(lambda: Compose(Squeeze(), ActNorm(4), Conv1x1(4), AffineCoupling(4, 6)), (1, 4, 2)),

@@ -21,14 +21,19 @@ from inverse_flow.flows import (
     Hyperbolic,
     Permute,
     Squeeze,
+    WaveletSqueeze,
 )
 from inverse_flow.flows.hint import OnChannels
+
+from .test_battery import DB2
 
 CONTEXT_CHANNELS = 2
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "haar": (HaarSqueeze, (2, 4, 2)),
     "haar_volume": (partial(HaarSqueeze, "channel"), (2, 2, 4, 2)),
+    "wavelet": (partial(WaveletSqueeze, DB2), (2, 6, 4)),
+    "squeeze_column": (partial(Squeeze, pattern="column"), (1, 4, 2)),
     "householder": (partial(Householder, 4, 3), (4, 2, 3)),
     "householder_volume": (partial(Householder, 3), (3, 2, 1, 3)),
     "hyperbolic": (partial(Hyperbolic, 4, 3, step_size=0.5), (4, 3, 2)),

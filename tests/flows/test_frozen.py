@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inverse_flow import InverseConv2d
-from inverse_flow.flows import ActNorm, Conv1x1, HaarSqueeze, Householder, Permute, Squeeze
+from inverse_flow.flows import ActNorm, Conv1x1, HaarSqueeze, Householder, Permute, Squeeze, WaveletSqueeze
 from inverse_flow.functional import inverse_conv2d
 
 # Their Jacobians depend on no image, so that the gradient of an image needs none.
@@ -25,6 +25,7 @@ LINEAR: dict[str, Callable[[], nn.Module]] = {
     "permute": lambda: Permute([3, 1, 0, 2]),
     "squeeze": Squeeze,
     "haar": HaarSqueeze,
+    "wavelet": lambda: WaveletSqueeze([0.6, 0.8, 0.0, 0.0]),
 }
 SIDE = 16
 

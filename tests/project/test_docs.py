@@ -47,7 +47,7 @@ def run_code(page: Path, changes: Mapping[str, str] | None = None) -> dict[str, 
 
 
 @pytest.mark.parametrize(
-    "page", [DOCS / "index.md", DOCS / "layer.md", DOCS / "stability.md"], ids=lambda page: page.name
+    "page", [DOCS / "index.md", DOCS / "layer.md", DOCS / "solve.md", DOCS / "stability.md"], ids=lambda page: page.name
 )
 def test_code_runs(page: Path) -> None:
     run_code(page)

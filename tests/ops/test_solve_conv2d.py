@@ -1,0 +1,249 @@
+"""Kernels without a causal form: ``solve_conv2d`` against the dense float64 solve."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from inverse_flow.functional import solve_conv2d
+from inverse_flow.ops import centred
+
+CHANNELS, HEIGHT, WIDTH = 4, 7, 6
+
+
+def make_weight(
+    kernel: tuple[int, int] = (3, 3), spread: float = 0.5, groups: int = 1, channels: int = CHANNELS
+) -> Tensor:
+    """Random taps about the identity: with more spread, worse conditioned."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = channels // groups
+    taps = torch.randn(channels, inputs, *kernel, dtype=torch.float64, generator=generator)
+    taps *= spread / (inputs * kernel[0] * kernel[1]) ** 0.5
+    index = torch.arange(channels)
+    taps[index, index % inputs, kernel[0] // 2, kernel[1] // 2] += 1
+    return taps
+
+
+def make_images(batch: int = 3, channels: int = CHANNELS) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch, channels, HEIGHT, WIDTH, dtype=torch.float64, generator=generator)
+
+
+def blur(size: int, deviation: float) -> Tensor:
+    """A Gaussian; the wider, the closer to singular."""
+    row = torch.exp(-((torch.arange(size, dtype=torch.float64) - size // 2) ** 2) / (2 * deviation**2))
+    return (row[:, None] * row / row.sum() ** 2)[None, None]
+
+
+def box(size: int) -> Tensor:
+    """Out of focus: singular on some images, and never far from it."""
+    return torch.full((1, 1, size, size), 1 / size**2, dtype=torch.float64)
+
+
+def matrix_of(weight: Tensor, groups: int = 1) -> Tensor:
+    """A, column by column, by PyTorch's convolution."""
+    size = len(weight) * HEIGHT * WIDTH
+    units = torch.eye(size, dtype=torch.float64).view(size, len(weight), HEIGHT, WIDTH)
+    return F.conv2d(units, weight.double(), padding="same", groups=groups).flatten(1).mT
+
+
+def dense(images: Tensor, weight: Tensor, groups: int = 1, tikhonov: float = 0.0) -> Tensor:
+    matrix, right = matrix_of(weight, groups), images.double().flatten(1).mT
+    if tikhonov:
+        matrix, right = matrix.mT @ matrix + tikhonov * torch.eye(len(matrix), dtype=torch.float64), matrix.mT @ right
+    return torch.linalg.solve(matrix, right).mT.view(images.shape)
+
+
+def check(images: Tensor, weight: Tensor, groups: int = 1, tikhonov: float = 0.0, **options: Any) -> Any:
+    """The residual is as small as it is said to be, and the error no larger than that and the condition allow."""
+    found = solve_conv2d(images, weight, groups=groups, tikhonov=tikhonov, **options)
+    assert found.x.dtype == images.dtype
+    assert (found.residual <= found.tolerance).all()
+    matrix, exact = matrix_of(weight, groups), dense(images, weight, groups, tikhonov)
+    if tikhonov:
+        matrix = matrix.mT @ matrix + tikhonov * torch.eye(len(matrix), dtype=torch.float64)
+    condition = float(torch.linalg.cond(matrix))
+    rounding = 32 * torch.finfo(images.dtype).eps
+    error = ((found.x.double() - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)).max()
+    assert error <= condition * (found.tolerance + rounding), (float(error), condition)
+    return found
+
+
+@pytest.mark.parametrize("preconditioned", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (1, 3), (3, 1), (1, 1), (9, 9)], ids=str)
+def test_any_odd_kernel(kernel: tuple[int, int], dtype: torch.dtype, preconditioned: bool) -> None:
+    """Also one that is larger than the image."""
+    check(make_images().to(dtype), make_weight(kernel).to(dtype), preconditioned=preconditioned)
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+@pytest.mark.parametrize("tikhonov", [0.0, 1e-2])
+def test_groups(groups: int, tikhonov: float) -> None:
+    check(make_images(), make_weight(groups=groups), groups, tikhonov)
+
+
+@pytest.mark.parametrize("deviation", [0.4, 0.6, 0.8, 1.0])
+def test_from_well_to_ill_conditioned(deviation: float) -> None:
+    check(make_images(channels=1), blur(5, deviation))
+
+
+def test_the_preconditioner_saves_iterations() -> None:
+    images, weight = torch.randn(2, 1, 20, 20, dtype=torch.float64), blur(5, 1.0)
+    with_it = solve_conv2d(images, weight, restart=100)
+    without = solve_conv2d(images, weight, restart=100, preconditioned=False)
+    assert 2 * with_it.iterations.max() < without.iterations.min()
+
+
+def test_the_preconditioner_of_the_system_of_least_squares_is_symmetric() -> None:
+    """(D + L) D⁻¹ (D + Lᵀ), for an autocorrelation."""
+    weight = make_weight()
+    system = centred.System(1, 1e-2, True, 1e-10, 10, 10)
+    precondition = centred.gauss_seidel(centred.kernel(weight, system), 1)
+    a, b = make_images()[:1], make_images()[1:2]
+    torch.testing.assert_close((a * precondition(b)).sum(), (precondition(a) * b).sum())
+
+
+def test_the_kernel_of_the_system_is_that_of_its_matrix() -> None:
+    """Away from the borders, for groups too."""
+    weight = make_weight(groups=2)
+    for system in (centred.System(2, 0.1, True, 0, 1, 1), centred.System(2, 0.0, True, 0, 1, 1, transposed=True)):
+        impulse = torch.zeros(CHANNELS, CHANNELS, 9, 9, dtype=torch.float64)
+        impulse[range(CHANNELS), range(CHANNELS), 4, 4] = 1
+        direct = F.conv2d(impulse, centred.kernel(weight, system), padding="same", groups=2)
+        torch.testing.assert_close(direct, centred.apply(impulse, weight, system))
+
+
+def test_bias_one_image_and_strides() -> None:
+    images, weight, bias = make_images(), make_weight(), torch.arange(4, dtype=torch.float64)
+    expected = dense(images - bias.view(-1, 1, 1), weight)
+    for given in (images, images.to(memory_format=torch.channels_last), images.mT.contiguous().mT):
+        torch.testing.assert_close(solve_conv2d(given, weight, bias).x, expected, rtol=1e-8, atol=1e-8)
+    alone = solve_conv2d(images[0], weight, bias)
+    assert alone.iterations.shape == (1,)
+    torch.testing.assert_close(alone.x, expected[0], rtol=1e-8, atol=1e-8)
+    assert solve_conv2d(images[:0], weight, bias).x.shape == (0, *images.shape[1:])
+
+
+def test_a_singular_kernel_needs_tikhonovs_term() -> None:
+    images = make_images(channels=1)
+    weight = torch.tensor([[1.0, 0, 1]], dtype=torch.float64).view(1, 1, 1, 3)
+    weight[..., 1] = 2 * torch.cos(torch.tensor(torch.pi / 7, dtype=torch.float64))  # an eigenvalue 0 for width 6
+    assert torch.linalg.matrix_rank(matrix_of(weight)) < HEIGHT * WIDTH
+    with pytest.raises(torch.linalg.LinAlgError, match="tikhonov > 0"):
+        solve_conv2d(images, weight)
+    check(images, weight, tikhonov=1e-3)
+
+
+@pytest.mark.parametrize("tikhonov", [1e-1, 1e-3, 1e-5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_least_squares(tikhonov: float, dtype: torch.dtype) -> None:
+    for weight in (box(3), make_weight(spread=1.5, channels=1)):
+        check(make_images(channels=1).to(dtype), weight.to(dtype), tikhonov=tikhonov, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("tikhonov", [0.0, 0.1])
+@pytest.mark.parametrize("needed", [(True, True, True), (True, False, False), (False, True, False)], ids=str)
+def test_gradients_of_two_orders(tikhonov: float, needed: tuple[bool, ...]) -> None:
+    images, weight = make_images(2, channels=1)[..., :2, :3], make_weight((1, 3), channels=1)
+    tensors = [images, weight, torch.tensor([0.5], dtype=torch.float64)]
+    tensors = [tensor.clone().requires_grad_(need) for tensor, need in zip(tensors, needed, strict=True)]
+
+    def x(*given: Tensor) -> Tensor:
+        return solve_conv2d(*given, tikhonov=tikhonov, tolerance=1e-13).x
+
+    # The sums of small batched products are not the same bits at every call.
+    assert torch.autograd.gradcheck(x, tensors, nondet_tol=1e-10)
+    assert torch.autograd.gradgradcheck(x, tensors, nondet_tol=1e-10)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("tikhonov", [0.0, 1e-2])
+def test_gradients_are_those_of_the_dense_solve(groups: int, tikhonov: float) -> None:
+    images, weight = make_images().requires_grad_(), make_weight((3, 5), groups=groups).requires_grad_()
+    grad = make_images(6)[3:]
+    size = CHANNELS * HEIGHT * WIDTH
+    units = torch.eye(size, dtype=torch.float64).view(size, CHANNELS, HEIGHT, WIDTH)
+    matrix = F.conv2d(units, weight, padding="same", groups=groups).flatten(1).mT
+    system, right = matrix, images.flatten(1).mT
+    if tikhonov:
+        system = matrix.mT @ matrix + tikhonov * torch.eye(size, dtype=torch.float64)
+        right = matrix.mT @ right
+    exact = torch.autograd.grad(torch.linalg.solve(system, right).mT.view(images.shape), (images, weight), grad)
+    x = solve_conv2d(images, weight, groups=groups, tikhonov=tikhonov, tolerance=1e-12).x
+    for found, wanted in zip(torch.autograd.grad(x, (images, weight), grad), exact, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-7)
+
+
+def test_no_graph_is_kept_where_none_is_asked_for() -> None:
+    weight = make_weight().requires_grad_()
+    solve_conv2d(make_images(), weight).x.sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.grad_fn is None
+
+
+def test_each_image_stops_on_its_own_residual() -> None:
+    images = make_images()
+    images[1] = 0
+    together = solve_conv2d(images, make_weight())
+    assert together.iterations[1] == 0
+    assert together.iterations.tolist() == [int(solve_conv2d(one, make_weight()).iterations) for one in images]
+
+
+def test_what_does_not_converge_says_so() -> None:
+    images, weight = make_images(), make_weight()
+    with pytest.raises(torch.linalg.LinAlgError, match=r"1\.0e-10 for 3 of 3 images, after 2 iterations"):
+        solve_conv2d(images, weight, max_iterations=2)
+    # The system is solved in these steps, that of its gradient is not.
+    x = solve_conv2d(images, weight.requires_grad_(), max_iterations=30).x
+    with pytest.raises(torch.linalg.LinAlgError, match="transposed system, of the gradient"):
+        x.backward(torch.full_like(x, torch.nan))
+
+
+def test_solves_that_grow_without_bound() -> None:
+    """The two quadrants by themselves may be unstable where the whole is not."""
+    weight = torch.zeros(1, 1, 3, 3, dtype=torch.float64)
+    weight[..., 0, 0], weight[..., 1, 1], weight[..., 2, 2] = 300.0, 1.0, 1.0
+    images = torch.randn(1, 1, 300, 300, dtype=torch.float64)
+    with pytest.raises(torch.linalg.LinAlgError, match=r"residual is nan.*preconditioned=False"):
+        solve_conv2d(images, weight, max_iterations=5)
+
+
+def error_cases() -> list[tuple[dict[str, Any], type[Exception], str]]:
+    images, weight = make_images(), make_weight()
+    without_centre = weight.clone()
+    without_centre[:, :, 1, 1] = 0
+    return [
+        ({"weight": weight[:, :, :2]}, ValueError, r"odd sizes.*\(2, 3\)"),
+        ({"weight": weight[:2]}, ValueError, "weight must have shape"),
+        ({"input": images[0, 0]}, ValueError, "input must have shape"),
+        ({"input": images.half(), "weight": weight.half()}, TypeError, "float32 or float64, got torch.float16"),
+        ({"weight": weight.float()}, ValueError, "weight must be torch.float64"),
+        ({"weight": without_centre}, ValueError, "centre tap is singular.*tikhonov > 0"),
+        ({"tikhonov": -1.0}, ValueError, "tikhonov must be at least 0"),
+        ({"tikhonov": float("nan")}, ValueError, "tikhonov must be at least 0"),
+        ({"tolerance": 1.0}, ValueError, "tolerance must be"),
+        ({"max_iterations": 0}, ValueError, "max_iterations and restart"),
+        ({"restart": 0}, ValueError, "max_iterations and restart"),
+        ({"groups": 3}, ValueError, "divisible by groups"),
+    ]
+
+
+@pytest.mark.parametrize("case", range(len(error_cases())))
+def test_errors_say_what_is_right(case: int) -> None:
+    changes, kind, text = error_cases()[case]
+    with pytest.raises(kind, match=text):
+        solve_conv2d(**({"input": make_images(), "weight": make_weight()} | changes))
+
+
+def test_without_the_preconditioner_the_centre_may_be_singular() -> None:
+    weight = torch.zeros(1, 1, 1, 3, dtype=torch.float64)
+    weight[..., 0], weight[..., 2] = 1.0, 0.3
+    for preconditioned, tikhonov in itertools.product([True, False], [1e-3]):
+        check(make_images(channels=1), weight, tikhonov=tikhonov, preconditioned=preconditioned)
+    check(make_images(channels=1), weight, preconditioned=False)
