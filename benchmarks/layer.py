@@ -1,7 +1,8 @@
-"""What does a solve cost against ``F.conv2d`` on the same tensors? And a call, when there is nothing to compute?
+"""What does a solve cost against ``F.conv2d`` or ``F.conv3d`` on the same tensors? And a call that computes nothing?
 
     python benchmarks/layer.py                           every shape, one thread and two
     python benchmarks/layer.py --quick --shapes 12x16    one shape, shorter
+    python benchmarks/layer.py --volumes --corner general --json benchmarks/results/volumes.json
     python benchmarks/layer.py --dtype bfloat16 --rival float32      half-precision images against our float32 solve
     python benchmarks/layer.py --device cuda --pattern --json benchmarks/results/layer-gpu.json
     python benchmarks/layer.py --calls                   microseconds of a call on an empty batch
@@ -23,9 +24,11 @@ returns what ours does and computes nothing, as the measure of what ``autograd.g
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,10 +49,10 @@ from harness import (
     spread,
     time_alternately,
 )
-from problems import CHECK_ROUNDINGS, CORNERS, MODES, Case, Operands, check
+from problems import CHECK_ROUNDINGS, CORNERS, MODES, Case, Operands, check, inverse_conv
 from torch import Tensor
 
-from inverse_flow import InverseConv2d
+from inverse_flow import InverseConv2d, explain
 from inverse_flow.functional import inverse_conv2d
 
 CASES = [
@@ -61,6 +64,9 @@ CASES = [
 ]
 # Too few images for lanes: the rows of one fill them.
 LARGE_IMAGES = [Case(1, c, s) for c, s in [(3, 1024), (16, 128), (64, 64)]]
+VOLUMES = [
+    Case(*sizes, dimensions=3) for sizes in [(1, 4, 32), (1, 8, 32), (4, 8, 16), (16, 8, 16), (1, 16, 64), (32, 2, 32)]
+]
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TF32 = {"tf32 off": False, "tf32 on": True}
 # Of the ratios to the convolution, by device, set of shapes and mode.
@@ -68,6 +74,8 @@ TARGETS: dict[tuple[str, str, str], dict[str, float]] = {
     ("cpu", "layers", "forward"): {"mean": 0.5, "worst": 1.0},
     ("cpu", "layers", "forward+backward"): {"mean": 0.45, "worst": 1.0},
     ("cpu", "large images", "forward"): {"worst": 1.0},
+    ("cpu", "volumes", "forward"): {"mean": 0.7, "worst": 1.2},
+    ("cpu", "volumes", "forward+backward"): {"mean": 0.7, "worst": 1.2},
     ("cuda", "layers", "forward"): {"mean": 1.0, "worst": 1.5},
     ("cuda", "layers", "forward+backward"): {"mean": 0.9},
 }
@@ -93,9 +101,9 @@ def machine_limits(dtype: torch.dtype, device: torch.device) -> dict[str, float]
 def least_seconds(case: Case, mode: str, dtype: torch.dtype, limits: Mapping[str, float]) -> float:
     """What the limits allow: forward reads y and writes x; the backward pass reads x and g and writes u, and has the
     multiply-adds of a solve and of the weight's gradient."""
-    values = case.batch * case.channels * case.size**2
+    values = math.prod(case.shape)
     passes, tensors = (1, 2) if mode == "forward" else (3, 5)
-    work = passes * values * case.channels * case.kernel**2
+    work = passes * values * case.channels * math.prod(case.window)
     return max(work / limits["multiply_adds"], tensors * values * dtype.itemsize / limits["bytes"])
 
 
@@ -112,19 +120,23 @@ def with_tf32(work: Work, allowed: bool) -> Work:
 def candidates(mode: str, operands: Operands, arguments: argparse.Namespace) -> dict[tuple[str, str], Work]:
     """What competes, by (who, launch): ours with each corner, and the rivals."""
     padding = operands.weight.shape[-1] // 2
-    works = {f"ours, {corner}": operands.work(mode, inverse_conv2d, corner=corner) for corner in arguments.corner}
+    solve, name, convolve = inverse_conv(operands.weight), "conv2d", F.conv2d
+    if arguments.volumes:
+        name, convolve = "conv3d", F.conv3d
+    works = {f"ours, {corner}": operands.work(mode, solve, corner=corner) for corner in arguments.corner}
     if arguments.rival == "float32":
         exact = operands.in_float32()
-        works |= {f"float32, {c}": exact.work(mode, inverse_conv2d, corner=c) for c in arguments.corner}
+        works |= {f"float32, {c}": exact.work(mode, solve, corner=c) for c in arguments.corner}
     elif arguments.device.type == "cpu":
-        works["conv2d"] = operands.work(mode, F.conv2d, padding=padding)
+        works[name] = operands.work(mode, convolve, padding=padding)
     else:
-        last = operands.map(lambda tensor: tensor.to(memory_format=torch.channels_last))
+        layout = torch.channels_last_3d if arguments.volumes else torch.channels_last
+        last = operands.map(lambda tensor: tensor.to(memory_format=layout))
         works = {name: with_tf32(work, False) for name, work in works.items()}
         for setting, allowed in TF32.items():
-            for layout, tensors in {"NCHW": operands, "channels_last": last}.items():
-                rival = with_tf32(tensors.work(mode, F.conv2d, padding=padding), allowed)
-                works[f"conv2d {layout}, {setting}"] = rival
+            for order, tensors in {"NCHW": operands, "channels_last": last}.items():
+                rival = with_tf32(tensors.work(mode, convolve, padding=padding), allowed)
+                works[f"{name} {order}, {setting}"] = rival
     found = {(name, "eager"): work for name, work in works.items()}
     if arguments.device.type == "cuda":
         found |= {(name, "graph"): cuda_graph(work) for name, work in works.items()}
@@ -187,7 +199,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], arguments: argparse.Namespace) 
             "of_the_limit": geometric_mean([row["of_the_limit"] for row in members]),
         }
         aims = TARGETS.get((arguments.device.type, entry["set"], entry["mode"]), {})
-        if arguments.rival == "conv2d":
+        if arguments.rival == "convolution":
             entry["targets"] = ", ".join(
                 f"{name} ≤ {aim} {'kept' if entry[name] <= aim else 'MISSED'}" for name, aim in aims.items()
             )
@@ -221,10 +233,12 @@ def measure(
         with report.checked(f"published pattern, {case}, {mode}"):
             pattern = pattern_ms(mode, operands)
     least_ms = 1e3 * least_seconds(case, mode, DTYPES[arguments.dtype], limits)
-    of_set = "large images" if case in LARGE_IMAGES else "layers"
+    of_set = "volumes" if arguments.volumes else "large images" if case in LARGE_IMAGES else "layers"
+    regime = explain(case.shape, case.window, backward=mode != "forward", device=arguments.device).regime
     rows = []
     for row in rows_of(samples, len(operands.inputs)):
-        row |= {"shape": str(case), "mode": mode, "set": of_set, "threads": torch.get_num_threads()}
+        row |= {"shape": str(case), "mode": mode, "set": of_set, "regime": regime}
+        row["threads"] = torch.get_num_threads()
         row |= {"of_the_limit": least_ms / row["ours_ms"], "pattern_ms": pattern}
         if pattern and row["corner"] == "unit_triangular":
             row["pattern_ratio"] = pattern / row["ours_ms"]
@@ -235,7 +249,7 @@ def measure(
 def compare_shapes(report: Report, arguments: argparse.Namespace) -> None:
     """Every shape, with every number of threads: a row as soon as it is measured."""
     columns = {
-        "B x C x H², kernel, mode": "{shape:24} {mode:16}",
+        "B x C x H, kernel, mode": "{shape:24} {mode:16}",
         "corner": "{corner:15}",
         "setting": "{threads} thread(s)" if arguments.device.type == "cpu" else "{launch}, {rival:30}",
         "ours ms": "{ours_ms:.4f}",
@@ -355,31 +369,37 @@ def time_calls(report: Report, arguments: argparse.Namespace) -> None:
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     made = parser(__doc__, threads=(1, 2), budget=1.5)
     made.add_argument(
-        "--shapes", type=Case.parse, nargs="+", default=[*CASES, *LARGE_IMAGES], metavar="BxCxHxK",
-        help="also CxH (B=100, K=3) and BxCxH (K=3)",
-    )  # fmt: skip
+        "--shapes", type=Case.parse, nargs="+", metavar="BxCxHxK", help="also CxH (B=100, K=3) and BxCxH (K=3)"
+    )
+    made.add_argument("--volumes", action="store_true", help="volumes of H³ values, beside F.conv3d")
     made.add_argument("--mode", choices=MODES, nargs="+", default=list(MODES))
     made.add_argument("--corner", choices=CORNERS, nargs="+", default=["general", "unit_triangular"])
     made.add_argument("--dtype", choices=DTYPES, default="float32")
-    made.add_argument("--rival", choices=("conv2d", "float32"), default="conv2d", help="float32: our own solve of it")
+    made.add_argument(
+        "--rival", choices=("convolution", "float32"), default="convolution", help="float32: our own solve of it"
+    )
     made.add_argument("--quick", action="store_true", help="a fifth of the budget")
     made.add_argument("--pattern", action="store_true", help="also the published launch pattern, on a GPU")
     made.add_argument("--calls", action="store_true", help="what a call on an empty batch costs, and nothing else")
     arguments = made.parse_args(given)
+    if arguments.shapes is None:
+        arguments.shapes = VOLUMES if arguments.volumes else [*CASES, *LARGE_IMAGES]
+    elif arguments.volumes:
+        arguments.shapes = [replace(case, dimensions=3) for case in arguments.shapes]
     if arguments.calls:
         arguments.threads, arguments.budget = [1], max(20.0, arguments.budget) if arguments.budget else 0.0
     elif arguments.device.type == "cuda":
         arguments.threads = [torch.get_num_threads()]
     if arguments.quick:
         arguments.budget /= 5
-    if arguments.pattern and (arguments.device.type, arguments.dtype) != ("cuda", "float32"):
-        made.error("--pattern needs --device cuda and float32")
+    if arguments.pattern and (arguments.device.type, arguments.dtype, arguments.volumes) != ("cuda", "float32", False):
+        made.error("--pattern needs --device cuda, float32 and images")
     return arguments
 
 
 def main(given: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(given)
-    report = Report("overhead" if arguments.calls else "layer", arguments)
+    report = Report("overhead" if arguments.calls else "volumes" if arguments.volumes else "layer", arguments)
     if arguments.calls:
         with report.checked("an empty batch"):
             time_calls(report, arguments)

@@ -12,8 +12,7 @@ import torch
 from harness import Work, relative_error, require
 from torch import Tensor
 
-from inverse_flow.functional import causal_conv2d, inverse_conv2d
-from inverse_flow.reference import inverse_conv2d as plain_recurrence
+from inverse_flow import functional, reference
 
 # The tap's standard deviation times the square root of the fan-in: well conditioned, and far from the identity.
 GAIN = 0.25
@@ -31,23 +30,24 @@ MODES = ("forward", "forward+backward")
 
 @dataclass(frozen=True)
 class Case:
-    """Images (batch, channels, size, size) and a kernel × kernel window."""
+    """Images (batch, channels, size, size) and a kernel × kernel window, or volumes with one axis more."""
 
     batch: int
     channels: int
     size: int
     kernel: int = 3
+    dimensions: int = 2
 
     def __str__(self) -> str:
-        return f"{self.batch} x {self.channels} x {self.size}², k={self.kernel}"
+        return f"{self.batch} x {self.channels} x {self.size}{'²³'[self.dimensions - 2]}, k={self.kernel}"
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
-        return self.batch, self.channels, self.size, self.size
+    def shape(self) -> tuple[int, ...]:
+        return self.batch, self.channels, *[self.size] * self.dimensions
 
     @property
-    def window(self) -> tuple[int, int]:
-        return self.kernel, self.kernel
+    def window(self) -> tuple[int, ...]:
+        return (self.kernel,) * self.dimensions
 
     @classmethod
     def parse(cls, text: str) -> Case:
@@ -74,11 +74,11 @@ class Signal(Case):
         return f"{self.batch} x {self.channels} x {self.size}, k={self.kernel}"
 
     @property
-    def shape(self) -> tuple[int, int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         return self.batch, self.channels, 1, self.size
 
     @property
-    def window(self) -> tuple[int, int]:
+    def window(self) -> tuple[int, ...]:
         return 1, self.kernel
 
 
@@ -101,7 +101,7 @@ class Operands:
 
         weight = normal(case.channels, case.channels, *case.window)
         weight *= GAIN / weight[0].numel() ** 0.5
-        weight[:, :, -1, -1] += torch.eye(case.channels)
+        weight[(..., *[-1] * len(case.window))] += torch.eye(case.channels)
         images = normal(*case.shape).to(device, dtype)
         count = 1
         if device.type == "cuda":
@@ -140,9 +140,18 @@ class Operands:
         return forward if mode == "forward" else both
 
 
+def inverse_conv(weight: Tensor) -> Callable[..., Tensor]:
+    """The solve of as many dimensions as the weight has."""
+    return functional.inverse_conv2d if weight.dim() == 4 else functional.inverse_conv3d
+
+
+def causal_conv(weight: Tensor) -> Callable[..., Tensor]:
+    return functional.causal_conv2d if weight.dim() == 4 else functional.causal_conv3d
+
+
 def residual(x: Tensor, y: Tensor, weight: Tensor, corner: str, bias: Tensor | None = None) -> float:
     """‖A x + b − y‖ / ‖y‖ in float64 arithmetic."""
-    again = causal_conv2d(x.double(), weight.double(), None if bias is None else bias.double(), corner=corner)
+    again = causal_conv(weight)(x.double(), weight.double(), None if bias is None else bias.double(), corner=corner)
     return relative_error(again, y)
 
 
@@ -154,19 +163,20 @@ def check(operands: Operands, corner: str) -> dict[str, float]:
         ArithmeticError: one of them is too large, or not a number.
     """
     y, weight, bias = next(operands.differentiable())
-    x = inverse_conv2d(y, weight, bias, corner=corner)
+    x = inverse_conv(weight)(y, weight, bias, corner=corner)
     u, grad_weight, grad_bias = torch.autograd.grad(x, (y, weight, bias), operands.grad)
     # The adjoint of the convolution at (x, u) holds all that the gradients of the solve are made of.
     x64, weight64 = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
-    again = causal_conv2d(x64, weight64, bias.detach().double(), corner=corner)
+    again = causal_conv(weight)(x64, weight64, bias.detach().double(), corner=corner)
     adjoint, conv_grad_weight = torch.autograd.grad(again, (x64, weight64), u.double())
     errors = {
         "residual": relative_error(again, y),
         "grad_input": relative_error(adjoint, operands.grad),
         "grad_weight": relative_error(grad_weight, -conv_grad_weight),
-        "grad_bias": relative_error(grad_bias, -u.double().sum((0, 2, 3))),
+        "grad_bias": relative_error(grad_bias, -u.double().flatten(2).sum((0, 2))),
     }
-    if y.shape[2] * y.shape[3] * weight.shape[2] * weight.shape[3] <= RECURRENCE_STEPS:
+    if y[0, 0].numel() * weight[0, 0].numel() <= RECURRENCE_STEPS:
+        plain_recurrence = reference.inverse_conv2d if weight.dim() == 4 else reference.inverse_conv3d
         few, *others = (tensor.detach().double().cpu() for tensor in (y[:2], weight, bias))
         errors["recurrence"] = relative_error(x[:2].cpu(), plain_recurrence(few, *others, corner=corner))
     return require(errors, CHECK_ROUNDINGS * torch.finfo(y.dtype).eps)

@@ -112,6 +112,9 @@ inline int64_t images_cost(const Shape& shape, int64_t line, int64_t lanes) {
   return shape.channels * (products + kImagesPacking * line);
 }
 
+// A step of so many channels takes longer than it takes a thread to learn that another one has done it.
+constexpr int64_t kBandChannels = 16;
+
 template <class IO, class T>
 Plan make_plan(const Shape& shape, bool with_gradient, const Kernels<IO, T>& kernels, int64_t threads) {
   const int64_t min_lanes = kernels.min_lanes;
@@ -123,8 +126,10 @@ Plan make_plan(const Shape& shape, bool with_gradient, const Kernels<IO, T>& ker
   };
   int64_t band = min_lanes;
   while (band < shape.height && band < max_lanes) band *= 2;
-  // Bands of a volume are long enough to be cut for the sake of threads that have none.
-  while (shape.depth > 1 && band > min_lanes && busy_with(band / 2) > busy_with(band)) band /= 2;
+  // Bands of a volume are long enough to be cut for the sake of threads that have none, and so are those of an image of
+  // many channels.
+  const bool is_long = shape.depth > 1 || shape.channels >= kBandChannels;
+  while (is_long && band > min_lanes && busy_with(band / 2) > busy_with(band)) band /= 2;
   // A line narrower than a vector takes as long as one that fills it.
   const int64_t vector = std::max(min_lanes, max_lanes / 2);
   const auto vectors = [&](int64_t lanes) { return std::max(lanes / vector, int64_t{1}); };

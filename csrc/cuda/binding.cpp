@@ -46,7 +46,7 @@ bool by_planes(const Tensor& images) { return images.dim() == 5; }
 template <class... Arguments>
 std::array<StableIValue, sizeof...(Arguments)> call_by_planes(const char* name, const Arguments&... arguments) {
   std::array<StableIValue, sizeof...(Arguments)> stack{torch::stable::detail::from(arguments)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
   return stack;
 }
 

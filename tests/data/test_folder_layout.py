@@ -180,3 +180,16 @@ def test_one_picture_is_too_few(tmp_path: Path) -> None:
     fill(tmp_path, [0])
     with pytest.raises(ValueError, match="one image; a test image must be held out of two or more"):
         load(tmp_path)
+
+
+def test_a_folder_of_faces_is_a_folder_of_images(tmp_path: Path) -> None:
+    """CelebA's aligned pictures lie in one folder, 178 × 218, with their attributes in text files beside it."""
+    for number in range(1, 21):
+        path = tmp_path / "img_align_celeba" / f"{number:06}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.full((218, 178, 3), number, np.uint8)).save(path)
+    (tmp_path / "list_attr_celeba.txt").write_text("20\nMale Smiling\n")
+    data = load(tmp_path / "img_align_celeba", size=64, crop=True)
+    assert data.train.image_shape == (3, 64, 64)
+    assert (len(data.train), len(data.test)) == (18, 2)
+    assert data.classes == 0

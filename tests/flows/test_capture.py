@@ -17,7 +17,8 @@ NAMES = (
     "inverse_conv_plu", "inverse_conv_four_orders", "actnorm", "conv1x1", "additive_coupling",
     "affine_coupling_context", "squeeze", "logit", "permute", "split_hidden_context", "checkerboard_context",
     "linear_spline", "spline_coupling", "householder", "haar_by_channel", "hint_shallow", "hyperbolic",
-    "residual_coupling", "compose", "haar_volume", "wavelet", "squeeze_patch",
+    "residual_coupling", "compose", "haar_volume", "emerging", "periodic", "exponential", "leaky_relu", "smooth_tanh",
+    "wavelet", "squeeze_patch", "irim",
 )  # fmt: skip
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the compiler about its own code
 AUTO = torch.export.Dim.AUTO

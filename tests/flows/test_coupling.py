@@ -72,3 +72,10 @@ def test_a_missing_or_misshapen_context_is_named() -> None:
         net(x, torch.zeros(2, 3, 6, 6))
     with pytest.raises(ValueError, match=r"\(B, 3\)"):
         net(x, torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("layer", [AdditiveCoupling, AffineCoupling])
+@pytest.mark.parametrize("kept", [0, 4, -1])
+def test_some_channels_are_kept_and_some_change(layer: type, kept: int) -> None:
+    with pytest.raises(ValueError, match=f"of 4 channels 1 to 3 can be kept, got {kept}"):
+        layer(4, kept=kept)

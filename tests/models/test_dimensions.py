@@ -59,6 +59,17 @@ def test_a_model_trains(kind: str, shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(prepared, x, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("inverse_conv", ["emerging", "periodic", "exponential", "woodbury"])
+@pytest.mark.parametrize("shape", [(2, 8), (1, 4, 4, 4)], ids=["signals", "volumes"])
+def test_other_convolutions_of_signals_and_volumes(inverse_conv: str, shape: tuple[int, ...]) -> None:
+    flow = model("Glow", shape, inverse_conv=inverse_conv).double()
+    x = data(shape).double()
+    latents, log_det = flow(x)
+    again, minus_log_det = flow.inverse(latents)
+    torch.testing.assert_close(again, x)
+    torch.testing.assert_close(minus_log_det, -log_det)
+
+
 @KIND
 @pytest.mark.parametrize("shape", [(5,), (2, 8), (1, 2, 4, 2)], ids=["vectors", "signals", "volumes"])
 def test_the_log_determinant_is_that_of_the_jacobian(kind: str, shape: tuple[int, ...]) -> None:

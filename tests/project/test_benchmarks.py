@@ -15,7 +15,7 @@ import torch
 RUNS = {
     "layer": "--shapes 2x3x5 --threads 1 --budget 0 --corner general identity",
     "layer, calls": "--calls --budget 0",
-    "volumes": "--shapes 1x2x4 9x2x3x1 --threads 1 --budget 0 --corner general identity",
+    "layer, volumes": "--volumes --shapes 1x2x4 9x2x3x1 --threads 1 --budget 0 --corner general identity",
     "scaling": "--sweep image --largest 32 --threads 1 --budget 0 --plot {out}/plot",
     "numerics": "--growths 10 --draws 1 --plot {out}/plot",
     "memory": "--steps 1 --timed-steps 1 --side 8 --batch 2 --hidden 4 --budget 0 --plot {out}/plot",
@@ -30,7 +30,7 @@ RUNS = {
     "gradient_norms": "--data {source} --learning-rates 1e-3 --steps 4 --every 2 --levels 1 --depth 1 --hidden 2 "
     "--batch-size 4 --threads 1 --plot {out}/plot",
     "busy": "--rounds 1 --seconds 0 --levels 1 --steps 1 --hidden 2 --busy 1 --threads 1",
-    "compiling": "--steps 1 --hidden 2 --backend eager --budget 0 --jobs density",
+    "compiling": "--steps 2 --fewer 1 --hidden 2 --backend eager --budget 0 --jobs density",
     "stability": "--data {source} --learning-rates 1e-3 2e-2 --steps 3 --every 2 --levels 1 --depth 1 --hidden 2 "
     "--side 16 --seeds 2 --threads 1 --plot {out}/plot",
     "stability, cost": "--cost 2 --budget 0 --threads 1",
@@ -78,7 +78,7 @@ def test_results_are_written_as_they_become_known(scripts: Any, tmp_path: Path) 
     assert not path.exists()
     report.add("rows", {"ms": 1.0, "shape": scripts.problems.Case(1, 2, 3)})
     assert json.loads(path.read_text())["rows"] == [
-        {"ms": 1.0, "shape": {"batch": 1, "channels": 2, "size": 3, "kernel": 3}}
+        {"ms": 1.0, "shape": {"batch": 1, "channels": 2, "size": 3, "kernel": 3, "dimensions": 2}}
     ]
     report.add("rows", {"ms": 2.0})
     report.set(summary={"mean": 1.5})

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from inverse_flow import reference
+from inverse_flow import functional, reference
 
 from ..conftest import HAS_CUDA
 
@@ -27,15 +27,16 @@ CXX = shutil.which("g++")
 
 @pytest.mark.parametrize("corner", ["general", "unit_triangular", "identity"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_the_solve_passes_its_check(scripts: Any, corner: str, dtype: torch.dtype) -> None:
-    operands = scripts.problems.Operands.make(scripts.problems.Case(2, 3, 5), dtype)
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_the_solve_passes_its_check(scripts: Any, corner: str, dtype: torch.dtype, dimensions: int) -> None:
+    operands = scripts.problems.Operands.make(scripts.problems.Case(2, 3, 5, dimensions=dimensions), dtype)
     errors = scripts.problems.check(operands, corner)
     assert set(errors) == {"residual", "grad_input", "grad_weight", "grad_bias", "recurrence"}
 
 
 @pytest.mark.parametrize(("wrong", "named"), [(0, "residual"), (1, "grad_input"), (2, "grad_weight"), (3, "grad_bias")])
 def test_a_wrong_solve_fails_its_check(scripts: Any, monkeypatch: pytest.MonkeyPatch, wrong: int, named: str) -> None:
-    right = scripts.problems.inverse_conv2d
+    right = functional.inverse_conv2d
 
     class Wrong(torch.autograd.Function):
         @staticmethod
@@ -55,7 +56,7 @@ def test_a_wrong_solve_fails_its_check(scripts: Any, monkeypatch: pytest.MonkeyP
     def solve(y: Tensor, weight: Tensor, bias: Tensor, corner: str) -> Any:
         return Wrong.apply(y, weight, bias, corner)
 
-    monkeypatch.setattr(scripts.problems, "inverse_conv2d", solve)
+    monkeypatch.setattr(functional, "inverse_conv2d", solve)
     operands = scripts.problems.Operands.make(scripts.problems.Case(2, 3, 5))
     with pytest.raises(ArithmeticError, match=named):
         scripts.problems.check(operands, "unit_triangular")

@@ -9,6 +9,7 @@ from inverse_flow.data.embedded import load_embedded
 from inverse_flow.data.files import listing
 from inverse_flow.data.folder import has_images, load_image_folder
 from inverse_flow.data.idx import has_idx_files, load_idx_folder
+from inverse_flow.data.imagenet import TRAIN_FILES, has_imagenet_files, load_imagenet
 from inverse_flow.data.images import ImageData
 from inverse_flow.data.slice import load_slice
 
@@ -16,6 +17,7 @@ EMBEDDED = "embedded"
 ARCHIVE_SUFFIXES = (".tar.gz", ".tgz")
 SOURCES = (
     f'"{EMBEDDED}", a folder with the idx or idx.gz files of MNIST or Fashion-MNIST, {ARCHIVE_NAME}, '
+    f"a folder with the npz batches of ImageNet32 or 64 ({TRAIN_FILES[0]}, …), "
     "an npz file with uint8 images x, or a folder of images"
 )
 
@@ -27,8 +29,9 @@ def load(
 
     Args:
         source: ``"embedded"`` for the Fashion-MNIST slice of the package; a folder with idx or idx.gz files, or one
-            with such a ``raw`` folder in it; the CIFAR-10 python archive or a folder that holds it; an npz file, see
-            :func:`load_slice`; a folder of images, see :func:`load_image_folder`.
+            with such a ``raw`` folder in it; the CIFAR-10 python archive or a folder that holds it; a folder with the
+            npz batches of ImageNet32 or 64, see :func:`load_imagenet`; an npz file, see :func:`load_slice`; a folder
+            of images, see :func:`load_image_folder`.
         size: for a folder of images: the height and width to which they are resized.
         crop: for a folder of images: cut a centred square out of each before resizing.
         seed: for a folder of images: of the choice of test images.
@@ -51,7 +54,8 @@ def load(
 
 
 def _is_set_of_files(folder: Path) -> bool:
-    return (folder / ARCHIVE_NAME).is_file() or has_idx_files(folder) or has_idx_files(folder / "raw")
+    archive = (folder / ARCHIVE_NAME).is_file()
+    return archive or has_imagenet_files(folder) or has_idx_files(folder) or has_idx_files(folder / "raw")
 
 
 def _load_files(path: Path) -> ImageData:
@@ -59,6 +63,8 @@ def _load_files(path: Path) -> ImageData:
         return load_slice(path)
     if path.name.endswith(ARCHIVE_SUFFIXES) or (path / ARCHIVE_NAME).is_file():
         return load_cifar10(path)
+    if has_imagenet_files(path):
+        return load_imagenet(path)
     for folder in (path, path / "raw"):
         if has_idx_files(folder):
             return load_idx_folder(folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from inverse_flow.data.images import MOST_CLASSES, UNLABELLED, ImageData, ImageSet
+from inverse_flow.data.npz import read_npz
 
 IMAGES_KEY, LABELS_KEY, NAMES_KEY = "x", "y", "class_names"
 # The last eighth of the images is held out.
@@ -32,7 +32,7 @@ def load_slice(path: str | Path) -> ImageData:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    arrays = _read(path)
+    arrays = read_npz(path, (IMAGES_KEY, LABELS_KEY, NAMES_KEY))
     if IMAGES_KEY not in arrays:
         raise ValueError(f'{path} must have a key "{IMAGES_KEY}", it has {", ".join(arrays) or "none"}')
     pixels = arrays[IMAGES_KEY]
@@ -48,21 +48,6 @@ def load_slice(path: str | Path) -> ImageData:
     name = f"{path.stem} (slice of {count}, the last {test_count} held out)"
     sets = everything[: count - test_count], everything[count - test_count :]
     return ImageData(name, *sets, class_names=names)
-
-
-def _read(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays that are read of a file, and the names of all that it has."""
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is damaged or no npz file")
-    wanted = (IMAGES_KEY, LABELS_KEY, NAMES_KEY)
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] if name in wanted else np.empty(0) for name in arrays.files}
-    except MemoryError:
-        raise
-    # A damaged header or stream raises errors of any kind, NotImplementedError and struct.error among them.
-    except Exception as error:
-        raise ValueError(f"{path} is damaged or no npz file: {error}") from error
 
 
 def _labels(path: Path, arrays: dict[str, NDArray[Any]], count: int) -> NDArray[np.int64]:

@@ -34,6 +34,7 @@ class _Coupling(FlowLayer):
         channels: int,
         hidden: int = 64,
         *,
+        kept: int | None = None,
         context_channels: int = 0,
         dimensions: int = 2,
         conditioner: nn.Module | None = None,
@@ -42,7 +43,9 @@ class _Coupling(FlowLayer):
         if channels < 2:
             raise ValueError(f"a coupling needs at least 2 channels to split, got {channels}")
         self.channels = channels
-        self.kept = first_half(channels)
+        self.kept = first_half(channels) if kept is None else kept
+        if not 1 <= self.kept < channels:
+            raise ValueError(f"of {channels} channels 1 to {channels - 1} can be kept, got {kept}")
         self.changed = channels - self.kept
         out_channels = self.parameters_per_value * self.changed
         self.conditioner = conditioner or ConvNet(
@@ -75,12 +78,13 @@ class AdditiveCoupling(_Coupling):
     """z₁ = x₁, z₂ = x₂ + t(x₁); log-determinant 0 (Dinh, Krueger & Bengio, "NICE", 2014).
 
     Args:
-        channels: C ≥ 2 of the images; the first ⌈C/2⌉ are x₁.
+        channels: C ≥ 2 of the images.
         hidden: width of the default conditioner, a :class:`ConvNet`.
+        kept: how many of the channels, the first ones, are x₁; ⌈C/2⌉ unless given.
         context_channels: channels of the context that the default conditioner takes.
         dimensions: of the default conditioner: 0 for vectors (B, C), 1 for signals (B, C, L), 2 for images, 3
             for volumes.
-        conditioner: a module of your own instead: ``conditioner(x1, context) -> t`` of shape (B, ⌊C/2⌋, H, W).
+        conditioner: a module of your own instead: ``conditioner(x1, context) -> t`` of the shape of x₂.
     """
 
     parameters_per_value = 1
@@ -122,17 +126,18 @@ class AffineCoupling(_Coupling):
       other bounds.
 
     Args:
-        channels: C ≥ 2 of the images; the first ⌈C/2⌉ are x₁.
+        channels: C ≥ 2 of the images.
         hidden: width of the default conditioner, a :class:`ConvNet`.
+        kept: how many of the channels, the first ones, are x₁; ⌈C/2⌉ unless given.
         context_channels: channels of the context that the default conditioner takes.
         dimensions: of the default conditioner: 0 for vectors (B, C), 1 for signals (B, C, L), 2 for images, 3
             for volumes.
-        conditioner: a module of your own instead: ``conditioner(x1, context)`` gives t and r, stacked along the
-            channels: (B, 2·⌊C/2⌋, H, W).
+        conditioner: a module of your own instead: ``conditioner(x1, context)`` gives t and r, each of the shape of
+            x₂, stacked along the channels.
         scale: the name of the function from r to s, or the function.
 
     Raises:
-        ValueError: fewer than 2 channels; a scale that does not exist.
+        ValueError: fewer than 2 channels; none kept or all of them; a scale that does not exist.
     """
 
     parameters_per_value = 2
@@ -142,13 +147,19 @@ class AffineCoupling(_Coupling):
         channels: int,
         hidden: int = 64,
         *,
+        kept: int | None = None,
         context_channels: int = 0,
         dimensions: int = 2,
         conditioner: nn.Module | None = None,
         scale: Scale = "tanh",
     ) -> None:
         super().__init__(
-            channels, hidden, context_channels=context_channels, dimensions=dimensions, conditioner=conditioner
+            channels,
+            hidden,
+            kept=kept,
+            context_channels=context_channels,
+            dimensions=dimensions,
+            conditioner=conditioner,
         )
         self.scale = check_scale(scale)
 

@@ -185,10 +185,11 @@ class SplineCoupling(_Coupling):
     section 3.2.
 
     Args:
-        channels: C ≥ 2 of the images; the first ⌈C/2⌉ are x₁.
+        channels: C ≥ 2 of the images.
         hidden: width of the default conditioner, a :class:`ConvNet`.
         bins: K of the splines, at least 2.
         bound: B.
+        kept: how many of the channels, the first ones, are x₁; ⌈C/2⌉ unless given.
         context_channels: channels of the context that the default conditioner takes.
         dimensions: of the default conditioner: 0 for vectors (B, C), 1 for signals (B, C, L), 2 for images, 3
             for volumes.
@@ -208,6 +209,7 @@ class SplineCoupling(_Coupling):
         *,
         bins: int = DEFAULT_BINS,
         bound: float = DEFAULT_BOUND,
+        kept: int | None = None,
         context_channels: int = 0,
         dimensions: int = 2,
         conditioner: nn.Module | None = None,
@@ -215,7 +217,12 @@ class SplineCoupling(_Coupling):
         _check_spline(bins, bound)
         self.parameters_per_value = 3 * bins - 1
         super().__init__(
-            channels, hidden, context_channels=context_channels, dimensions=dimensions, conditioner=conditioner
+            channels,
+            hidden,
+            kept=kept,
+            context_channels=context_channels,
+            dimensions=dimensions,
+            conditioner=conditioner,
         )
         self.bins, self.bound = bins, bound
 

@@ -26,6 +26,7 @@ from inverse_flow.models.config import (
     RealNVPConfig,
 )
 from inverse_flow.models.flows import KINDS, FInCFlow, Glow, Hint, ImageFlow, InverseFlow, RealNVP
+from inverse_flow.models.loop import LoopNetwork
 
 __all__ = [
     "KINDS",
@@ -44,6 +45,7 @@ __all__ = [
     "InverseFlowConfig",
     "LabelConfig",
     "LabelContext",
+    "LoopNetwork",
     "Model",
     "RealNVP",
     "RealNVPConfig",

@@ -14,10 +14,10 @@ from inverse_flow.models.fields import Bounds, check, either
 if TYPE_CHECKING:
     from typing_extensions import Self  # in typing from Python 3.11 on
 
-InverseConvDirection: TypeAlias = Literal["training", "sampling", "none"]
+InverseConvKind: TypeAlias = Literal["training", "sampling", "emerging", "periodic", "exponential", "woodbury", "none"]
 OrderPattern: TypeAlias = Literal["four", "alternating"]
 Corner: TypeAlias = Literal["unit_triangular", "plu", "identity"]
-Activation: TypeAlias = Literal["none", "spline"]
+Activation: TypeAlias = Literal["none", "spline", "leaky_relu", "smooth_leaky_relu", "smooth_tanh"]
 Mixing: TypeAlias = Literal["plu", "householder", "permutation"]
 CouplingKind: TypeAlias = Literal["affine", "additive", "spline", "hint"]
 Masks: TypeAlias = Literal["channel", "checkerboard"]
@@ -42,7 +42,8 @@ class FlowConfig:
         steps: flow steps in a level, K.
         hidden: width of the coupling networks.
         kernel_size: of the inverse convolutions along every axis, or one number for each.
-        corner: kind of the corner tap of the inverse convolutions, see :class:`~inverse_flow.InverseConv2d`.
+        corner: kind of the corner tap of the inverse and emerging convolutions, see
+            :class:`~inverse_flow.InverseConv2d`.
         orders: ``"four"``: four groups of channels, one for each order, in every inverse convolution (two of signals,
             eight of volumes, which have as many orders). That is the layer of the paper's experiments, and the number
             of channels after a squeeze is always divisible by it.
@@ -58,11 +59,14 @@ class FlowConfig:
         logit_margin: begin with a :class:`~inverse_flow.flows.Logit` of this margin, for images in [0, 1]; None for no
             such layer.
         context_channels: channels of the context given to the coupling and prior networks; 0 for none.
-        inverse_conv: the direction in which the solve runs, the other one being a plain convolution:
-            ``"training"`` (from data to latent, Inverse-Flow), ``"sampling"`` (from latent to data, FInC Flow), or
-            ``"none"`` for a step without the layer.
-        activation: ``"spline"`` puts a monotone :class:`~inverse_flow.flows.SplineActivation` behind the inverse
-            convolution (or at the head of a step without one).
+        inverse_conv: what a step begins with. An inverse convolution, whose solve runs from data to latent,
+            ``"training"`` (Inverse-Flow), or from latent to data, ``"sampling"`` (FInC Flow), the other direction being
+            a plain convolution. Or another invertible convolution, of all channels together: ``"emerging"``
+            (:class:`~inverse_flow.flows.EmergingConv`), ``"periodic"`` (:class:`~inverse_flow.flows.PeriodicConv`) or
+            ``"exponential"`` (:class:`~inverse_flow.flows.ExponentialConv`). ``"woodbury"``: a
+            :class:`~inverse_flow.flows.Woodbury`, which has no kernel. ``"none"``: nothing.
+        activation: what follows: ``"spline"``, a monotone :class:`~inverse_flow.flows.SplineActivation`, or
+            ``"leaky_relu"``, ``"smooth_leaky_relu"`` or ``"smooth_tanh"``, the layers of these names; ``"none"``.
         conv1x1: what mixes the channels between two couplings: a 1×1 convolution as ``"plu"`` or as ``"householder"``
             reflections, or the ``"permutation"`` that reverses them.
         squeeze: how space becomes channels: ``"pixel"``, in the order of ``F.pixel_unshuffle``, ``"patch"`` or
@@ -95,7 +99,7 @@ class FlowConfig:
     split_prior: SplitPrior = "conditional"
     logit_margin: float | None = None
     context_channels: Annotated[int, Bounds(0)] = 0
-    inverse_conv: InverseConvDirection = "none"
+    inverse_conv: InverseConvKind = "none"
     activation: Activation = "none"
     conv1x1: Mixing = "plu"
     squeeze: SqueezeKind = "pixel"
@@ -115,7 +119,7 @@ class FlowConfig:
         check(self)
         if self.scale != "tanh" and self.coupling not in ("affine", "hint"):
             raise ValueError(f'a scale is a choice of "affine" and "hint" couplings, got {self.coupling!r} ones')
-        if self.max_row_sum is not None and self.inverse_conv == "none":
+        if self.max_row_sum is not None and self.inverse_conv not in ("training", "sampling", "emerging"):
             raise ValueError(f"max_row_sum={self.max_row_sum} bounds inverse convolutions, and this flow has none")
         self._check_shape()
         self._check_checkerboard()
@@ -192,7 +196,7 @@ class FlowConfig:
         if self.coupling not in ("affine", "additive"):
             raise ValueError(f'checkerboard masks need an "affine" or "additive" coupling, got {self.coupling!r}')
         orders = 2**self.dimensions
-        if self.inverse_conv != "none" and self.orders == "four" and self.image_shape[0] % orders:
+        if self.inverse_conv in ("training", "sampling") and self.orders == "four" and self.image_shape[0] % orders:
             raise ValueError(
                 f'with checkerboard masks an inverse convolution meets unsqueezed images: orders="four" needs their '
                 f'channels divisible by {orders}, got {self.image_shape[0]}; use orders="alternating"'
@@ -203,7 +207,7 @@ class FlowConfig:
 class InverseFlowConfig(FlowConfig):
     """Defaults of :class:`~inverse_flow.models.InverseFlow`: a step with the solve in the training direction."""
 
-    inverse_conv: InverseConvDirection = "training"
+    inverse_conv: InverseConvKind = "training"
 
     # Nagar & Varma, AISTATS 2025 (arXiv 2410.14634), section 4: L = 2, K = 16, a spline behind the inverse convolution.
     PAPER: ClassVar[dict[str, Any]] = {"levels": 2, "steps": 16, "activation": "spline"}
@@ -234,7 +238,7 @@ class RealNVPConfig(FlowConfig):
 class FInCFlowConfig(FlowConfig):
     """Defaults of :class:`~inverse_flow.models.FInCFlow`: a step with the convolution in the training direction."""
 
-    inverse_conv: InverseConvDirection = "sampling"
+    inverse_conv: InverseConvKind = "sampling"
 
     # The sizes at which Nagar & Varma, 2025, section 4, set it beside Inverse-Flow.
     PAPER: ClassVar[dict[str, Any]] = {"levels": 2, "steps": 16}

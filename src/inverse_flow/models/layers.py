@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
-from inverse_flow.conv import InverseConv1d, InverseConv2d, InverseConv3d, InverseConvNd
 from inverse_flow.flows import (
     HINT,
     ActNorm,
@@ -17,18 +17,26 @@ from inverse_flow.flows import (
     Compose,
     Conv1x1,
     ConvNet,
+    EmergingConv,
+    ExponentialConv,
     Householder,
+    LeakyReLU,
     Logit,
+    PeriodicConv,
     Permute,
     ResNet,
     Reverse,
+    SmoothLeakyReLU,
+    SmoothTanh,
     SplineActivation,
     SplineCoupling,
     Split,
     Squeeze,
     WaveletSqueeze,
+    Woodbury,
 )
-from inverse_flow.flows.base import first_half
+from inverse_flow.flows.base import Shape, first_half
+from inverse_flow.flows.emerging import INVERSE_CONVS
 from inverse_flow.flows.squeeze import Pattern
 from inverse_flow.models.config import SQUEEZE_FACTOR, FlowConfig
 from inverse_flow.ops.spec import ORDERS
@@ -40,9 +48,14 @@ COUPLINGS: dict[str, type[Coupling]] = {
     "additive": AdditiveCoupling,
     "spline": SplineCoupling,
 }
+ACTIVATIONS: dict[str, Callable[[int], nn.Module]] = {
+    "spline": SplineActivation,
+    "leaky_relu": LeakyReLU,
+    "smooth_leaky_relu": lambda channels: SmoothLeakyReLU(),
+    "smooth_tanh": lambda channels: SmoothTanh(),
+}
 # Of the kinds of squeeze, those that are no wavelets.
 PATTERNS: dict[str, Pattern] = {"pixel": "checkerboard", "patch": "patch", "column": "column"}
-INVERSE_CONVS: dict[int, type[InverseConvNd]] = {1: InverseConv1d, 2: InverseConv2d, 3: InverseConv3d}
 # By the number of axes, an order and the opposite one behind each other: after two steps every pixel has seen all.
 ALL_ORDERS = {
     axes: [order for pair in zip(orders, reversed(orders), strict=True) for order in pair][: len(orders)]
@@ -53,30 +66,30 @@ ALL_ORDERS = {
 def build_layers(config: FlowConfig) -> list[nn.Module]:
     """The layers of a flow with this config, untrained."""
     layers: list[nn.Module] = [] if config.logit_margin is None else [Logit(config.logit_margin)]
-    channels = config.image_shape[0]
+    shape = config.image_shape
     for level in range(config.levels):
         last = level == config.levels - 1
         if config.masks == "checkerboard":
-            layers += [_step(config, channels, index, "checkerboard") for index in range(config.steps + last)]
+            layers += [_step(config, shape, index, "checkerboard") for index in range(config.steps + last)]
             if last:
                 break
         if config.dimensions:
-            layers.append(_squeeze(config))
-        channels *= SQUEEZE_FACTOR**config.dimensions
-        layers += [_step(config, channels, index, "channel") for index in range(config.steps)]
+            squeeze = _squeeze(config)
+            layers.append(squeeze)
+            shape = squeeze.output_shape(shape)
+        layers += [_step(config, shape, index, "channel") for index in range(config.steps)]
         if not last:
-            layers.append(_split(config, channels))
-            channels = first_half(channels)
+            split = _split(config, shape[0])
+            layers.append(split)
+            shape = split.output_shape(shape)
     return layers
 
 
-def _step(config: FlowConfig, channels: int, index: int, mask: Literal["channel", "checkerboard"]) -> Compose:
-    layers: list[nn.Module] = []
-    if config.inverse_conv != "none":
-        conv = _inverse_conv(config, channels, index)
-        layers.append(conv if config.inverse_conv == "training" else Reverse(conv))
-    if config.activation == "spline":
-        layers.append(SplineActivation(channels))
+def _step(config: FlowConfig, shape: Shape, index: int, mask: Literal["channel", "checkerboard"]) -> Compose:
+    channels = shape[0]
+    layers: list[nn.Module] = [_convolution(config, shape, index)] if config.inverse_conv != "none" else []
+    if config.activation != "none":
+        layers.append(ACTIVATIONS[config.activation](channels))
     layers.append(ActNorm(channels))
     if mask == "checkerboard":
         layers.append(_checkerboard_coupling(config, channels, parity=index % 2))
@@ -85,21 +98,30 @@ def _step(config: FlowConfig, channels: int, index: int, mask: Literal["channel"
     return Compose(*layers)
 
 
-def _inverse_conv(config: FlowConfig, channels: int, index: int) -> InverseConvNd:
-    each_order, orders = config.orders == "four", ALL_ORDERS[config.dimensions]
-    # No bias: the ActNorm that follows has one.
-    return INVERSE_CONVS[config.dimensions](
+def _convolution(config: FlowConfig, shape: Shape, index: int) -> nn.Module:
+    """What a step begins with. No bias: the ActNorm that follows has one."""
+    channels, kernel_size, dimensions = shape[0], config.kernel_size, config.dimensions
+    causal: dict[str, Any] = {"corner": config.corner, "bias": False, "max_row_sum": config.max_row_sum}
+    if config.inverse_conv == "emerging":
+        return EmergingConv(channels, kernel_size, dimensions=dimensions, **causal)
+    if config.inverse_conv == "periodic":
+        return PeriodicConv(channels, kernel_size, dimensions=dimensions)
+    if config.inverse_conv == "exponential":
+        return ExponentialConv(channels, kernel_size, dimensions=dimensions)
+    if config.inverse_conv == "woodbury":
+        return Woodbury(channels, shape[1:])
+    each_order, orders = config.orders == "four", ALL_ORDERS[dimensions]
+    conv = INVERSE_CONVS[dimensions](
         channels,
-        config.kernel_size,
+        kernel_size,
         groups=len(orders) if each_order else 1,
         order=orders if each_order else orders[index % len(orders)],
-        corner=config.corner,
-        bias=False,
-        max_row_sum=config.max_row_sum,
+        **causal,
     )
+    return conv if config.inverse_conv == "training" else Reverse(conv)
 
 
-def _squeeze(config: FlowConfig) -> nn.Module:
+def _squeeze(config: FlowConfig) -> Squeeze | WaveletSqueeze:
     pattern = PATTERNS.get(config.squeeze)
     return Squeeze(SQUEEZE_FACTOR, pattern) if pattern else WaveletSqueeze(config.squeeze)
 

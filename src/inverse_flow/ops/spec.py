@@ -48,7 +48,7 @@ class Spec(NamedTuple):
 
 # The descriptions of one group, made beforehand: small solves are short.
 _ONE_GROUP = {
-    (dimensions, order, corner): Spec((order_code,), corner_code)
+    (dimensions, order, corner, False): Spec((order_code,), corner_code)
     for dimensions, orders in ORDERS.items()
     for order_code, order in enumerate(orders)
     for corner, corner_code in CORNERS.items()
@@ -61,14 +61,10 @@ def make_spec(order: OrderNames, groups: int, corner: str, dimensions: int = 2, 
     Raises:
         ValueError: a name that does not exist, or names for another number of groups.
     """
-    if (
-        type(groups) is int
-        and groups == 1
-        and not allow_tf32
-        and isinstance(order, str)
-        and (dimensions, order, corner) in _ONE_GROUP
-    ):
-        return _ONE_GROUP[dimensions, order, corner]
+    if groups == 1 and type(groups) is int and type(order) is str:
+        made = _ONE_GROUP.get((dimensions, order, corner, allow_tf32))
+        if made is not None:
+            return made
     if corner not in CORNERS:
         raise ValueError(f"corner must be one of {', '.join(CORNERS)}, got {corner!r}")
     if not isinstance(groups, int) or groups < 1:

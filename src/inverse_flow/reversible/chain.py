@@ -111,7 +111,8 @@ def run_links(
         The latents that links split off, in that order, and after them what comes out at the end; the sum of the
         log-determinants.
     """
-    *latents, x = inputs
+    # A starred target would do, but the compiler of PyTorch 2.11 takes it for a tuple.
+    latents, x = list(inputs[:-1]), inputs[-1]
     if logdet is None:
         logdet = x.new_zeros(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
     for i, link in enumerate(links):

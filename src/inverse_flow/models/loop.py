@@ -1,0 +1,140 @@
+"""An unrolled loop: a network that solves an inverse problem by learned steps along its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from inverse_flow.flows import IRIM, ActNorm, AdditiveCoupling
+from inverse_flow.reversible.chain import Link
+from inverse_flow.reversible.rebuild import Rebuilding, run
+
+Operator: TypeAlias = Callable[[Tensor], Tensor]
+"""A differentiable linear map, from the unknown (B, K, …) to the data, whose first axis is the batch."""
+
+
+class DataGradient(nn.Module):
+    """t(η, d) = (Aᵀ(A η − d), 0), the gradient of ½‖A η − d‖² in η, normalised and filled up with zeros.
+
+    Args:
+        operator: A. Aᵀ is its vector-Jacobian product, by autograd.
+        norm: what normalises the gradient.
+        channels: of t.
+    """
+
+    def __init__(self, operator: Operator, norm: ActNorm, channels: int) -> None:
+        super().__init__()
+        self.operator, self.norm, self.channels = operator, norm, channels
+
+    def forward(self, eta: Tensor, data: Tensor) -> Tensor:
+        differentiable = torch.is_grad_enabled()
+        with torch.enable_grad():
+            eta = eta if eta.requires_grad and differentiable else eta.detach().requires_grad_()
+            predicted = self.operator(eta)
+            # As A is linear, the derivative of Aᵀ r in η is that of r = A η − d, and autograd follows it.
+            (gradient,) = torch.autograd.grad(predicted, eta, predicted - data, create_graph=differentiable)
+        gradient, _ = self.norm(gradient)
+        rest = gradient.new_zeros(len(eta), self.channels - gradient.shape[1], *eta.shape[2:])
+        return torch.cat((gradient, rest), dim=1)
+
+
+class LoopNetwork(nn.Module):
+    """(η, s) after a number of steps s ← s + (∇, 0), (η, s) ← IRIM(η, s), with ∇ the normalised gradient Aᵀ(A η − d).
+
+    η is the estimate of what is sought, d are the data, s is a memory that starts at zero, say. Both halves of a step
+    are invertible, the first one since η is still there to take the gradient of again. So nothing within the loop needs
+    to be kept: training takes the memory of one step, whatever their number. Putzky & Welling, "Invert to Learn to
+    Invert", NeurIPS 2019 (i-RIM); the NetworkLoop of Orozco et al., "InvertibleNetworks.jl", 2023.
+
+    Args:
+        channels: of η.
+        state_channels: of s, at least as many.
+        hidden: width of the networks in the :class:`~inverse_flow.flows.IRIM` layers.
+        steps: how many; each has parameters of its own.
+        dimensions: 0 for vectors (B, C), 1 for signals (B, C, L), 2 for images, 3 for volumes.
+        memory_efficient: rebuild the steps in the backward pass; False stores them.
+
+    Raises:
+        ValueError: options that do not fit; η, s or d of another shape; a function as the operator whose result needs
+            gradients of its own, which the rebuilding would not find.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        state_channels: int,
+        hidden: int = 32,
+        steps: int = 8,
+        *,
+        dimensions: int = 2,
+        memory_efficient: bool = True,
+    ) -> None:
+        super().__init__()
+        if steps < 1 or not 1 <= channels <= state_channels:
+            raise ValueError(
+                "a loop needs at least one step, and a state of at least as many channels as the unknown has, got "
+                f"{steps} steps, and {state_channels} channels for {channels}"
+            )
+        self.channels, self.state_channels = channels, state_channels
+        self.memory_efficient = memory_efficient
+        self.norms = nn.ModuleList(ActNorm(channels) for _ in range(steps))
+        self.layers = nn.ModuleList(
+            IRIM(channels + state_channels, hidden, dimensions=dimensions) for _ in range(steps)
+        )
+
+    def forward(self, eta: Tensor, state: Tensor, data: Tensor, operator: Operator) -> tuple[Tensor, Tensor]:
+        """(η, s) after the last step.
+
+        Args:
+            eta: (B, channels, …).
+            state: (B, state_channels, …), of the same sizes.
+            data: d, of the shape of ``operator(eta)``.
+            operator: A, any differentiable linear map. One with parameters that are to be trained, or the tensors of
+                which need gradients, is a module.
+        """
+        return self._run(eta, state, data, operator, inverse=False)
+
+    def inverse(self, eta: Tensor, state: Tensor, data: Tensor, operator: Operator) -> tuple[Tensor, Tensor]:
+        """(η, s) before the first step, from those after the last one."""
+        return self._run(eta, state, data, operator, inverse=True)
+
+    def _run(
+        self, eta: Tensor, state: Tensor, data: Tensor, operator: Operator, *, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        self._check(eta, state, data, operator)
+        links = self._links(operator)
+        if inverse:
+            links = [link.turned for link in reversed(links)]
+        rebuilding = Rebuilding() if self.memory_efficient else None
+        (both,), _ = run(links, (torch.cat((eta, state), dim=1),), data, rebuilding)
+        return both[:, : self.channels], both[:, self.channels :]
+
+    def _links(self, operator: Operator) -> list[Link]:
+        """The gradient of each step is an additive coupling of η with s, whose context is d."""
+        both = self.channels + self.state_channels
+        links = []
+        for i, (norm, layer) in enumerate(zip(self.norms, self.layers, strict=True)):
+            gradient = DataGradient(operator, norm, self.state_channels)  # type: ignore[arg-type]
+            coupling = AdditiveCoupling(both, kept=self.channels, conditioner=gradient)
+            links += [Link(f"norms.{i}", coupling, False), Link(f"layers.{i}", layer, False)]
+        return links
+
+    def _check(self, eta: Tensor, state: Tensor, data: Tensor, operator: Operator) -> None:
+        for name, value, channels in (("eta", eta, self.channels), ("state", state, self.state_channels)):
+            expected = (len(eta), channels, *eta.shape[2:])
+            if tuple(value.shape) != expected:
+                raise ValueError(f"{name} must be {expected}, got {tuple(value.shape)}")
+        predicted = operator(eta.detach())
+        if predicted.shape != data.shape:
+            raise ValueError(
+                f"the operator makes {tuple(predicted.shape)} of eta {tuple(eta.shape)}, and the data are "
+                f"{tuple(data.shape)}"
+            )
+        if predicted.requires_grad and not isinstance(operator, nn.Module):
+            raise ValueError(
+                f"the operator is a {type(operator).__name__} with tensors that need gradients: make it an nn.Module "
+                "that has them as parameters, so that they are found when the steps are rebuilt"
+            )

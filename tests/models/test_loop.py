@@ -1,0 +1,169 @@
+"""The unrolled loop: its inverse, its gradients, and memory that does not grow with the number of steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from inverse_flow import InverseConv2d
+from inverse_flow.models import LoopNetwork
+
+
+def blur(x: Tensor) -> Tensor:
+    return F.avg_pool2d(x, 3, 1)
+
+
+class Learned(nn.Module):
+    """An operator with a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 1, 3, 3, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight)
+
+
+class Solve(nn.Module):
+    """An inverse convolution as the operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = InverseConv2d(1, corner="plu", bias=False, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0]
+
+
+OPERATORS: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
+    "function": lambda: blur,
+    "learned": Learned,
+    "solve": Solve,
+}
+operators = pytest.mark.parametrize("make", OPERATORS.values(), ids=OPERATORS)
+
+
+def network(steps: int = 3, **options: object) -> LoopNetwork:
+    """In float64 with nothing left at its initial value."""
+    loop = LoopNetwork(1, 3, 4, steps, **options).double()
+    with torch.no_grad():
+        for parameter in loop.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return loop.eval()
+
+
+def inputs(operator: Callable[[Tensor], Tensor], side: int = 6) -> list[Tensor]:
+    eta, state = (torch.randn(2, channels, side, side, dtype=torch.float64) for channels in (1, 3))
+    with torch.no_grad():
+        return [eta, state, operator(torch.randn_like(eta))]
+
+
+def test_a_step_is_that_of_the_paper() -> None:
+    """s gets the gradient Aᵀ(A η − d) in its first channel, then the coupling runs."""
+    loop = network(steps=1)
+    eta, state, data = inputs(blur)
+    leaf = eta.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(0.5 * (blur(leaf) - data).square().sum(), leaf)
+    stepped = state.clone()
+    stepped[:, :1] += loop.norms[0](gradient)[0]
+    expected, _ = loop.layers[0](torch.cat((eta, stepped), dim=1))
+    found = loop(eta, state, data, blur)
+    torch.testing.assert_close(torch.cat(found, dim=1), expected)
+
+
+@operators
+@pytest.mark.parametrize("memory_efficient", [True, False])
+def test_the_inverse_finds_the_start(make: Callable, memory_efficient: bool) -> None:
+    loop, operator = network(memory_efficient=memory_efficient), make()
+    eta, state, data = inputs(operator)
+    last = loop(eta, state, data, operator)
+    torch.testing.assert_close(loop.inverse(*last, data, operator), (eta, state))
+
+
+@operators
+@pytest.mark.parametrize("inverse", [False, True])
+def test_rebuilding_gives_the_same_gradients(make: Callable, inverse: bool) -> None:
+    """In η, s, d, the network's parameters and the operator's."""
+    loop, operator = network(), make()
+    given = inputs(operator)
+    of_operator = list(operator.parameters()) if isinstance(operator, nn.Module) else []
+    found = []
+    for loop.memory_efficient in (True, False):
+        leaves = [value.clone().requires_grad_() for value in given] + [*loop.parameters(), *of_operator]
+        eta, state = (loop.inverse if inverse else loop)(*leaves[:3], operator)
+        found.append(torch.autograd.grad(eta.square().sum() + state.sin().sum(), leaves))
+    torch.testing.assert_close(*found)
+
+
+def kept(steps: int, memory_efficient: bool) -> int:
+    """How many values of the size of an image or more the graph of the result keeps."""
+    loop = network(steps, memory_efficient=memory_efficient)
+    given = [value.requires_grad_() for value in inputs(blur, side=16)]
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.numel() >= 2 * 16 * 16:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = loop(*given, blur)
+    assert result[0].requires_grad
+    return sum(storages.values())
+
+
+def test_memory_does_not_grow_with_the_steps() -> None:
+    assert kept(8, True) == kept(2, True)
+    assert kept(8, False) > 3 * kept(2, False)
+
+
+@pytest.mark.parametrize("dimensions", [0, 1, 3])
+def test_other_dimensions(dimensions: int) -> None:
+    loop = LoopNetwork(2, 3, 4, 2, dimensions=dimensions)
+    eta, state, data = (torch.randn(2, channels, *(4,) * dimensions) for channels in (2, 3, 2))
+    last = loop(eta, state, data, nn.Identity())  # the first call sets the norms
+    eta_again, state_again = loop.inverse(*last, data, nn.Identity())
+    torch.testing.assert_close((eta_again, state_again), (eta, state), rtol=1e-4, atol=1e-4)
+
+
+def test_learns_to_deblur() -> None:
+    """A small part of the error of zeros, where it starts, on fresh images."""
+    loop = LoopNetwork(1, 3, 8, 3)
+    optimiser = torch.optim.Adam(loop.parameters(), 1e-2)
+
+    def error(batch: int) -> Tensor:
+        truth = torch.randn(batch, 1, 8, 8).cumsum(2).cumsum(3) / 8
+        zeros = torch.zeros_like(truth)
+        estimate, _ = loop(zeros, zeros.expand(-1, 3, -1, -1), blur(truth), blur)
+        return (estimate - truth).square().mean() / truth.square().mean()
+
+    for _ in range(30):
+        loss = error(16)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    with torch.no_grad():
+        assert error(64) < 0.3
+
+
+def test_errors_say_what_was_given() -> None:
+    for arguments in ((2, 1), (0, 1)):
+        with pytest.raises(ValueError, match="at least one step, and a state of at least as many channels"):
+            LoopNetwork(*arguments)
+    with pytest.raises(ValueError, match="got 0 steps"):
+        LoopNetwork(1, 1, steps=0)
+    loop = network()
+    eta, state, data = inputs(blur)
+    with pytest.raises(ValueError, match=r"state must be \(2, 3, 6, 6\), got \(2, 2, 6, 6\)"):
+        loop(eta, state[:, :2], data, blur)
+    with pytest.raises(
+        ValueError, match=r"makes \(2, 1, 4, 4\) of eta \(2, 1, 6, 6\), and the data are \(2, 1, 6, 6\)"
+    ):
+        loop(eta, state, eta, blur)
+    weight = Learned().weight
+    with pytest.raises(ValueError, match="the operator is a function with tensors that need gradients"):
+        loop(eta, state, data.expand(-1, 2, -1, -1), lambda x: F.conv2d(x, weight))
