@@ -51,6 +51,9 @@ def test_deblurring_undoes_a_known_blur_and_learns_an_unknown_one(tmp_path: Path
     assert unknown < 1e-2
     assert numbers(r"falls from ([\d.]+) to", printed) == [0.849, 0.849]
     assert numbers(r"stored in 8 bits: the error is ([\d.]+)", printed)[0] < 0.1
+    restored = re.findall(r"(\w+) blur with noise: ([\d.]+) dB become ([\d.]+) dB", printed)
+    assert [name for name, *_ in restored] == ["Gaussian", "motion", "defocus"]
+    assert all(float(after) > float(before) + 2 for _, before, after in restored)
     assert imread(tmp_path / "blur.png").std() > 0
 
 
