@@ -84,13 +84,13 @@ PLANTED = {
     ),
     "tensor cores: a ring of one diagonal too few": Mistake(
         "tensor/kernel.cuh",
-        "if (slot < 0) slot += plan.slots;",
-        "if (slot < 0) slot += plan.slots - (PLANTED ? 1 : 0);",
+        "const int ring = plan.slots * plan.slot_stride;",
+        "const int ring = (plan.slots - (PLANTED ? 1 : 0)) * plan.slot_stride;",
     ),
     "tensor cores: an operand that is not rounded": Mistake(
         "common/mma.cuh",
-        "big[i] = round_to_tf32(values[i]);",
-        "big[i] = PLANTED ? float_bits(values[i]) : round_to_tf32(values[i]);",
+        "big[i] = round_number_to_tf32(values[i]);",
+        "big[i] = PLANTED ? float_bits(values[i]) : round_number_to_tf32(values[i]);",
     ),
     "tiles of the gradient that nobody waited for": Mistake(
         "gradient/tile.cuh", "wait_for_copies();", "if (!PLANTED) wait_for_copies();"
@@ -195,5 +195,18 @@ PLANTED = {
         "lanes/kernel.cuh",
         "rounded + first * args.output_strides.channel",
         "rounded + (PLANTED && kTogether > 1 ? 4 - first : first) * args.output_strides.channel",
+    ),
+    "tensor cores: weights of shared memory past those that are there": Mistake(
+        "tensor/kernel.cuh",
+        "const int end = is_resident && plan.resident_steps < last ?",
+        "const int end = is_resident && !PLANTED && plan.resident_steps < last ?",
+    ),
+    "tensor cores: a k-step reads the pixel of the one before": Mistake(
+        "tensor/kernel.cuh", "source = *++next;", "source = PLANTED ? *next++ : *++next;"
+    ),
+    "tensor cores: the tile of outputs of another job": Mistake(
+        "tensor/kernel.cuh",
+        "const int columns = plan.by_output_tiles.quotient(job);",
+        "const int columns = PLANTED ? job : plan.by_output_tiles.quotient(job);",
     ),
 }

@@ -20,7 +20,7 @@ from .emulator import (
 )
 from .planted import PLANTED
 from .test_lanes import WIDE
-from .test_tensor import RING
+from .test_tensor import PARTLY_SHARED, RING
 
 CHECKS = {"solve": check_solve, "backward": check_backward}
 THREE = (1, 2, 3)
@@ -57,6 +57,7 @@ WAITING = UNEVEN_BANDS.but(height=65, width=40, threads_per_block=32, shared_byt
 
 ORDER = "depends on the order"
 EITHER = "depends on the order|off by"
+WRONG = "off by|AddressSanitizer|UndefinedBehaviorSanitizer|runtime error"
 # What shows it: the mistake, the operation, the case, and the complaint.
 SIGHTINGS = [
     ("missing barrier", "solve", SMALL, ORDER),
@@ -86,7 +87,10 @@ SIGHTINGS = [
     ("tensor cores: the small part of the weights is dropped", "solve", FOLDED, "off by"),
     ("tensor cores: weights that nobody waited for", "solve", FOLDED, "off by nan"),
     ("tensor cores: a ring of one diagonal too few", "solve", RING, "off by"),
-    ("tensor cores: an operand that is not rounded", "solve", FOLDED, "an operand is not in TF32"),
+    ("tensor cores: weights of shared memory past those that are there", "solve", PARTLY_SHARED, WRONG),
+    ("tensor cores: a k-step reads the pixel of the one before", "solve", FOLDED, "off by"),
+    ("tensor cores: the tile of outputs of another job", "solve", FOLDED, WRONG),
+    ("tensor cores: an operand that is not rounded", "solve", FOLDED, "off by"),
     ("lanes: no barrier between phases", "solve", BANDS, EITHER),
     ("lanes: a band starts two phases early", "solve", BANDS, EITHER),
     ("lanes: the rows above are read one off", "solve", BANDS, "off by"),

@@ -33,6 +33,8 @@ KERNEL_SIZES = [(1, 3), (3, 1), (2, 2), (3, 3), (5, 4)]
 IMAGE_SIZES = [(1, 7), (6, 1), (3, 2), (5, 8)]
 # A GPU whose shared memory holds some diagonals of RING, and not the image.
 RING = Case(2, (BOTTOM_RIGHT, TOP_RIGHT), 10, 9, 11, 3, 3, shared_bytes=18000, forced_regime=TENSOR)
+# A GPU whose shared memory holds the weights of some k-steps.
+PARTLY_SHARED = Case(3, (TOP_LEFT, BOTTOM_LEFT), 33, 4, 5, 3, 2, GENERAL, shared_bytes=24000, forced_regime=TENSOR)
 
 
 def check(case: Case, seed: int = 0) -> Run:
@@ -79,7 +81,7 @@ def test_layouts(input_layout: str, output_layout: str, shared_bytes: int) -> No
 
 @pytest.mark.parametrize("corner", [UNIT_TRIANGULAR, GENERAL])
 def test_weights_partly_in_shared_memory(corner: int) -> None:
-    case = Case(3, (TOP_LEFT, BOTTOM_LEFT), 33, 4, 5, 3, 2, corner=corner)
+    case = PARTLY_SHARED.but(corner=corner)
     for shared_bytes, some in ((24000, True), (13000, False)):
         done = check(case.but(shared_bytes=shared_bytes))
         assert done.facts["weights_in_shared"] == [0]
@@ -117,6 +119,17 @@ def test_no_bias_and_singular_corner() -> None:
     data = make_data(case)
     data.weight[2, :, -1, 0] = 0
     assert np.isnan(run(case, data).outputs[0][0]).all()
+
+
+@pytest.mark.parametrize("allow_tf32", [False, True])
+def test_a_nan_stays_one(allow_tf32: bool) -> None:
+    """The one that GPUs make: rounded as a number its bits would become those of a zero."""
+    case = Case(1, (TOP_LEFT,), 9, 4, 4, 3, 3, GENERAL, forced_regime=TENSOR, allow_tf32=allow_tf32)
+    data = make_data(case)
+    data.y[0, 2, 1, 1] = np.uint32(0x7FFFFFFF).view(np.float32)
+    x = run(case, data).outputs[0][0][0]
+    assert np.isnan(x[:, 1:, 1:]).all()
+    assert np.isfinite(x[:, 0]).all()
 
 
 @pytest.mark.parametrize("image_type", ["float", "half", "bfloat16"])

@@ -36,6 +36,7 @@ RUNS = {
     "--side 16 --seeds 2 --threads 1 --plot {out}/plot",
     "stability, cost": "--cost 2 --budget 0 --threads 1",
     "signals": "--shapes 2x1x40x3 9x3x20x2 --threads 1 --budget 0",
+    "features": "fashion-mnist --data embedded --images 128 --epochs 1 --target 0 --out {out}/weights.npz",
     "krylov": "--side 8 --batch 2 --budget 0 --problems 5",
     "classifier": "--epochs 1 --hidden 2 --threads 1",
 }

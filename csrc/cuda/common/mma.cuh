@@ -6,13 +6,18 @@
 //   b (8 inputs x 8 pixels)    [t][g], [t + 4][g]
 //   sum (16 outputs x 8 pixels)  [g][2t], [g][2t + 1], [g + 8][2t], [g + 8][2t + 1].
 //
-// 3xTF32: v = big + small with big = tf32(v), small = tf32(v - big), so that 2^-23 |v| is lost at most, and
-// v w = big big + big small + small big but for 2^-22 |v w|: three products for the error of float32.
+// Of an operand the tensor core reads sign, exponent and the upper 10 bits of the fraction; the others it cuts off.
+//
+// 3xTF32: v = big + small with big = v rounded to TF32, small = v - big: 12 bits at most, of which the tensor core cuts
+// off the last, so that 2^-23 |v| is lost at most, and v w = big big + big small + small big but for 2^-22 |v w|: three
+// products for the error of float32.
 #pragma once
 
 #include "device.cuh"
 
 namespace inverse_flow {
+
+constexpr uint32_t kTf32Bits = 0xffffe000u;
 
 #ifdef __CUDACC__
 
@@ -35,7 +40,7 @@ __device__ inline void multiply_tf32(float (&sum)[4], const uint32_t (&a)[4], co
 inline uint32_t round_to_tf32(float value) {
   const uint32_t bits = float_bits(value);
   const bool is_finite = (bits & 0x7f800000u) != 0x7f800000u;
-  return (is_finite ? bits + 0x1000u : bits) & 0xffffe000u;
+  return (is_finite ? bits + 0x1000u : bits) & kTf32Bits;
 }
 
 // The products are exact; their sum is truncated, as it was seen on GPUs (Ootomo and Yokota, arXiv 2203.03341).
@@ -47,9 +52,8 @@ inline void multiply_tf32(float (&sum)[4], const uint32_t (&a)[4], const uint32_
   Operands mine;
   std::copy(a, a + 4, mine.a);
   std::copy(b, b + 2, mine.b);
-  for (const uint32_t bits : {a[0], a[1], a[2], a[3], b[0], b[1]}) {
-    if ((bits & 0x1fffu) != 0 && (bits & 0x7f800000u) != 0x7f800000u) emulation::fail("an operand is not in TF32");
-  }
+  for (uint32_t& bits : mine.a) bits &= kTf32Bits;
+  for (uint32_t& bits : mine.b) bits &= kTf32Bits;
   emulation::Block& block = emulation::Block::current();
   const auto* lanes = block.gather(mine);
   const int lane = static_cast<int>(block.active() % emulation::kWarpSize);
@@ -69,8 +73,11 @@ inline void multiply_tf32(float (&sum)[4], const uint32_t (&a)[4], const uint32_
 
 #endif
 
-// kCount values in two TF32 parts each, value = big + small. TF32 alone takes big and leaves small unused.
-template <int kCount>
+// To nearest in two instructions, where round_to_tf32 takes four. Not of a NaN, which may become 0.
+__device__ inline uint32_t round_number_to_tf32(float value) { return (float_bits(value) + 0x1000u) & kTf32Bits; }
+
+// kCount values in two parts each, value = big + small; a NaN is one in small. TF32 alone has big.
+template <bool kTf32, int kCount>
 struct Split {
   uint32_t big[kCount];
   uint32_t small[kCount];
@@ -79,15 +86,19 @@ struct Split {
   __device__ explicit Split(const float (&values)[kCount]) {
     INVERSE_FLOW_UNROLL
     for (int i = 0; i < kCount; ++i) {
-      big[i] = round_to_tf32(values[i]);
-      small[i] = round_to_tf32(values[i] - float_from_bits(big[i]));
+      if constexpr (kTf32) {
+        big[i] = round_to_tf32(values[i]);
+      } else {
+        big[i] = round_number_to_tf32(values[i]);
+        small[i] = float_bits(values[i] - float_from_bits(big[i]));
+      }
     }
   }
 };
 
 // sum += a b: in TF32, or all three products, the small ones first.
 template <bool kTf32>
-__device__ inline void multiply_split(float (&sum)[4], const Split<4>& a, const Split<2>& b) {
+__device__ inline void multiply_split(float (&sum)[4], const Split<kTf32, 4>& a, const Split<kTf32, 2>& b) {
   if constexpr (!kTf32) {
     multiply_tf32(sum, a.small, b.big);
     multiply_tf32(sum, a.big, b.small);

@@ -82,12 +82,12 @@ __global__ void __launch_bounds__(kGradientTensorThreads, 2)
         const int pixel = step * kFragmentPixels + t;
         const float* l = left + (first_output + g) * plan.left_pitch + pixel;
         const float* other_l = l + 8 * plan.left_pitch;
-        const Split<4> a({l[0], other_l[0], l[4], other_l[4]});
+        const Split<kTf32, 4> a({l[0], other_l[0], l[4], other_l[4]});
         int place = positions[pixel] + (first_input + g) * plan.right_pitch;
         int later_place = positions[pixel + 4] + (first_input + g) * plan.right_pitch;
         INVERSE_FLOW_UNROLL
         for (int v = 0; v < kFragmentTaps; ++v) {
-          if (v < taps) multiply_split<kTf32>(sum[v], a, Split<2>({right[place], right[later_place]}));
+          if (v < taps) multiply_split(sum[v], a, Split<kTf32, 2>({right[place], right[later_place]}));
           // Of constants, here and not ahead of the loop: a register more would spill.
           const int distance = (row_ends >> v & 1) != 0 ? plan.right_columns() - plan.window_w + 1 : 1;
           place -= distance;

@@ -9,12 +9,12 @@
 // fragment of weights once (16 bytes per lane, from shared memory, or through L2 where they do not fit) and uses it for
 // all pixels of the job, with x from shared memory. Taps are in the order of their distance a + b. Only (0, 1) and (1,
 // 0) read the diagonal before; a warp adds up y and all farther taps of its first job ahead of the barrier. Shared
-// memory: [weights: k-step, output tile, lane, 4] [bias] [taps] [x: image, diagonal, row, channel] [sums: split, pixel,
-// channel]. x_d overwrites bias - y_d. Zeros lie where taps reach out of the image. Of images that do not fit, the last
-// diagonals alone are kept, in a ring; then y of the next diagonal is loaded, and x of this one stored, at every step.
-// Where warps are left over, they add up the sums, load and store, while the others are ahead already.
-// Barriers, two a diagonal: x of the diagonal before is complete and its sums have been read; the splits' sums are
-// complete and y has been read. Before the sweep: the fold's scratch becomes x; zeros and bias; weights and y.
+// memory: [weights: k-step, output tile, lane, 4] [bias] [where x of a k-step is] [x: image, diagonal, row, channel]
+// [sums: split, pixel, channel]. x_d overwrites bias - y_d. Zeros lie where taps reach out of the image. Of images that
+// do not fit, the last diagonals alone are kept, in a ring; then y of the next diagonal is loaded, and x of this one
+// stored, at every step. Where warps are left over, they add up the sums, load and store, while the others are ahead
+// already. Barriers, two a diagonal: x of the diagonal before is complete and its sums have been read; the splits' sums
+// are complete and y has been read. Before the sweep: the fold's scratch becomes x; zeros and bias; weights and y.
 // Operations: 3 products (TF32: 1) of 1024 multiply-adds a k-step, output tile and pixel tile. Bytes: images once; of
 // weights a diagonal, those of the taps that reach into the image; of x, 256 a product tile and output tile.
 #pragma once
@@ -31,22 +31,17 @@ constexpr int kStagedPacks = 2;
 // The same, while whole images are loaded: loads under way at a time.
 constexpr int kLoadedPacks = 4;
 
-// A tap: the distance of its diagonal, and its row.
-struct Tap {
+// Of a k-step: the distance of its tap's diagonal, and where x stands, counted from the pixel of the tap (0, 0) and but
+// for the wrap of a ring.
+struct alignas(8) StepSource {
   int32_t distance;
-  int32_t a;
+  int32_t offset;
 };
 
-// Of the taps in order of distance, `count` from `first` on; with_center: (0, 0) and then the others.
+// Taps that follow each other in the order of tap_position.
 struct TapRange {
   int first;
   int count;
-  bool with_center;
-
-  __device__ int position(int index) const {
-    if (!with_center) return first + index;
-    return index == 0 ? 0 : first + index - 1;
-  }
 };
 
 // The pixels that are solved at once: `length` of each image, from `first_row` on.
@@ -56,6 +51,25 @@ struct Diagonal {
   int first_row;
   int length;
   int columns;  // of all images of the block
+
+  // Without a division: there are few images, and mostly one.
+  __device__ int image_of(int column) const {
+    int image = 0;
+    for (int rest = column; rest >= length; rest -= length) ++image;
+    return image;
+  }
+};
+
+// A tile of outputs, and the first of a job's columns.
+struct JobPlace {
+  int output_tile;
+  int first_column;
+
+  __device__ JobPlace(const TensorPlan& plan, int job) {
+    const int columns = plan.by_output_tiles.quotient(job);
+    output_tile = job - columns * plan.taps.output_tiles;
+    first_column = columns * kJobTiles * kMmaPixels;
+  }
 };
 
 // What of the block's memory a warp multiplies.
@@ -63,7 +77,7 @@ struct TensorOperands {
   const float* shared_weights;
   const float* folded;  // of all taps, in global memory
   const float* x;
-  const Tap* taps;
+  const StepSource* sources;
 };
 
 struct JobSums {
@@ -83,7 +97,7 @@ struct JobSums {
 __device__ inline Diagonal diagonal_at(const Tile& tile, const TensorPlan& plan, int number) {
   Diagonal diagonal;
   diagonal.number = number;
-  diagonal.slot = plan.whole_images ? number : number % plan.slots;
+  diagonal.slot = plan.whole_images ? number : number - plan.by_slots.quotient(number) * plan.slots;
   diagonal.first_row = number < tile.columns ? 0 : number - tile.columns + 1;
   diagonal.length = (number < tile.rows ? number + 1 : tile.rows) - diagonal.first_row;
   diagonal.columns = tile.images * diagonal.length;
@@ -96,7 +110,7 @@ __device__ inline int pixel_offset(const TensorPlan& plan, int image, int row) {
 }
 
 __device__ inline int column_offset(const TensorPlan& plan, const Diagonal& diagonal, int column) {
-  const int image = plan.images == 1 ? 0 : column / diagonal.length;
+  const int image = diagonal.image_of(column);
   return pixel_offset(plan, image, diagonal.first_row + column - image * diagonal.length);
 }
 
@@ -107,78 +121,39 @@ struct PackPlace {
   int row;
   int pack;
 
-  __device__ PackPlace(const Diagonal& diagonal, int packs, int item)
-      : column(item / packs),
-        image(column / diagonal.length),
+  __device__ PackPlace(const TensorPlan& plan, const Diagonal& diagonal, int packs, int item)
+      : column(plan.by_packs.quotient(item)),
+        image(diagonal.image_of(column)),
         row(diagonal.first_row + column - image * diagonal.length),
         pack(item - column * packs) {}
 };
-
-__device__ inline Pack<float, kLaneWeights> load_fragment(const TensorOperands& from, const TensorPlan& plan,
-                                                          int k_step, int output_tile) {
-  const int place = (k_step * plan.taps.output_tiles + output_tile) * kFragmentElements +
-                    static_cast<int>(threadIdx.x) % kWarp * kLaneWeights;
-  using Fragment = Pack<float, kLaneWeights>;
-  if (k_step < plan.resident_steps) return *reinterpret_cast<const Fragment*>(from.shared_weights + place);
-  return load_readonly(reinterpret_cast<const Fragment*>(from.folded + place));
-}
 
 // Adds this split's share of the k-steps of the taps to the sums of the first kTiles tiles of a job.
 template <bool kTf32, int kTiles>
 __device__ void accumulate(JobSums& sums, const TensorOperands& from, const TensorPlan& plan, const Diagonal& diagonal,
                            const TapRange& taps, int split, int output_tile, int first_column) {
+  const int first_step = taps.first * plan.taps.k_steps;
   const int steps = taps.count * plan.taps.k_steps;
-  const int end = steps * (split + 1) / plan.splits;
-  int index = steps * split / plan.splits;
-  if (index == end) return;
+  int k_step = first_step + plan.by_splits.quotient(steps * split);
+  const int last = first_step + plan.by_splits.quotient(steps * (split + 1));
+  if (k_step == last) return;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   // Past the last column: once more the last, whose sum nobody reads.
   int columns[kTiles];
   INVERSE_FLOW_UNROLL
   for (int i = 0; i < kTiles; ++i) {
     const int column = first_column + i * kMmaPixels + lane / 4;
-    columns[i] = column_offset(plan, diagonal, column < diagonal.columns ? column : diagonal.columns - 1) + lane % 4;
+    columns[i] = column_offset(plan, diagonal, column < diagonal.columns ? column : diagonal.columns - 1) + lane % 4 +
+                 diagonal.slot * plan.slot_stride;
   }
-  int tap_index = index / plan.taps.k_steps;
-  int chunk = index - tap_index * plan.taps.k_steps;
-  int first_step = 0;
-  const float* source = nullptr;
-  const auto enter_tap = [&] {
-    const int position = taps.position(tap_index);
-    const Tap tap = from.taps[position];
-    int slot = diagonal.slot - tap.distance;
-    if (slot < 0) slot += plan.slots;
-    source = from.x + slot * plan.slot_stride - tap.a * plan.row_step;
-    first_step = position * plan.taps.k_steps;
+  const int ring = plan.slots * plan.slot_stride;
+  // What is loaded, in two parts.
+  struct Operands {
+    Split<kTf32, kLaneWeights> weights;
+    Split<kTf32, 2> x[kTiles];
   };
-  enter_tap();
-  Pack<float, kLaneWeights> loaded;
-  float loaded_x[kTiles][2];
-  const auto load = [&] {
-    loaded = load_fragment(from, plan, first_step + chunk, output_tile);
-    INVERSE_FLOW_UNROLL
-    for (int i = 0; i < kTiles; ++i) {
-      const float* const pixel = source + columns[i] + chunk * kMmaInputs;
-      loaded_x[i][0] = pixel[0];
-      loaded_x[i][1] = pixel[4];
-    }
-  };
-  load();
-  INVERSE_FLOW_UNROLL_BY(1)
-  while (index < end) {
-    const Split<kLaneWeights> weights(loaded.value);
-    Split<2> x[kTiles];
-    INVERSE_FLOW_UNROLL
-    for (int i = 0; i < kTiles; ++i) x[i] = Split<2>(loaded_x[i]);
-    // The next operands are on their way while these are multiplied.
-    if (++index < end) {
-      if (++chunk == plan.taps.k_steps) {
-        chunk = 0;
-        ++tap_index;
-        enter_tap();
-      }
-      load();
-    }
+  const auto multiply = [&](const Operands& operands) {
+    const auto& [weights, x] = operands;
     INVERSE_FLOW_UNROLL
     for (int i = 0; i < kTiles; ++i) {
       // Tensor cores truncate: a long sum is rounded to nearest here instead.
@@ -193,6 +168,45 @@ __device__ void accumulate(JobSums& sums, const TensorOperands& from, const Tens
       INVERSE_FLOW_UNROLL
       for (int i = 0; i < kTiles; ++i) multiply_tf32(sums.small[i], weights.big, x[i].small);
     }
+  };
+  // First the k-steps whose weights are in shared memory, then those in global memory.
+  while (k_step < last) {
+    const bool is_resident = k_step < plan.resident_steps;
+    const int end = is_resident && plan.resident_steps < last ? plan.resident_steps : last;
+    const float* weights_at = (is_resident ? from.shared_weights : from.folded) +
+                              (k_step * plan.taps.output_tiles + output_tile) * kFragmentElements + lane * kLaneWeights;
+    const StepSource* next = from.sources + k_step;
+    StepSource source = *next;
+    Pack<float, kLaneWeights> loaded;
+    float loaded_x[kTiles][2];
+    const auto load = [&] {
+      loaded = *reinterpret_cast<const Pack<float, kLaneWeights>*>(weights_at);
+      weights_at += plan.taps.output_tiles * kFragmentElements;
+      const float* const x = from.x + source.offset + (source.distance > diagonal.slot ? ring : 0);
+      INVERSE_FLOW_UNROLL
+      for (int i = 0; i < kTiles; ++i) {
+        loaded_x[i][0] = x[columns[i]];
+        loaded_x[i][1] = x[columns[i] + 4];
+      }
+      source = *++next;
+    };
+    const auto split_loaded = [&] {
+      Operands operands;
+      operands.weights = Split<kTf32, kLaneWeights>(loaded.value);
+      INVERSE_FLOW_UNROLL
+      for (int i = 0; i < kTiles; ++i) operands.x[i] = Split<kTf32, 2>(loaded_x[i]);
+      return operands;
+    };
+    load();
+    // Twice, where registers hold what is loaded beside what is multiplied: nothing has to be moved then.
+    constexpr int kUnrolled = kTiles < kJobTiles ? 2 : 1;
+    INVERSE_FLOW_UNROLL_BY(kUnrolled)
+    while (++k_step < end) {
+      const Operands operands = split_loaded();
+      load();  // on their way while these are multiplied
+      multiply(operands);
+    }
+    multiply(split_loaded());
   }
 }
 
@@ -200,15 +214,14 @@ __device__ void accumulate(JobSums& sums, const TensorOperands& from, const Tens
 template <bool kTf32>
 __device__ inline void accumulate_tiles(JobSums& sums, const TensorOperands& from, const TensorPlan& plan,
                                         const Diagonal& diagonal, const TapRange& taps, int split, int job) {
-  const int output_tile = job % plan.taps.output_tiles;
-  const int first_column = job / plan.taps.output_tiles * kJobTiles * kMmaPixels;
-  const int columns = diagonal.columns - first_column;
+  const JobPlace at(plan, job);
+  const int columns = diagonal.columns - at.first_column;
   if (columns <= kMmaPixels) {
-    accumulate<kTf32, 1>(sums, from, plan, diagonal, taps, split, output_tile, first_column);
+    accumulate<kTf32, 1>(sums, from, plan, diagonal, taps, split, at.output_tile, at.first_column);
   } else if (columns <= 2 * kMmaPixels) {
-    accumulate<kTf32, 2>(sums, from, plan, diagonal, taps, split, output_tile, first_column);
+    accumulate<kTf32, 2>(sums, from, plan, diagonal, taps, split, at.output_tile, at.first_column);
   } else {
-    accumulate<kTf32, kJobTiles>(sums, from, plan, diagonal, taps, split, output_tile, first_column);
+    accumulate<kTf32, kJobTiles>(sums, from, plan, diagonal, taps, split, at.output_tile, at.first_column);
   }
 }
 
@@ -216,12 +229,12 @@ __device__ inline void accumulate_tiles(JobSums& sums, const TensorOperands& fro
 __device__ inline void leave_sums(const JobSums& sums, const TensorPlan& plan, const Diagonal& diagonal, int split,
                                   int job, float* shared_sums) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int first_column = job / plan.taps.output_tiles * kJobTiles * kMmaPixels;
-  float* const at = shared_sums + (split * plan.sum_columns + first_column + lane % 4 * 2) * plan.sum_pitch +
-                    job % plan.taps.output_tiles * kMmaOutputs + lane / 4;
+  const JobPlace place(plan, job);
+  float* const at = shared_sums + (split * plan.sum_columns + place.first_column + lane % 4 * 2) * plan.sum_pitch +
+                    place.output_tile * kMmaOutputs + lane / 4;
   INVERSE_FLOW_UNROLL
   for (int i = 0; i < kJobTiles; ++i) {
-    if (first_column + i * kMmaPixels < diagonal.columns) {
+    if (place.first_column + i * kMmaPixels < diagonal.columns) {
       INVERSE_FLOW_UNROLL
       for (int v = 0; v < 4; ++v) {
         at[(i * kMmaPixels + v % 2) * plan.sum_pitch + v / 2 * 8] = sums.big[i][v] + sums.small[i][v];
@@ -234,7 +247,7 @@ __device__ inline void leave_sums(const JobSums& sums, const TensorPlan& plan, c
 struct TensorMemory {
   float* weights;
   float* bias;
-  Tap* taps;
+  StepSource* sources;
   float* x;
   float* sums;
 
@@ -242,7 +255,7 @@ struct TensorMemory {
     unsigned char* const shared = dynamic_shared_memory();
     weights = reinterpret_cast<float*>(shared);
     bias = reinterpret_cast<float*>(shared + plan.bias_offset);
-    taps = reinterpret_cast<Tap*>(shared + plan.taps_offset);
+    sources = reinterpret_cast<StepSource*>(shared + plan.sources_offset);
     x = reinterpret_cast<float*>(shared + plan.x_offset);
     sums = reinterpret_cast<float*>(shared + plan.sums_offset);
   }
@@ -292,8 +305,8 @@ struct TensorPixels {
   }
 };
 
-// Bias, taps, and the weights that stay in shared memory: folded here, or on their way. Returns when the fold's scratch
-// is free for x.
+// Bias, where the k-steps find x, and the weights that stay in shared memory: folded here, or on their way. Returns
+// when the fold's scratch is free for x.
 template <typename Element>
 __device__ void fold(const SolveArguments<Element, TensorPlan>& args, const BlockGroup& group, const float* folded,
                      const TensorMemory& memory) {
@@ -302,11 +315,16 @@ __device__ void fold(const SolveArguments<Element, TensorPlan>& args, const Bloc
   load_bias(args, group, static_cast<int>(args.shape.channels), memory.bias);
   const int taps_h = plan.taps.taps_h;
   const int taps_w = plan.taps.taps_w;
-  for (int i = threadIdx.x; i < taps_h * taps_w; i += threads) {
-    const int a = i / taps_w;
-    const int b = i - a * taps_w;
-    memory.taps[tap_position(taps_h, taps_w, a, b)] = {a + b, a};
+  const int k_steps = plan.taps.k_steps;
+  for (int i = threadIdx.x; i < taps_h * taps_w * k_steps; i += threads) {
+    const int tap = plan.by_k_steps.quotient(i);
+    const int chunk = i - tap * k_steps;
+    const int a = tap / taps_w;
+    const int b = tap - a * taps_w;
+    memory.sources[tap_position(taps_h, taps_w, a, b) * k_steps + chunk] = {
+        a + b, chunk * kMmaInputs - (a + b) * plan.slot_stride - a * plan.row_step};
   }
+  if (threadIdx.x == 0) memory.sources[plan.taps.all_steps()] = {};  // is read ahead, and not used
   if (folded == nullptr) {
     fold_in_block(group_weight(args, group), plan.taps, memory.x, memory.weights);
     __syncthreads();  // the fold's scratch is free for x
@@ -329,7 +347,7 @@ __device__ void prepare(const TensorPixels<Element>& pixels) {
   for (int i = thread; i < plan.images * plan.image_stride / 4; i += threads) {
     reinterpret_cast<Pack<float, 4>*>(pixels.x)[i] = {};
   }
-  __syncthreads();  // zeros, bias and taps are complete
+  __syncthreads();  // zeros, bias and sources are complete
   if (plan.whole_images) {
     const int items = tile.images * packs * tile.rows * tile.columns;
     for (int first = thread; first < items; first += kLoadedPacks * threads) {
@@ -352,7 +370,7 @@ __device__ void prepare(const TensorPixels<Element>& pixels) {
   } else {
     const Diagonal first = diagonal_at(tile, plan, 0);
     for (int item = thread; item < first.columns * packs; item += threads) {
-      const PackPlace at(first, packs, item);
+      const PackPlace at(plan, first, packs, item);
       pixels.at(first, at) = pixels.load(first, at);
     }
   }
@@ -391,7 +409,7 @@ struct NextDiagonal {
     INVERSE_FLOW_UNROLL
     for (int i = 0; i < kStagedPacks; ++i) {
       const int item = finishers.index + i * finishers.count;
-      if (item < items) staged[i] = pixels.load(diagonal, PackPlace(diagonal, pixels.packs, item));
+      if (item < items) staged[i] = pixels.load(diagonal, place(item));
     }
   }
 
@@ -400,13 +418,16 @@ struct NextDiagonal {
     INVERSE_FLOW_UNROLL
     for (int i = 0; i < kStagedPacks; ++i) {
       const int item = finishers.index + i * finishers.count;
-      if (item < items) pixels.at(diagonal, PackPlace(diagonal, pixels.packs, item)) = staged[i];
+      if (item < items) pixels.at(diagonal, place(item)) = staged[i];
     }
     for (int item = finishers.index + kStagedPacks * finishers.count; item < items; item += finishers.count) {
-      const PackPlace at(diagonal, pixels.packs, item);
+      const PackPlace at = place(item);
       pixels.at(diagonal, at) = pixels.load(diagonal, at);
     }
   }
+
+ private:
+  __device__ PackPlace place(int item) const { return {pixels.args.plan, diagonal, pixels.packs, item}; }
 };
 
 // x of a diagonal from the splits' sums; of a ring it is stored at once.
@@ -416,7 +437,7 @@ __device__ void finish(const TensorPixels<Element>& pixels, const Diagonal& diag
   const TensorPlan& plan = pixels.args.plan;
   const int packs = pixels.packs;
   for (int item = finishers.index; finishers.index >= 0 && item < diagonal.columns * packs; item += finishers.count) {
-    const PackPlace at(diagonal, packs, item);
+    const PackPlace at(plan, diagonal, packs, item);
     Pack<float, 4> total{};
     for (int s = 0; s < plan.splits; ++s) {
       const auto part = *reinterpret_cast<const Pack<float, 4>*>(
@@ -442,15 +463,15 @@ __device__ void sweep(const TensorPixels<Element>& pixels, const TensorOperands&
   const bool multiplies = split < plan.splits;
   const int first_job = warp - split * plan.job_warps;
   const Finishers finishers(plan);
-  const int near_end = static_cast<int>(taps_nearer(taps_h, taps_w, 2));
+  const int near_taps = near_taps_of(taps_h, taps_w);
   const int diagonals = pixels.tile.rows + pixels.tile.columns - 1;
   for (int number = 0; number < diagonals; ++number) {
     const Diagonal diagonal = diagonal_at(pixels.tile, plan, number);
     const NextDiagonal<Element> next(pixels, finishers, number + 1, !plan.whole_images && number + 1 < diagonals);
     // Taps that reach into the image at all.
     const int reaching = static_cast<int>(taps_nearer(taps_h, taps_w, number + 1));
-    const TapRange ahead{near_end, 1 + (reaching > near_end ? reaching - near_end : 0), true};
-    const int near = (reaching < near_end ? reaching : near_end) - 1;
+    const TapRange near{0, number == 0 ? 0 : near_taps};
+    const TapRange ahead{near_taps, reaching - near.count};
     const int jobs =
         plan.taps.output_tiles * ((diagonal.columns + kJobTiles * kMmaPixels - 1) / (kJobTiles * kMmaPixels));
     JobSums sums;
@@ -462,7 +483,7 @@ __device__ void sweep(const TensorPixels<Element>& pixels, const TensorOperands&
     for (int job = first_job; multiplies && job < jobs; job += plan.job_warps) {
       if (job != first_job) sums.clear();
       const bool is_begun = job == first_job;
-      const TapRange rest{is_begun ? 1 : 0, is_begun ? near : reaching, false};
+      const TapRange rest{number == 0 ? near_taps : 0, is_begun ? near.count : reaching};
       accumulate_tiles<kTf32>(sums, operands, plan, diagonal, rest, split, job);
       leave_sums(sums, plan, diagonal, split, job, shared_sums);
     }
@@ -487,7 +508,7 @@ __global__ void __launch_bounds__(kTensorThreads, 1)
   __syncthreads();  // weights and y are complete
 
   const PixelStore<SolveArguments<Element, TensorPlan>> store(args, group);
-  sweep<kTf32>(pixels, {memory.weights, folded, memory.x, memory.taps}, memory.sums, store);
+  sweep<kTf32>(pixels, {memory.weights, folded, memory.x, memory.sources}, memory.sums, store);
   if (!plan.whole_images) return;
   __syncthreads();  // x is complete
   for_each_pack(pixels.tile, pixels.packs, args.output_strides, [&](int image, int row, int column, int pack) {

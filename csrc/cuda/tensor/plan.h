@@ -9,6 +9,7 @@
 #include <string>
 
 #include "../common/device_limits.h"
+#include "../common/divisor.h"
 #include "../common/fold.h"
 #include "../common/orders.h"
 #include "../common/problem.h"
@@ -36,15 +37,20 @@ constexpr int32_t kMaxSplits = 8;
 constexpr int64_t kPixelPadding = 4;
 
 // Taps (a, b) of a taps_h x taps_w window that are nearer than `distance` = a + b. Taps are kept in the order of their
-// distance: first (0, 0), then (0, 1) and (1, 0), which read the diagonal just before, then the others.
+// distance, but that the first are (0, 1) and (1, 0), which read the diagonal just before, and (0, 0) comes next.
 INVERSE_FLOW_HOST_DEVICE constexpr int64_t taps_nearer(int64_t taps_h, int64_t taps_w, int64_t distance) {
   const auto triangle = [](int64_t n) { return n > 0 ? n * (n + 1) / 2 : 0; };
   return triangle(distance) - triangle(distance - taps_h) - triangle(distance - taps_w) +
          triangle(distance - taps_h - taps_w);
 }
+INVERSE_FLOW_HOST_DEVICE constexpr int32_t near_taps_of(int64_t taps_h, int64_t taps_w) {
+  return (taps_h > 1 ? 1 : 0) + (taps_w > 1 ? 1 : 0);
+}
 INVERSE_FLOW_HOST_DEVICE constexpr int64_t tap_position(int64_t taps_h, int64_t taps_w, int64_t a, int64_t b) {
+  if (a + b == 0) return near_taps_of(taps_h, taps_w);
   const int64_t first_a = a + b - (taps_w - 1);
-  return taps_nearer(taps_h, taps_w, a + b) + a - (first_a > 0 ? first_a : 0);
+  const int64_t in_order = taps_nearer(taps_h, taps_w, a + b) + a - (first_a > 0 ? first_a : 0);
+  return a + b == 1 ? in_order - 1 : in_order;
 }
 
 // Folded weights of a group as the lanes of a warp read them: [tap, in order of distance][k-step][output
@@ -93,12 +99,18 @@ struct TensorPlan {
   // The splits' sums: splits x sum_columns pixels x sum_pitch channels.
   int32_t sum_columns;
   int32_t sum_pitch;
-  // Shared memory, in bytes: weights, bias, taps, x, sums.
+  // Shared memory, in bytes: weights, bias, where x of a k-step is, x, sums.
   int64_t bias_offset;
-  int64_t taps_offset;
+  int64_t sources_offset;
   int64_t x_offset;
   int64_t sums_offset;
   int64_t shared_bytes;
+  // What the sweep divides by.
+  Divisor by_splits;
+  Divisor by_k_steps;
+  Divisor by_output_tiles;
+  Divisor by_slots;
+  Divisor by_packs;  // of channels, of a pixel
 
   INVERSE_FLOW_HOST_DEVICE int32_t product_warps() const { return splits * job_warps; }
   bool weights_in_shared() const { return resident_steps == taps.all_steps(); }
@@ -210,8 +222,8 @@ inline std::optional<TensorPlan> plan_tensor(const Shape& shape, int64_t state_b
   const int64_t steps = plan.taps.all_steps();
   const int64_t step_bytes = plan.taps.output_tiles * kFragmentElements * static_cast<int64_t>(sizeof(float));
   const int64_t bias_bytes = round_up(plan.taps.inputs() * static_cast<int64_t>(sizeof(float)), 16);
-  const int64_t taps_bytes = round_up(taps_h * taps_w * 8, 16);
-  const int64_t budget = device.shared_bytes - bias_bytes - taps_bytes;
+  const int64_t sources_bytes = round_up((steps + 1) * 8, 16);
+  const int64_t budget = device.shared_bytes - bias_bytes - sources_bytes;
   if (budget <= 0) return std::nullopt;
 
   // Images of a block: what is left over for each when every multiprocessor has one block; and where the weights do
@@ -241,14 +253,19 @@ inline std::optional<TensorPlan> plan_tensor(const Shape& shape, int64_t state_b
     while (images > 1 && !lay_out(images, false, whole_limit)) --images;
     if (!lay_out(images, false, budget)) return std::nullopt;
   }
+  plan.by_splits = Divisor::of(plan.splits);
+  plan.by_k_steps = Divisor::of(plan.taps.k_steps);
+  plan.by_output_tiles = Divisor::of(plan.taps.output_tiles);
+  plan.by_slots = Divisor::of(std::max(plan.slots, 1));
+  plan.by_packs = Divisor::of(static_cast<int32_t>(divide_up(shape.channels, int64_t{kLaneWeights})));
   // As many as a diagonal has packs of channels for, of those that are left.
   const int64_t packs = images * diagonal * divide_up(shape.channels, int64_t{kLaneWeights});
   plan.finish_warps = static_cast<int32_t>(std::min(divide_up(packs, 32), max_warps - plan.product_warps()));
   plan.threads = (plan.product_warps() + plan.finish_warps) * 32;
   plan.resident_steps = static_cast<int32_t>(std::min(steps, (budget - plan.shared_bytes) / step_bytes));
   plan.bias_offset = plan.resident_steps * step_bytes;
-  plan.taps_offset = plan.bias_offset + bias_bytes;
-  plan.x_offset = plan.taps_offset + taps_bytes;
+  plan.sources_offset = plan.bias_offset + bias_bytes;
+  plan.x_offset = plan.sources_offset + sources_bytes;
   plan.sums_offset += plan.x_offset;
   plan.shared_bytes += plan.x_offset;
   // The scratch of the fold lies where pixels and sums will.
