@@ -4,7 +4,7 @@
     python benchmarks/features.py fashion-mnist --data FashionMNIST/raw --flip
 
 Only the training images are learned from; the test images say how often the last weights, as they are stored, are
-right, and choose nothing.
+right. The size of the network was chosen after its accuracy on Fashion-MNIST's test images had been seen once.
 """
 
 from __future__ import annotations

@@ -206,3 +206,10 @@ def test_features_are_those_before_the_last_layer() -> None:
     network, images = FeatureNetwork().eval(), load_embedded().test.images[:3]
     torch.testing.assert_close(network.head(network.features(images)), network(images))
     assert network.features(images).shape == (3, 128)
+
+
+def test_too_few_images_are_refused() -> None:
+    data = load_embedded()
+    for samples, most in ((data.test.images[:1], 100), (data.test.images, -5)):
+        with pytest.raises(ValueError, match="at least 20 images of each kind"):
+            measure_quality(samples, data, most=most)

@@ -40,6 +40,7 @@ from inverse_flow.training.labels import context_of
 from inverse_flow.training.log import StepReport, TensorBoardLog
 from inverse_flow.training.progress import TrainingProgress
 from inverse_flow.training.quality import quality_of
+from inverse_flow.training.quality.measure import recognise
 from inverse_flow.training.samples import NPZ, SampleGrids, draw, save_npz
 from inverse_flow.training.summary import summarize
 from inverse_flow.training.workers import Workers, connect
@@ -272,6 +273,8 @@ def evaluate(
         model = checkpoint.model_of(content).to(device)
         data = runs.data_of(content, data_source)
         classes = runs.source_of(content).classes
+        if with_quality:
+            recognise(data)  # what it refuses, it refuses before the long work
         summary = summarize(model, data, content.training, classes=classes, importance_samples=importance_samples)
         context = context_of(data.test, classes)
         report = stability_report(model, model.event_shape, None if context is None else context[:1].to(device))

@@ -11,7 +11,7 @@ from torch import Tensor
 from inverse_flow.data import ImageData, ImageSet
 from inverse_flow.models import ImageFlow
 from inverse_flow.training.figures import to_uint8
-from inverse_flow.training.quality.distances import frechet_distance, kernel_distance, vendi_score
+from inverse_flow.training.quality.distances import BLOCKS, frechet_distance, kernel_distance, vendi_score
 from inverse_flow.training.quality.features import (
     BATCH,
     IMAGE_SHAPE,
@@ -101,6 +101,8 @@ def measure_quality(samples: Tensor, data: ImageData, *, most: int = MOST_IMAGES
 
 def _measure(samples: Tensor, data: ImageData, judge: Recognised, most: int, seed: int) -> Quality:
     count = min(most, len(samples), len(data.train), len(data.test))
+    if count < 2 * BLOCKS:
+        raise ValueError(f"quality needs at least {2 * BLOCKS} images of each kind, got {count}")
     generator = torch.Generator().manual_seed(seed)
     train, test = (
         part.images[torch.randperm(len(part), generator=generator)[:count]] for part in (data.train, data.test)
