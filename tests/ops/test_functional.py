@@ -213,7 +213,14 @@ def test_repeated_runs_are_bit_identical(case: Case, count: int, device: torch.d
 @pytest.mark.parametrize("count", [2, 3, 5])
 @pytest.mark.parametrize(
     "case",
-    [*FEW, Case(50, 6, 6, 5), Case(1, 1, 70, 9), Case(3, 2, 37, 5, order="top_right"), Case(1, 2, 9, 9, groups=2)],
+    [
+        *FEW,
+        Case(50, 6, 6, 5),
+        Case(1, 1, 70, 9),
+        Case(3, 2, 37, 5, order="top_right"),
+        Case(1, 2, 9, 9, groups=2),
+        Case(1, 12, 32, 41),
+    ],
     ids=str,
 )
 def test_any_number_of_threads(case: Case, count: int) -> None:
