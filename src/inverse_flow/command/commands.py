@@ -254,7 +254,7 @@ def sample(
 @click.option("--importance-samples", type=click.IntRange(0), default=10, show_default=True,
               help="Draws of noise for the importance-weighted bound; 0 for none.")  # fmt: skip
 @click.option("--quality", "with_quality", is_flag=True,
-              help="Judge samples of Fashion-MNIST too, as many as there are test images.")  # fmt: skip
+              help="Judge samples of MNIST or Fashion-MNIST too, as many as there are test images.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @common_options
 def evaluate(

@@ -44,7 +44,7 @@ class Quality:
 
     Attributes:
         images: of each kind.
-        classifier: whose features are used, by the images it knows: "fashion-mnist".
+        classifier: whose features are used, by the images it knows: "mnist" or "fashion-mnist".
         accuracy: of that classifier, on the test images.
         figures: by the network ("classifier", "random"), by whose they are ("samples", "floor"), by name.
         nearest_training_share: of the samples whose nearest real image, by pixels, is a training image, among as many
