@@ -22,7 +22,7 @@ from inverse_flow.ops.bijection import Bijection
 from inverse_flow.ops.causal import corner_taps, effective_weight, limit_row_sums, with_corner_taps, without_autocast
 from inverse_flow.ops.checks import FLOAT_DTYPES, shape_of_images
 from inverse_flow.ops.library import allows_tf32
-from inverse_flow.ops.spec import ORDERS, OrderNames, Steps, each_axis, make_spec
+from inverse_flow.ops.spec import ORDERS, OrderNames, Steps, check_integer, each_axis, make_spec
 from inverse_flow.ops.views import solve_backward
 
 __all__ = ["InverseConv1d", "InverseConv2d", "InverseConv3d", "InverseConvNd"]
@@ -61,8 +61,7 @@ class InverseConvNd(Bijection):
         super().__init__()
         self.kernel_size = each_axis("kernel_size", kernel_size, self.dimensions)
         self.dilation = each_axis("dilation", dilation, self.dimensions)
-        if not isinstance(channels, int) or channels < 1:
-            raise ValueError(f"channels must be an integer of at least 1, got {channels!r}")
+        check_integer("channels", channels)
         if order is None:
             order = ORDERS[self.dimensions][0]
         make_spec(order, groups, "general", self.dimensions)
@@ -233,7 +232,7 @@ class InverseConv2d(InverseConvNd):
 
     Raises:
         ValueError: a size, order or corner kind that does not exist, or ``channels`` not divisible by ``groups``.
-        TypeError: ``dtype`` is not floating.
+        TypeError: ``dtype`` is not floating, or a number no integer.
         As :func:`inverse_flow.functional.inverse_conv2d` when called.
     """
 

@@ -8,6 +8,7 @@ AISTATS 2025 (arXiv 2410.14634).
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from inverse_flow.ops import centred, native, views
 from inverse_flow.ops import library as ops
 from inverse_flow.ops.causal import convolve, effective_weight, per_channel
 from inverse_flow.ops.checks import check_arguments
-from inverse_flow.ops.spec import OrderNames, Steps, each_axis, make_spec
+from inverse_flow.ops.spec import OrderNames, Steps, check_integer, make_spec
 
 __all__ = [
     "causal_conv1d",
@@ -197,25 +198,30 @@ def solve_conv2d(
         x with the iterations and the residual of each image, and the tolerance.
 
     Raises:
-        TypeError: an argument is not a tensor, or neither float32 nor float64.
+        TypeError: an argument is not a tensor, or neither float32 nor float64; a number of another kind.
         ValueError: shapes, dtypes or ``groups`` do not fit; a kernel of even size; ``tikhonov`` or ``tolerance`` below
             0, ``max_iterations`` or ``restart`` below 1; the centre tap is singular and the preconditioner asked for.
         RuntimeError: the tensors lie on different devices.
         torch.linalg.LinAlgError: an image did not reach the tolerance, here or in the backward pass.
     """
+    for name, value in {"groups": groups, "max_iterations": max_iterations, "restart": restart}.items():
+        check_integer(name, value)
     check_arguments(input, weight, bias, groups, batched=False)
     native.check_device(input.device)
+    if input.is_meta:
+        raise RuntimeError("GMRES reads values, of which tensors on the meta device have none")
     if input.dtype not in TOLERANCES:
         raise TypeError(f"input must be float32 or float64, got {input.dtype}")
     if not all(size % 2 for size in weight.shape[2:]):
         raise ValueError(f"a kernel must have odd sizes, so that it has a centre, got {tuple(weight.shape[2:])}")
+    chosen = TOLERANCES[input.dtype] if tolerance is None else tolerance
+    for name, number in {"tikhonov": tikhonov, "tolerance": chosen}.items():
+        if not isinstance(number, Real):  # no gradient reaches a tensor
+            raise TypeError(f"{name} must be a number, got {type(number).__name__}")
     if not 0 <= tikhonov < math.inf:
         raise ValueError(f"tikhonov must be at least 0 and finite, got {tikhonov}")
-    chosen = TOLERANCES[input.dtype] if tolerance is None else tolerance
     if not 0 <= chosen < 1:
         raise ValueError(f"tolerance must be at least 0 and below 1, got {tolerance}")
-    if max_iterations < 1 or restart < 1:
-        raise ValueError(f"max_iterations and restart must be at least 1, got {max_iterations} and {restart}")
     images = input if input.dim() == 4 else input[None]
     if bias is not None:
         images = images - per_channel(bias, images)
@@ -329,7 +335,7 @@ def _causal(
 ) -> Tensor:
     spec = make_spec(order, groups, corner, dimensions)
     check_arguments(input, weight, bias, groups, dimensions, batched=False)
-    steps = each_axis("dilation", dilation, dimensions)
+    steps = views.steps_within(dilation, input.shape[-dimensions:])
     batch = input if input.dim() == dimensions + 2 else input[None]
     output = convolve(batch, effective_weight(weight, spec), spec, steps)
     if bias is not None:

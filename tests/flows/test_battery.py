@@ -428,6 +428,22 @@ def test_copies(case: Case) -> None:
 
 
 @cases
+def test_other_parameters_for_one_call(case: Case) -> None:
+    """``functional_call`` runs the layer on them, and leaves it as it was."""
+    layer, x, context = case.layer(), case.images(), case.context()
+    before, expected = list(layer.parameters()), layer(x, context)
+    others = {name: parameter.detach() + 0.1 for name, parameter in layer.named_parameters()}
+    found = torch.func.functional_call(layer, others, (x, context))
+    twin = case.layer()
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            parameter.copy_(others[name])
+    torch.testing.assert_close(found, twin(x, context))
+    assert all(one is other for one, other in zip(layer.parameters(), before, strict=True))
+    torch.testing.assert_close(layer(x, context), expected)
+
+
+@cases
 def test_non_contiguous(case: Case) -> None:
     check_non_contiguous(case)
 

@@ -96,9 +96,9 @@ def _around(weight: Tensor) -> tuple[int, ...]:
 
 
 def test_errors_say_what_was_given() -> None:
-    with pytest.raises(ValueError, match="at least 1, got 0 and 2"):
+    with pytest.raises(ValueError, match="hidden must be at least 1, got 0"):
         ResNet(1, 0, 1)
-    with pytest.raises(ValueError, match="at least 1, got 4 and 0"):
+    with pytest.raises(ValueError, match="blocks must be at least 1, got 0"):
         ResNet(1, 4, 1, blocks=0)
 
 

@@ -85,7 +85,7 @@ def test_the_context_reaches_every_coupling() -> None:
 
 
 def test_errors_say_what_was_given() -> None:
-    with pytest.raises(ValueError, match="at least 2 channels to split, got 1"):
+    with pytest.raises(ValueError, match="channels must be at least 2, got 1"):
         HINT(1)
     for wrong in (1, 5):
         with pytest.raises(ValueError, match=f"between 2 and 4, the channels, got {wrong}"):

@@ -65,9 +65,9 @@ def test_a_vector_of_zeros_shows() -> None:
 
 
 def test_errors_say_what_was_given() -> None:
-    with pytest.raises(ValueError, match="at least 1, got 0 and 2"):
+    with pytest.raises(ValueError, match="channels must be at least 1, got 0"):
         Householder(0, 2)
-    with pytest.raises(ValueError, match="at least 1, got 4 and 0"):
+    with pytest.raises(ValueError, match="reflections must be at least 1, got 0"):
         Householder(4, 0)
     with pytest.raises(ValueError, match=r"built for 4 channels, got images of shape \(1, 3, 2, 2\)"):
         Householder(4)(torch.zeros(1, 3, 2, 2))

@@ -16,7 +16,7 @@ def varied(layer: nn.Module) -> nn.Module:
 def test_is_an_additive_coupling_in_another_basis() -> None:
     """Qᵀ (x₁, x₂ + t(x₁)) in the basis of Q x."""
     layer = varied(IRIM(4, 3))
-    basis, coupling, _ = layer.layers
+    basis, coupling = layer.layers
     matrix = basis._matrix()
     x = torch.randn(2, 4, 3, 2, dtype=torch.float64)
     turned = torch.einsum("oc,bchw->bohw", matrix, x)

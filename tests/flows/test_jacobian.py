@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from inverse_flow import InverseConv2d
 from inverse_flow.flows import (
     HINT,
+    IRIM,
     ActNorm,
     AffineCoupling,
     Compose,
@@ -235,6 +237,39 @@ def test_errors_say_what_was_given() -> None:
         jvp(layer, x, x, parameter_tangents={"bias": torch.zeros(3)})
     with pytest.raises(RuntimeError, match=r"layers.0 is not initialised"):
         jvp(Compose(ActNorm(2)), x, x)
+
+
+@pytest.mark.parametrize("make", [lambda mix: Compose(mix, ActNorm(3).eval(), mix), lambda mix: IRIM(3, 4)])
+def test_a_layer_in_two_places_keeps_its_parameters(make: Callable[[nn.Module], nn.Module]) -> None:
+    layer, x = make(Householder(3)).double(), torch.randn(2, 3, 2, 2, dtype=torch.float64)
+    for module in layer.modules():
+        if isinstance(module, ActNorm):
+            module.initialized.fill_(True)
+    z, before = layer(x)[0], list(layer.parameters())
+    tangents = {name: torch.randn_like(parameter) for name, parameter in layer.named_parameters()}
+    moved = jvp(layer, x, torch.zeros_like(x), parameter_tangents=tangents)[1]
+    cotangent = torch.randn_like(z)
+    pulled = vjp(layer, x, cotangent)[2]
+    assert all(one is other for one, other in zip(layer.parameters(), before, strict=True))
+    torch.testing.assert_close(layer(x)[0], z)
+    products = sum((pulled[name] * tangent).sum() for name, tangent in tangents.items())
+    torch.testing.assert_close((moved * cotangent).sum(), products)
+
+
+def test_a_parameter_of_two_layers_moves_in_both() -> None:
+    first, second = Householder(3).double(), Householder(3).double()
+    second.vectors = first.vectors
+    layer, x = Compose(first, second), torch.randn(2, 3, 2, 2, dtype=torch.float64)
+    tangent = torch.randn_like(first.vectors)
+    moved = jvp(layer, x, torch.zeros_like(x), parameter_tangents={"layers.0.vectors": tangent})[1]
+
+    def shifted(step: float) -> Tensor:
+        twin = copy.deepcopy(layer)
+        twin.layers[0].vectors.data.add_(step * tangent)
+        assert twin.layers[0].vectors is twin.layers[1].vectors
+        return twin(x)[0]
+
+    torch.testing.assert_close(moved, (shifted(1e-6) - shifted(-1e-6)) / 2e-6, rtol=1e-6, atol=1e-6)
 
 
 def test_an_initialised_actnorm_may_be_in_training_mode() -> None:

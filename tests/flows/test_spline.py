@@ -215,7 +215,7 @@ def test_layers_on_volumes() -> None:
         (lambda: SplineActivation(2, bins=1), "2 to 999 bins, got 1"),
         (lambda: SplineActivation(2, bound=0.0), "above 0, got 0.0"),
         (lambda: SplineCoupling(2, bins=1000), "2 to 999 bins, got 1000"),
-        (lambda: SplineCoupling(1), "at least 2 channels to split, got 1"),
+        (lambda: SplineCoupling(1), "channels must be at least 2, got 1"),
         (lambda: SplineActivation(2)(torch.zeros(1, 3, 2, 2)), "built for 2 channels"),
     ],
 )

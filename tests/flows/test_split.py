@@ -37,7 +37,7 @@ def test_the_spread_of_the_prior_is_bounded() -> None:
 
 
 def test_errors_say_what_was_given() -> None:
-    with pytest.raises(ValueError, match="at least 2 channels, got 1"):
+    with pytest.raises(ValueError, match="channels must be at least 2, got 1"):
         Split(1)
     with pytest.raises(ValueError, match="got 'normal'"):
         Split(4, prior="normal")

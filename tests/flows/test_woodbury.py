@@ -45,7 +45,7 @@ def test_no_rank_is_above_what_it_is_of() -> None:
 
 
 def test_errors_say_what_was_given() -> None:
-    with pytest.raises(ValueError, match="at least 1, got 3 and 0"):
+    with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
         Woodbury(3, (2, 2), 0)
     with pytest.raises(ValueError, match=r"size must be .*, got \(2, 0\)"):
         Woodbury(3, (2, 0))

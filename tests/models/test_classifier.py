@@ -61,7 +61,7 @@ def test_errors() -> None:
         model(torch.zeros(2, 1, 4, 4, dtype=torch.uint8))
     with pytest.raises(ValueError, match="image_shape must be "):
         InverseConvClassifier((1, 0, 4))
-    with pytest.raises(ValueError, match="at least 1, got 0 and 256"):
+    with pytest.raises(ValueError, match="classes must be at least 1, got 0"):
         InverseConvClassifier((1, 4, 4), 0)
     with pytest.raises(ValueError, match="dropout"):
         InverseConvClassifier((1, 4, 4), dropout=1.0)

@@ -18,7 +18,14 @@ from inverse_flow.ops import native
 
 Y, W, B = torch.randn(2, 4, 3, 3), torch.randn(4, 4, 2, 2) + 2 * torch.eye(4)[..., None, None], torch.zeros(4)
 INPUTS = {"input": Y, "weight": W, "bias": B}
-FUNCTIONS = [inverse_conv2d, causal_conv2d, reference.inverse_conv2d, reference.inverse_conv2d_dense]
+FUNCTIONS = [
+    inverse_conv2d,
+    causal_conv2d,
+    reference.inverse_conv2d,
+    reference.inverse_conv2d_dense,
+    # Which pads the images, and takes the bias off them, before the operator sees them.
+    partial(inverse_conv2d, dilation=2),
+]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -30,6 +37,8 @@ FUNCTIONS = [inverse_conv2d, causal_conv2d, reference.inverse_conv2d, reference.
         ({"bias": 1.0}, TypeError, "bias must be a torch.Tensor, got float"),
         ({"input": Y.int()}, TypeError, r"input must be float32, .*, got torch.int32"),
         ({"input": Y.to(torch.complex64)}, TypeError, r"got torch.complex64"),
+        ({"input": Y.to_sparse()}, TypeError, "input must be a dense tensor, got one of layout torch.sparse_coo"),
+        ({"weight": W.to_sparse()}, TypeError, "weight must be a dense tensor"),
         ({"weight": W.bool()}, TypeError, r"weight must be float32, .*, got torch.bool"),
         ({"bias": B.long()}, TypeError, r"bias must be float32, .*, got torch.int64"),
         ({"input": Y[0, 0]}, ValueError, r"input must have shape \(B, C, H, W\).*, got \(3, 3\)"),
@@ -51,9 +60,11 @@ FUNCTIONS = [inverse_conv2d, causal_conv2d, reference.inverse_conv2d, reference.
         ({"weight": W[0]}, ValueError, r"weight must have shape .*, got \(4, 2, 2\)"),
         ({"groups": 2}, ValueError, r"weight must have shape \(4, 2, kH, kW\) for 4 channels in 2 groups"),
         ({"groups": 3}, ValueError, r"channels of input \(4\) must be divisible by groups \(3\)"),
-        ({"groups": 0}, ValueError, "groups must be an integer of at least 1, got 0"),
-        ({"groups": 1.0}, ValueError, "groups must be an integer of at least 1, got 1.0"),
+        ({"groups": 0}, ValueError, "groups must be at least 1, got 0"),
+        ({"groups": 1.0}, TypeError, "groups must be an integer, got 1.0"),
+        ({"groups": True}, TypeError, "groups must be an integer, got True"),
         ({"bias": B[:3]}, ValueError, r"bias must have shape \(4,\), got \(3,\)"),
+        ({"bias": torch.tensor(1.0)}, ValueError, r"bias must have shape \(4,\), got \(\)"),
         ({"bias": B.view(1, 4)}, ValueError, r"bias must have shape \(4,\), got \(1, 4\)"),
         ({"weight": W.double()}, ValueError, "weight must be torch.float32 like input, got torch.float64"),
         ({"weight": W.half()}, ValueError, "weight must be torch.float32 like input, got torch.float16"),
@@ -64,6 +75,9 @@ FUNCTIONS = [inverse_conv2d, causal_conv2d, reference.inverse_conv2d, reference.
         ({"order": "left_top"}, ValueError, "order must be one of top_left, top_right, .*, got 'left_top'"),
         ({"order": ["top_left", "top_right"]}, ValueError, "one name for each of the 1 groups, got 2 names"),
         ({"order": [0]}, ValueError, "order must be one of .*, got 0"),
+        ({"order": {"top_left"}}, TypeError, "order must be one name or a sequence of .*, got {'top_left'}"),
+        ({"order": None}, TypeError, "order must be one name or a sequence of .*, got None"),
+        ({"corner": ["general"]}, ValueError, r"corner must be one of .*, got \['general'\]"),
         ({"corner": "plu"}, ValueError, "corner must be one of identity, unit_triangular, general, got 'plu'"),
         ({"input": Y.to("meta")}, RuntimeError, "weight is on cpu but input is on meta: move one of them"),
         ({"bias": B.to("meta")}, RuntimeError, "bias is on meta but input is on cpu"),
@@ -170,15 +184,17 @@ def test_other_devices() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"channels": 0}, ValueError, "channels must be an integer of at least 1, got 0"),
-        ({"channels": 2.0}, ValueError, "channels must be an integer of at least 1, got 2.0"),
+        ({"channels": 0}, ValueError, "channels must be at least 1, got 0"),
+        ({"channels": 2.0}, TypeError, "channels must be an integer, got 2.0"),
+        ({"channels": True}, TypeError, "channels must be an integer, got True"),
         ({"kernel_size": 0}, ValueError, "kernel_size must be one integer or a sequence of 2, each at least 1, got 0"),
+        ({"dilation": True}, ValueError, "dilation must be .*, got True"),
         ({"dilation": (2, 0)}, ValueError, r"dilation must be .*, got \(2, 0\)"),
         ({"kernel_size": (3, 0)}, ValueError, r"kernel_size .*, got \(3, 0\)"),
         ({"kernel_size": (3, 3, 3)}, ValueError, r"kernel_size .*, got \(3, 3, 3\)"),
         ({"kernel_size": 2.5}, ValueError, "kernel_size .* got 2.5"),
         ({"groups": 3}, ValueError, r"channels \(4\) must be divisible by groups \(3\)"),
-        ({"groups": 0}, ValueError, "groups must be an integer of at least 1"),
+        ({"groups": 0}, ValueError, "groups must be at least 1"),
         ({"order": "centre"}, ValueError, "order must be one of .*, got 'centre'"),
         ({"order": ["top_left"] * 3}, ValueError, "order must be one name or one name for each of the 1 groups, got 3"),
         ({"corner": "general"}, ValueError, "corner must be identity, unit_triangular or plu, got 'general'"),

@@ -370,7 +370,7 @@ def test_every_fact_is_documented_and_printed() -> None:
         (((1, 2, 3, 3), (3, 3, 3)), {}, ValueError, "an integer, one for each axis or the shape of a weight"),
         (((1, 4, 3, 3), (4, 4, 3, 3)), {"groups": 2}, ValueError, r"shape \(4, 2, kH, kW\), got \(4, 4, 3, 3\)"),
         (((1, 3, 3, 3), 3), {"groups": 2}, ValueError, r"\(3\) must be divisible by groups \(2\)"),
-        (((1, 2, 3, 3), 3), {"groups": 0}, ValueError, "groups must be an integer of at least 1"),
+        (((1, 2, 3, 3), 3), {"groups": 0}, ValueError, "groups must be at least 1"),
         (((1, 2, 3, 3), 3), {"order": "left"}, ValueError, "order must be one of"),
         (((1, 2, 3, 3), 3), {"corner": "plu"}, ValueError, "corner must be one of"),
         (((1, 2, 3, 3), 3), {"dtype": torch.int32}, TypeError, r"dtype must be float32.*got torch\.int32"),

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from inverse_flow import build_info, explain, reference
+from inverse_flow import build_info, explain, functional, reference
 from inverse_flow.functional import causal_conv2d, inverse_conv2d
 from inverse_flow.ops import library as ops
 
@@ -452,3 +452,22 @@ def test_results_of_joined_bands_do_not_depend_on_the_threads() -> None:
             found.append(inverse_conv2d(y, weight, corner="identity"))
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_taps_further_apart_than_the_image_is_wide(dimensions: int) -> None:
+    """They meet nothing, and take no memory, in both directions."""
+    sizes, far = (3, 4, 2)[:dimensions], 10**9
+    y = torch.randn(2, 2, *sizes, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 2, *(3,) * dimensions, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(2, dtype=torch.float64)
+    corner = weight[(..., *(-1,) * dimensions)]
+    x = getattr(functional, f"inverse_conv{dimensions}d")(y, weight, bias, dilation=far)
+    expected = torch.einsum("oc,bc...->bo...", corner.inverse(), y - bias.view(-1, *(1,) * dimensions))
+    torch.testing.assert_close(x, expected)
+    again = getattr(functional, f"causal_conv{dimensions}d")(x, weight, bias, dilation=far)
+    torch.testing.assert_close(again, y)
+    torch.testing.assert_close(
+        torch.autograd.grad(x.square().sum(), (y, weight), retain_graph=True),
+        torch.autograd.grad(expected.square().sum(), (y, weight)),
+    )

@@ -237,8 +237,14 @@ def error_cases() -> list[tuple[dict[str, Any], type[Exception], str]]:
         ({"tikhonov": -1.0}, ValueError, "tikhonov must be at least 0"),
         ({"tikhonov": float("nan")}, ValueError, "tikhonov must be at least 0"),
         ({"tolerance": 1.0}, ValueError, "tolerance must be"),
-        ({"max_iterations": 0}, ValueError, "max_iterations and restart"),
-        ({"restart": 0}, ValueError, "max_iterations and restart"),
+        ({"tikhonov": torch.tensor(0.1, requires_grad=True)}, TypeError, "tikhonov must be a number, got Tensor"),
+        ({"tolerance": "1e-3"}, TypeError, "tolerance must be a number, got str"),
+        ({"max_iterations": 0}, ValueError, "max_iterations must be at least 1, got 0"),
+        ({"max_iterations": 2.5}, TypeError, "max_iterations must be an integer, got 2.5"),
+        ({"restart": 0}, ValueError, "restart must be at least 1, got 0"),
+        ({"groups": 0}, ValueError, "groups must be at least 1, got 0"),
+        ({"groups": True}, TypeError, "groups must be an integer, got True"),
+        ({"input": images.to("meta"), "weight": weight.to("meta")}, RuntimeError, "on the meta device have none"),
         ({"groups": 3}, ValueError, "divisible by groups"),
     ]
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inverse_flow.flows.base import FlowLayer, check_floating, check_images, logdet_dtype, per_channel, sum_example
+from inverse_flow.ops.spec import check_integer
 
 # Newton steps of an inverse: enough for float64, for any z and slopes from the least on.
 NEWTON_STEPS = 16
@@ -35,6 +36,7 @@ class LeakyReLU(FlowLayer):
         self, channels: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
+        check_integer("channels", channels)
         self.channels = channels
         self.log_slope = nn.Parameter(torch.zeros(channels, device=device, dtype=dtype))
 

@@ -20,6 +20,7 @@ from inverse_flow.flows.base import (
     per_channel,
     sum_channels,
 )
+from inverse_flow.ops.spec import check_integer
 from inverse_flow.reversible import backpropagate
 
 # A channel whose spread is below this fraction of its mean is constant up to rounding: dividing by such a spread would
@@ -64,6 +65,7 @@ class ActNorm(FlowLayer):
         self, channels: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
+        check_integer("channels", channels)
         self.channels = channels
         self.bias = nn.Parameter(torch.zeros(channels, device=device, dtype=dtype))
         self.log_scale = nn.Parameter(torch.zeros(channels, device=device, dtype=dtype))

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from inverse_flow.flows.base import FlowLayer, check_images, logdet_dtype, sum_example
-from inverse_flow.flows.conditioner import ConvNet
+from inverse_flow.flows.conditioner import own_or_conv_net
 from inverse_flow.flows.scale import Scale, check_scale, log_scale
+from inverse_flow.ops.spec import check_integer
 from inverse_flow.reversible.layer import uses_context
 
 CheckerboardKind: TypeAlias = Literal["affine", "additive"]
@@ -54,13 +55,15 @@ class CheckerboardCoupling(FlowLayer):
         super().__init__()
         if kind not in ("affine", "additive"):
             raise ValueError(f'the kind of a checkerboard coupling must be "affine" or "additive", got {kind!r}')
-        if parity not in (0, 1):
+        check_integer("parity", parity, least=0)
+        if parity > 1:
             raise ValueError(f"the parity of a checkerboard must be 0 or 1, got {parity}")
+        check_integer("channels", channels)
         self.channels, self.kind, self.parity = channels, kind, parity
         self.scale = check_scale(scale)
         out_channels = self.parameters_per_value(kind) * channels
-        self.conditioner = conditioner or ConvNet(
-            channels, hidden, out_channels, context_channels=context_channels, dimensions=dimensions
+        self.conditioner = own_or_conv_net(
+            conditioner, channels, hidden, out_channels, context_channels=context_channels, dimensions=dimensions
         )
 
     @staticmethod

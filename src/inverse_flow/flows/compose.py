@@ -13,6 +13,7 @@ from inverse_flow.flows.base import FlowLayer, Shape, check_floating, input_shap
 from inverse_flow.flows.flattened import Flattened
 from inverse_flow.flows.prior import StandardNormal
 from inverse_flow.ops.bijection import Bijection
+from inverse_flow.ops.spec import check_integer
 from inverse_flow.reversible.chain import Link, links_of
 from inverse_flow.reversible.layer import call_layer, check_layers, splits_off_latent, uses_context
 from inverse_flow.reversible.rebuild import Rebuilding, run
@@ -101,6 +102,8 @@ class Flow(Bijection):
         super().__init__()
         self.layers = nn.ModuleList(check_layers(layers))
         self.event_shape: Shape = tuple(event_shape)
+        for size in self.event_shape:
+            check_integer("each size of event_shape", size)
         self.base = StandardNormal() if base is None else base
         if not isinstance(self.base, nn.Module):
             raise TypeError(

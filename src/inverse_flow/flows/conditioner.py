@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inverse_flow.ops.checks import shape_of_images
+from inverse_flow.ops.spec import check_integer
 
 CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 AVERAGE_POOLS: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
@@ -18,6 +19,7 @@ EVENTS = {0: "vectors", 1: "signals", 2: "images", 3: "volumes"}
 
 def check_dimensions(dimensions: int, least: int = 0) -> int:
     """Returns ``dimensions``, refusing a number of axes that no layer knows."""
+    check_integer("dimensions", dimensions, least=0)
     if dimensions not in EVENTS or dimensions < least:
         known = [f"{number} ({events})" for number, events in EVENTS.items() if number >= least]
         raise ValueError(f"dimensions must be {', '.join(known[:-1])} or {known[-1]}, got {dimensions!r}")
@@ -59,6 +61,7 @@ class _Conditioner(nn.Module, ABC):
 
     def __init__(self, context_channels: int, dimensions: int) -> None:
         super().__init__()
+        check_integer("context_channels", context_channels, least=0)
         self.context_channels = context_channels
         self.dimensions = check_dimensions(dimensions)
 
@@ -130,6 +133,12 @@ class ConvNet(_Conditioner):
         self, in_channels: int, hidden: int, out_channels: int, *, context_channels: int = 0, dimensions: int = 2
     ) -> None:
         super().__init__(context_channels, dimensions)
+        for name, value, least in (
+            ("in_channels", in_channels, 1),
+            ("hidden", hidden, 0),
+            ("out_channels", out_channels, 1),
+        ):
+            check_integer(name, value, least)
         total = in_channels + context_channels
         last = zero_convolution(hidden or total, out_channels, dimensions)
         body: list[nn.Module] = []
@@ -142,6 +151,19 @@ class ConvNet(_Conditioner):
     def _network(self, x: Tensor) -> Tensor:
         result: Tensor = self.layers(x)
         return result
+
+
+def own_or_conv_net(own: nn.Module | None, *sizes: int, **options: Any) -> nn.Module:
+    """The conditioner that a layer was given, or a :class:`ConvNet` of these sizes and options if it was given none.
+
+    Raises:
+        TypeError: what was given is no module.
+    """
+    if own is None:
+        return ConvNet(*sizes, **options)
+    if not isinstance(own, nn.Module):
+        raise TypeError(f"a conditioner is a module, got {type(own).__name__}")
+    return own
 
 
 class ResNet(_Conditioner):
@@ -173,8 +195,9 @@ class ResNet(_Conditioner):
         dimensions: int = 2,
     ) -> None:
         super().__init__(context_channels, dimensions)
-        if hidden < 1 or blocks < 1:
-            raise ValueError(f"a residual network needs hidden and blocks of at least 1, got {hidden} and {blocks}")
+        numbers = {"in_channels": in_channels, "hidden": hidden, "out_channels": out_channels, "blocks": blocks}
+        for name, value in numbers.items():
+            check_integer(name, value)
         self.first = convolution(dimensions, in_channels + context_channels, hidden)
         self.blocks = nn.ModuleList(
             nn.Sequential(

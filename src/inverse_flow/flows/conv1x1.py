@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from inverse_flow.flows.base import FlowLayer, check_images, count_pixels, expand_logdet, logdet_dtype
 from inverse_flow.ops.causal import CONVOLUTIONS
+from inverse_flow.ops.spec import check_integer
 from inverse_flow.reversible import backpropagate
 
 
@@ -52,6 +53,7 @@ class Conv1x1(FlowLayer):
         self, channels: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
+        check_integer("channels", channels)
         self.channels = channels
         dtype = torch.get_default_dtype() if dtype is None else dtype
         rotation = torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64, device=device)).Q

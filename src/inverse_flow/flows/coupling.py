@@ -14,8 +14,9 @@ from inverse_flow.flows.base import (
     sum_example,
     zero_logdet,
 )
-from inverse_flow.flows.conditioner import ConvNet
+from inverse_flow.flows.conditioner import own_or_conv_net
 from inverse_flow.flows.scale import Scale, check_scale, log_scale
+from inverse_flow.ops.spec import check_integer
 from inverse_flow.reversible import backpropagate
 from inverse_flow.reversible.layer import uses_context
 
@@ -40,16 +41,16 @@ class _Coupling(FlowLayer):
         conditioner: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        if channels < 2:
-            raise ValueError(f"a coupling needs at least 2 channels to split, got {channels}")
+        check_integer("channels", channels, least=2)  # to split
         self.channels = channels
         self.kept = first_half(channels) if kept is None else kept
-        if not 1 <= self.kept < channels:
-            raise ValueError(f"of {channels} channels 1 to {channels - 1} can be kept, got {kept}")
+        check_integer("kept", self.kept)
+        if self.kept >= channels:
+            raise ValueError(f"kept must be at most {channels - 1} of {channels} channels, got {kept}")
         self.changed = channels - self.kept
         out_channels = self.parameters_per_value * self.changed
-        self.conditioner = conditioner or ConvNet(
-            self.kept, hidden, out_channels, context_channels=context_channels, dimensions=dimensions
+        self.conditioner = own_or_conv_net(
+            conditioner, self.kept, hidden, out_channels, context_channels=context_channels, dimensions=dimensions
         )
 
     @property

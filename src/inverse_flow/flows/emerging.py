@@ -13,7 +13,7 @@ from inverse_flow.flows.base import FlowLayer, check_images, expand_logdet, logd
 from inverse_flow.flows.compose import Compose, Reverse
 from inverse_flow.flows.conditioner import check_dimensions
 from inverse_flow.ops.causal import CONVOLUTIONS, tap
-from inverse_flow.ops.spec import ORDERS, Steps, each_axis
+from inverse_flow.ops.spec import ORDERS, Steps, check_integer, each_axis
 
 INVERSE_CONVS: dict[int, type[InverseConvNd]] = {1: InverseConv1d, 2: InverseConv2d, 3: InverseConv3d}
 
@@ -93,8 +93,7 @@ class PeriodicConv(FlowLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if channels < 1:
-            raise ValueError(f"channels must be at least 1, got {channels}")
+        check_integer("channels", channels)
         self.channels = channels
         self.dimensions = check_dimensions(dimensions, least=1)
         self.kernel_size = each_axis("kernel_size", kernel_size, dimensions)

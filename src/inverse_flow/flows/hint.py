@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from inverse_flow.flows.base import FlowLayer, check_images, first_half
 from inverse_flow.flows.compose import Compose
 from inverse_flow.flows.coupling import AffineCoupling
+from inverse_flow.ops.spec import check_integer
 from inverse_flow.reversible.layer import call_layer, shortcut, uses_context
 
 
@@ -104,8 +105,8 @@ class HINT(Compose):
         dimensions: int = 2,
         coupling: Callable[[int], nn.Module] | None = None,
     ) -> None:
-        if channels < 2:
-            raise ValueError(f"a recursive coupling needs at least 2 channels to split, got {channels}")
+        check_integer("channels", channels, least=2)  # to split
+        check_integer("least_channels", least_channels)
         if not 2 <= least_channels <= channels:
             raise ValueError(f"least_channels must lie between 2 and {channels}, the channels, got {least_channels}")
 
@@ -113,7 +114,7 @@ class HINT(Compose):
             return AffineCoupling(channels, hidden, context_channels=context_channels, dimensions=dimensions)
 
         def on_range(start: int, stop: int) -> OnChannels:
-            layer = (coupling or affine)(stop - start)
+            layer = (affine if coupling is None else coupling)(stop - start)
             kind = _OnChannelsClosedForm if shortcut(layer, "backward_from_output") else OnChannels
             return kind(layer, start, stop, channels)
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from inverse_flow.flows.base import FlowLayer, check_images, zero_logdet
 from inverse_flow.flows.conv1x1 import mix_channels, mixing_gradient
+from inverse_flow.ops.spec import check_integer
 from inverse_flow.reversible import backpropagate
 
 
@@ -45,8 +46,8 @@ class Householder(FlowLayer):
     ) -> None:
         super().__init__()
         reflections = channels if reflections is None else reflections
-        if channels < 1 or reflections < 1:
-            raise ValueError(f"channels and reflections must be at least 1, got {channels} and {reflections}")
+        check_integer("channels", channels)
+        check_integer("reflections", reflections)
         self.channels = channels
         self.vectors = nn.Parameter(torch.randn(channels, reflections, device=device, dtype=dtype))
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from inverse_flow.flows.base import FlowLayer, check_images, logdet_dtype, zero_logdet
 from inverse_flow.flows.conditioner import check_dimensions
 from inverse_flow.ops.causal import CONVOLUTIONS
+from inverse_flow.ops.spec import check_integer
 from inverse_flow.reversible import backpropagate
 
 
@@ -54,14 +55,15 @@ class Hyperbolic(FlowLayer):
         dimensions: int = 2,
     ) -> None:
         super().__init__()
+        check_integer("channels", channels, least=2)
         hidden = channels // 2 if hidden is None else hidden
-        if channels < 2 or channels % 2:
+        check_integer("hidden", hidden)
+        check_integer("kernel_size", kernel_size)
+        if channels % 2:
             raise ValueError(f"the two states are halves of an even number of channels, got {channels}")
-        if hidden < 1:
-            raise ValueError(f"hidden must be at least 1, got {hidden}")
         if not (math.isfinite(step_size) and step_size > 0):
             raise ValueError(f"step_size must be a finite number above 0, got {step_size}")
-        if kernel_size < 1 or kernel_size % 2 == 0:
+        if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         self.channels = channels
         self.step_size = step_size

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from inverse_flow.flows.compose import Compose, Reverse
+from inverse_flow.flows.compose import Compose
 from inverse_flow.flows.coupling import AdditiveCoupling
 from inverse_flow.flows.householder import Householder
+from inverse_flow.reversible.chain import Link
 
 
 class IRIM(Compose):
@@ -15,7 +16,7 @@ class IRIM(Compose):
     In place of mixing the channels between two couplings, each coupling has the basis in which it is one, and what it
     gives stands in the basis of its input: a channel keeps its meaning through any number of layers. Putzky & Welling,
     "Invert to Learn to Invert", NeurIPS 2019, section 3 (i-RIM); the CouplingLayerIRIM of Orozco et al.,
-    "InvertibleNetworks.jl", 2023. The ``layers`` are Q, C and Qᵀ, whose vectors are those of Q.
+    "InvertibleNetworks.jl", 2023. The ``layers`` are Q, which runs once more backwards, and C.
 
     Args:
         channels: C ≥ 2 of the images.
@@ -40,5 +41,10 @@ class IRIM(Compose):
         coupling = AdditiveCoupling(
             channels, hidden, context_channels=context_channels, dimensions=dimensions, conditioner=conditioner
         )
-        basis = Householder(channels, reflections)
-        super().__init__(basis, coupling, Reverse(basis))
+        super().__init__(Householder(channels, reflections), coupling)
+
+    def links(self, inverse: bool) -> list[Link]:
+        # Q stands among the modules once: what replaces parameters for one call, as torch.func.functional_call does,
+        # does not put back those of a module that it meets twice.
+        basis, coupling = super().links(inverse=False)
+        return [basis, coupling.turned if inverse else coupling, basis.turned]

@@ -100,10 +100,19 @@ def _function(layer: nn.Module, context: Tensor | None, inverse: bool) -> Any:
                 "batch, or call eval(), before taking products with the Jacobian"
             )
     module = _Map(layer, inverse)
+    names = {id(parameter): name for name, parameter in layer.named_parameters()}
+    # Of a module that stands in several places, functional_call would not put the parameters back, were it told of
+    # more than one of them; of a parameter that several modules share, it has to be told of all.
+    places = {
+        f"{path}.{own}": names[id(parameter)]
+        for path, part in module.named_modules()
+        for own, parameter in part._parameters.items()
+        if parameter is not None
+    }
 
     def function(x: Any, parameters: dict[str, Tensor]) -> Any:
-        state = {f"layer.{name}": value for name, value in parameters.items()}
-        return torch.func.functional_call(module, state, (x, context))
+        state = {place: parameters[name] for place, name in places.items() if name in parameters}
+        return torch.func.functional_call(module, state, (x, context), tie_weights=False)
 
     return function
 

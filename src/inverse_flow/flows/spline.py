@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from inverse_flow.flows.base import FlowLayer, check_images, logdet_dtype, sum_example
 from inverse_flow.flows.coupling import _Coupling
+from inverse_flow.ops.spec import check_integer
 
 SplineKind: TypeAlias = Literal["rational_quadratic", "linear"]
 
@@ -154,6 +155,7 @@ class SplineActivation(FlowLayer):
         if kind not in _SPLINES:
             raise ValueError(f'the kind of a spline must be "rational_quadratic" or "linear", got {kind!r}')
         _check_spline(bins, bound)
+        check_integer("channels", channels)
         self.channels, self.kind, self.bins, self.bound = channels, kind, bins, bound
         numbers = 2 * bins if kind == "linear" else 3 * bins - 1
         self.raw = nn.Parameter(torch.zeros(channels, numbers, device=device, dtype=dtype))
@@ -244,6 +246,7 @@ class SplineCoupling(_Coupling):
 
 
 def _check_spline(bins: int, bound: float) -> None:
+    check_integer("bins", bins)
     if not 2 <= bins < 1 / MIN_SHARE:
         raise ValueError(f"a spline needs 2 to {round(1 / MIN_SHARE) - 1} bins, got {bins}")
     if not (bound > 0 and math.isfinite(bound)):

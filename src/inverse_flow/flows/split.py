@@ -19,6 +19,7 @@ from inverse_flow.flows.base import (
 )
 from inverse_flow.flows.conditioner import ConvNet
 from inverse_flow.flows.scale import tanh_scale
+from inverse_flow.ops.spec import check_integer
 from inverse_flow.reversible import backpropagate
 from inverse_flow.reversible.layer import uses_context
 
@@ -57,8 +58,7 @@ class Split(FlowLayer):
         dimensions: int = 2,
     ) -> None:
         super().__init__()
-        if channels < 2:
-            raise ValueError(f"a split needs at least 2 channels, got {channels}")
+        check_integer("channels", channels, least=2)
         if prior not in ("conditional", "standard"):
             raise ValueError(f'the prior of a split must be "conditional" or "standard", got {prior!r}')
         self.channels = channels

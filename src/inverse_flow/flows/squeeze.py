@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias, get_args
 from torch import Tensor
 
 from inverse_flow.flows.base import FlowLayer, Shape, check_images, zero_logdet
+from inverse_flow.ops.spec import check_integer
 
 Pattern: TypeAlias = Literal["checkerboard", "patch", "column"]
 
@@ -42,8 +43,7 @@ class Squeeze(FlowLayer):
 
     def __init__(self, factor: int = 2, pattern: Pattern = "checkerboard") -> None:
         super().__init__()
-        if factor < 1:
-            raise ValueError(f"the factor of a squeeze must be at least 1, got {factor}")
+        check_integer("factor", factor)
         if pattern not in get_args(Pattern):
             raise ValueError(f'the pattern must be "checkerboard", "patch" or "column", got {pattern!r}')
         self.factor, self.pattern = factor, pattern

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from inverse_flow.flows.base import FlowLayer, check_images, expand_logdet, logdet_dtype
+from inverse_flow.ops.spec import check_integer
 
 DEFAULT_RANK = 8
 
@@ -50,8 +51,8 @@ class Woodbury(FlowLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if channels < 1 or rank < 1:
-            raise ValueError(f"channels and rank must be at least 1, got {channels} and {rank}")
+        check_integer("channels", channels)
+        check_integer("rank", rank)
         if not isinstance(size, Sequence):
             raise TypeError(f"size must be a tuple, got {size!r}")
         if not 1 <= len(size) <= 3 or min(size) < 1:

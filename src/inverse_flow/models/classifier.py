@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from inverse_flow.conv import InverseConv2d
 from inverse_flow.ops.causal import read_part
 from inverse_flow.ops.checks import FLOAT_DTYPES
+from inverse_flow.ops.spec import check_integer
 
 # From opposite corners, so that after both every pixel has seen the whole image.
 ORDERS = ("top_left", "bottom_right")
@@ -55,8 +56,8 @@ class InverseConvClassifier(nn.Module):
         super().__init__()
         if len(image_shape) != 3 or min(image_shape) < 1:
             raise ValueError(f"image_shape must be (C, H, W), each at least 1, got {image_shape}")
-        if classes < 1 or hidden < 1:
-            raise ValueError(f"classes and hidden must be at least 1, got {classes} and {hidden}")
+        check_integer("classes", classes)
+        check_integer("hidden", hidden)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
         self.image_shape = tuple(image_shape)

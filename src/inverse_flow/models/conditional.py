@@ -19,6 +19,7 @@ from inverse_flow.models.config import SQUEEZE_FACTOR, FlowConfig
 from inverse_flow.models.flows import KINDS, ImageFlow
 from inverse_flow.ops.bijection import Bijection
 from inverse_flow.ops.checks import shape_of_images
+from inverse_flow.ops.spec import check_integer
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # in typing from Python 3.11 on
@@ -78,6 +79,8 @@ class LabelContext(nn.Module):
         self.embedding = nn.Embedding.from_pretrained(vectors.repeat_interleave(pixels, dim=1), freeze=False)
 
     def forward(self, labels: Tensor) -> Tensor:
+        if not isinstance(labels, Tensor):
+            raise TypeError(f"class labels are a tensor of integers, got {type(labels).__name__}")
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise TypeError(f"class labels are integers, got {labels.dtype}")
         if labels.dim() != 1:
@@ -208,11 +211,15 @@ class ConditionalFlow(Bijection):
         summary: a module from observations to contexts.
 
     Raises:
+        TypeError: a flow or a summary that is no module.
         ValueError: the flow was built for a context of other channels; no observation was given.
     """
 
     def __init__(self, flow: Flow, summary: nn.Module) -> None:
         super().__init__()
+        for name, module in {"flow": flow, "summary": summary}.items():
+            if not isinstance(module, nn.Module):
+                raise TypeError(f"the {name} of a conditional flow is a module, got {type(module).__name__}")
         if isinstance(flow, ImageFlow):
             expected = flow.config.context_channels
             given = getattr(getattr(summary, "config", None), "context_channels", expected)
@@ -305,6 +312,6 @@ class ConditionalFlow(Bijection):
 
 
 def _check_least_one(config: LabelConfig | SummaryConfig) -> None:
-    for name, value in vars(config).items():
-        if isinstance(value, int) and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    for name in ("classes", "channels", "context_channels", "hidden"):
+        if hasattr(config, name):
+            check_integer(name, getattr(config, name))

@@ -18,6 +18,8 @@ def _floating(name: str, value: object) -> torch.dtype:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.is_nested:
         raise TypeError(f"{name} must be one tensor, got a nested one: pass each of its tensors by itself")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got one of layout {value.layout}: call its to_dense() first")
     dtype = value.dtype
     if dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {dtype}")

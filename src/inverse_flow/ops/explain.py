@@ -18,18 +18,11 @@ import torch
 from inverse_flow import _C
 from inverse_flow.ops.checks import FLOAT_DTYPES, shape_of_images
 from inverse_flow.ops.library import switches_allow_tf32
-from inverse_flow.ops.spec import AXES, ORDERS, OrderNames, Steps, each_axis, make_spec
+from inverse_flow.ops.spec import AXES, ORDERS, OrderNames, Steps, check_integer, each_axis, make_spec
 
 __all__ = ["H200", "Facts", "GpuProperties", "Plan", "Problem", "explain"]
 
 KIB = 1024
-
-
-def _check_integer(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -50,7 +43,7 @@ class GpuProperties:
 
     def __post_init__(self) -> None:
         for name in ("multiprocessors", "shared_bytes", "threads_per_block"):
-            _check_integer(name, getattr(self, name), 1)
+            check_integer(name, getattr(self, name), 1)
         if self.threads_per_block % 32:
             raise ValueError(f"threads_per_block must be a multiple of 32, got {self.threads_per_block}")
 
@@ -272,7 +265,7 @@ def explain(
 def _explain_cpu(problem: Problem, corner: int, dtype: str, threads: int | None) -> Plan:
     if threads is None:
         threads = torch.get_num_threads()
-    _check_integer("threads", threads, 1)
+    check_integer("threads", threads, 1)
     facts = _C.plan_cpu(problem.operator_sizes(), corner, dtype, threads, problem.backward)
     rest = facts.pop("rest", None)
     return Plan({**facts, "rest": None if rest is None else Facts(rest)}, problem)
@@ -331,7 +324,7 @@ def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:
         raise ValueError(f"shape must be {known}, got {tuple(shape)}")
     axes = AXES[len(shape) - 2]
     for name, size, least in zip(("B", "C", *axes), shape, (0, 1, *(1 for _ in axes)), strict=True):
-        _check_integer(f"{name} of shape", size, least)
+        check_integer(f"{name} of shape", size, least)
     return tuple(shape)
 
 
@@ -340,7 +333,7 @@ def _kernel_size(kernel: int | Sequence[int], channels: int, groups: int, dimens
     if len(sizes) not in (dimensions, dimensions + 2):
         raise ValueError(f"kernel must be an integer, one for each axis or the shape of a weight, got {kernel!r}")
     for size in sizes:
-        _check_integer("kernel", size, 1)
+        check_integer("kernel", size, 1)
     if len(sizes) > dimensions and sizes[:2] != (channels, channels // groups):
         raise ValueError(
             f"the weight of {channels} channels in {groups} group{'s' if groups > 1 else ''} has shape "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
-from typing import NamedTuple
+from numbers import Integral
+from typing import Any, NamedTuple
 
 # The axes of an image by their number, outermost first, and the two sides of each.
 AXES = {1: ("L",), 2: ("H", "W"), 3: ("D", "H", "W")}
@@ -59,17 +60,19 @@ def make_spec(order: OrderNames, groups: int, corner: str, dimensions: int = 2, 
     """The description in codes of a plain solve given in names.
 
     Raises:
+        TypeError: ``groups`` is no integer, or ``order`` neither a name nor a sequence of names.
         ValueError: a name that does not exist, or names for another number of groups.
     """
-    if groups == 1 and type(groups) is int and type(order) is str:
+    if groups == 1 and type(groups) is int and type(order) is type(corner) is str:
         made = _ONE_GROUP.get((dimensions, order, corner, allow_tf32))
         if made is not None:
             return made
-    if corner not in CORNERS:
+    if corner not in [*CORNERS]:
         raise ValueError(f"corner must be one of {', '.join(CORNERS)}, got {corner!r}")
-    if not isinstance(groups, int) or groups < 1:
-        raise ValueError(f"groups must be an integer of at least 1, got {groups!r}")
-    names = (order,) * groups if isinstance(order, str) else tuple(order)
+    check_integer("groups", groups)
+    if not isinstance(order, Sequence):  # a set has no order of its own
+        raise TypeError(f"order must be one name or a sequence of one name for each group, got {order!r}")
+    names = (order,) * int(groups) if isinstance(order, str) else tuple(order)
     if len(names) != groups:
         raise ValueError(f"order must be one name or one name for each of the {groups} groups, got {len(names)} names")
     known = ORDERS[dimensions]
@@ -79,15 +82,28 @@ def make_spec(order: OrderNames, groups: int, corner: str, dimensions: int = 2, 
     return Spec(tuple(known.index(name) for name in names), CORNERS[corner], False, allow_tf32)
 
 
+def check_integer(name: str, value: object, least: int = 1) -> None:
+    """Refuses an argument called ``name`` that is no integer of at least ``least``.
+
+    Raises:
+        TypeError: no integer.
+        ValueError: a smaller one.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
 def each_axis(name: str, value: Steps, dimensions: int) -> tuple[int, ...]:
     """``value``, the argument called ``name``, for every axis.
 
     Raises:
         ValueError: it is neither one integer of at least 1 nor one for each axis.
     """
-    steps = (value,) * dimensions if isinstance(value, int) else value
-    fits = isinstance(steps, Sequence) and len(steps) == dimensions
-    if not fits or any(not isinstance(step, int) or step < 1 for step in steps):
+    steps: Any = (value,) * dimensions if isinstance(value, Integral) else value
+    fits = isinstance(steps, Sequence) and not isinstance(steps, bytes) and len(steps) == dimensions
+    if not fits or any(not isinstance(step, Integral) or isinstance(step, bool) or step < 1 for step in steps):
         each = f" or a sequence of {dimensions}, each" if dimensions > 1 else ""
         raise ValueError(f"{name} must be one integer{each} at least 1, got {value!r}")
-    return tuple(steps)
+    return tuple(map(int, steps))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from inverse_flow.ops import autograd
 from inverse_flow.ops.causal import per_channel, sum_channels
+from inverse_flow.ops.checks import check_arguments
 from inverse_flow.ops.spec import Spec, Steps, each_axis
 
 
@@ -23,10 +24,12 @@ def solve(input: Tensor, weight: Tensor, bias: Tensor | None, spec: Spec, dilati
     """:func:`inverse_flow.ops.autograd.solve` for signals (B, C, L), images and volumes, with dilation."""
     if dilation == 1 and weight.dim() > 3:
         return autograd.solve(input, weight, bias, spec)
-    steps = each_axis("dilation", dilation, weight.dim() - 2)
+    steps = steps_within(dilation, input.shape[2:])
     images = input
     if bias is not None and _is_padded(input, steps):
-        # The zeros behind the last pixels must be so without the bias.
+        # The zeros behind the last pixels must be so without the bias. What the operator would refuse, this would cast
+        # and broadcast.
+        check_arguments(input, weight, bias, len(spec.orders), len(steps))
         wide = torch.promote_types(input.dtype, torch.float32)
         images, weight, bias = input.to(wide) - per_channel(bias.to(wide), input), weight.to(wide), None
     output = autograd.solve(_apart(images, steps), _as_image(weight), bias, spec)
@@ -39,12 +42,22 @@ def solve_backward(
     """:func:`inverse_flow.ops.autograd.solve_backward` for the same."""
     if dilation == 1 and weight.dim() > 3:
         return autograd.solve_backward(grad_output, output, weight, spec)
-    steps = each_axis("dilation", dilation, weight.dim() - 2)
+    steps = steps_within(dilation, output.shape[2:])
     grad_input, grad_weight, _ = autograd.solve_backward(
         _apart(grad_output, steps), _apart(output, steps), _as_image(weight), spec
     )
     grad_input = _together(grad_input, grad_output, steps)
     return grad_input, grad_weight.view(weight.shape), -sum_channels(grad_input, weight.dtype)
+
+
+def steps_within(dilation: Steps, sizes: Sequence[int]) -> tuple[int, ...]:
+    """The dilation along every axis, for images of these sizes. Taps that lie further apart than the image is wide meet
+    nothing but the pixel itself, as they do at its width, which takes less memory."""
+    steps = each_axis("dilation", dilation, len(sizes))
+    # A program with open sizes, which are no plain numbers, is not bound to some of them by this.
+    return tuple(
+        min(step, size) if type(size) is int and size else step for step, size in zip(steps, sizes, strict=True)
+    )
 
 
 def _as_image(tensor: Tensor) -> Tensor:
