@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from inverse_flow.data import ImageData, ImageSet, load_embedded
-from inverse_flow.training.quality import Quality, measure, measure_quality
+from inverse_flow.training.quality import Judge, Quality, measure, measure_quality
 from inverse_flow.training.quality.distances import (
     BLOCKS,
     frechet,
@@ -206,6 +206,16 @@ def test_features_are_those_before_the_last_layer() -> None:
     network, images = FeatureNetwork().eval(), load_embedded().test.images[:3]
     torch.testing.assert_close(network.head(network.features(images)), network(images))
     assert network.features(images).shape == (3, 128)
+
+
+def test_a_judge_measures_many_sets_alike() -> None:
+    """Those that are measured later find the same real images, and get the figures they would get alone."""
+    data = load_embedded()
+    judge, images = Judge(data, 40), data.test.images
+    for samples in (images[:40], images[40:100]):
+        assert judge.measure(samples) == measure_quality(samples, data, most=40)
+    with pytest.raises(ValueError, match="as real images are needed, 40, got 39"):
+        judge.measure(images[:39])
 
 
 def test_too_few_images_are_refused() -> None:
