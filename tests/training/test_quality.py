@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from inverse_flow.data import ImageData, ImageSet, load_embedded
-from inverse_flow.training.quality import Quality, measure, measure_quality
+from inverse_flow.models import Glow
+from inverse_flow.training.quality import Quality, measure, measure_quality, quality_of
 from inverse_flow.training.quality.distances import (
     BLOCKS,
     frechet,
@@ -213,3 +214,13 @@ def test_too_few_images_are_refused() -> None:
     for samples, most in ((data.test.images[:1], 100), (data.test.images, -5)):
         with pytest.raises(ValueError, match="at least 20 images of each kind"):
             measure_quality(samples, data, most=most)
+
+
+def test_what_cannot_be_measured_is_refused_before_a_sample_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "draw", lambda *args, **options: pytest.fail("samples were drawn"))
+    data = load_embedded()
+    few = ImageData("few", data.train, data.test[:19])
+    with pytest.raises(ValueError, match="at least 20 images of each kind, got 19"):
+        quality_of(Glow((1, 28, 28), 1, 1, 2), few)
+    with pytest.raises(ValueError, match=r"images of shape \(1, 28, 28\), the model has \(1, 4, 4\)"):
+        quality_of(Glow((1, 4, 4), 1, 1, 2), data)
