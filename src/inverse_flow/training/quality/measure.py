@@ -95,9 +95,7 @@ class Judge:
 
     def __init__(self, data: ImageData, most: int = MOST_IMAGES, seed: int = 0) -> None:
         self.recognised = recognise(data)
-        self.count = min(most, len(data.train), len(data.test))
-        if self.count < 2 * BLOCKS:
-            raise ValueError(f"quality needs at least {2 * BLOCKS} images of each kind, got {self.count}")
+        self.count = _enough(min(most, len(data.train), len(data.test)))
         generator = torch.Generator().manual_seed(seed)
         self.train, self.test = (
             part.images[torch.randperm(len(part), generator=generator)[: self.count]]
@@ -155,6 +153,8 @@ def quality_of(model: ImageFlow, data: ImageData, *, classes: int = 0, temperatu
     Raises:
         ValueError: as :func:`measure_quality`.
     """
+    if model.event_shape != IMAGE_SHAPE:
+        raise ValueError(f"quality is measured on images of shape {IMAGE_SHAPE}, the model has {model.event_shape}")
     judge = Judge(data)  # before anything is drawn for it
     drawn = draw(model, judge.count, 0, classes=classes, temperature=temperature)
     return judge.measure(to_uint8(drawn.images))
@@ -188,12 +188,13 @@ def recognise(data: ImageData) -> Recognised:
     """The classifier that is right about the test images of ``data``.
 
     Raises:
-        ValueError: images of another shape, without labels, or of which no classifier knows the classes.
+        ValueError: images of another shape, without labels, too few, or of which no classifier knows the classes.
     """
     if data.test.image_shape != IMAGE_SHAPE:
         raise ValueError(
             f"quality is measured on images of shape {IMAGE_SHAPE}, {data.name} has {data.test.image_shape}"
         )
+    _enough(min(len(data.train), len(data.test)))
     networks = {name: load_network(weights_file(name)) for name in NAMES}
     found = {name: accuracy_of(network, data.test) for name, network in networks.items()}
     best = max(found, key=lambda name: found[name])
@@ -204,6 +205,13 @@ def recognise(data: ImageData) -> Recognised:
             f"{data.name} they are right about: {told}"
         )
     return Recognised(best, networks[best], found[best])
+
+
+def _enough(count: int) -> int:
+    """``count``, the number of images of each kind, unless it is too small to measure anything with."""
+    if count < 2 * BLOCKS:
+        raise ValueError(f"quality needs at least {2 * BLOCKS} images of each kind, got {count}")
+    return count
 
 
 @torch.no_grad()
