@@ -25,8 +25,8 @@ RUNS = {
     "--threads 1 --out {out}/runs",
     "density, ablation": "--ablation --preset fashion-mnist --data {source} --minutes 0.001 --levels 1 --steps 1 "
     "--hidden 2 --models Glow RealNVP --seeds 2 --threads 1 --out {out}/runs",
-    "diffusion": "--models FlowMatching --parameters 3900 --minutes 0.0001 --samples 20 --evaluations 1 --test-images 2 "
-    "--budget 0 --threads 1 --out {out}/runs --plot {out}/plot",
+    "diffusion": "--models FlowMatching --parameters 3900 --minutes 0.0001 --samples 20 --evaluations 1 "
+    "--test-images 2 --budget 0 --threads 1 --out {out}/runs --plot {out}/plot",
     "sampling": "--steps 1 --hidden 2 --images 2 --threads 1 --budget 0 --no-compile --tables --sizes 16 --kernels 2",
     "parts": "--data {source} --steps 4 --seeds 2 --depth 1 --hidden 2 --parts blocks:2 --batch-size 4 --threads 1 "
     "--evaluate-every 2",
