@@ -201,7 +201,7 @@ def solve_conv2d(
         TypeError: an argument is not a tensor, or neither float32 nor float64; a number of another kind.
         ValueError: shapes, dtypes or ``groups`` do not fit; a kernel of even size; ``tikhonov`` or ``tolerance`` below
             0, ``max_iterations`` or ``restart`` below 1; the centre tap is singular and the preconditioner asked for.
-        RuntimeError: the tensors lie on different devices.
+        RuntimeError: the tensors lie on different devices, or on the meta device, which has no values.
         torch.linalg.LinAlgError: an image did not reach the tolerance, here or in the backward pass.
     """
     for name, value in {"groups": groups, "max_iterations": max_iterations, "restart": restart}.items():
