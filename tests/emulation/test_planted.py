@@ -30,6 +30,7 @@ SMALL = Case(2, (TOP_LEFT, BOTTOM_RIGHT), 3, 5, 6, 3, 3, GENERAL, seeds=THREE)
 WIDE_GROUP = Case(2, (TOP_LEFT,), 16, 5, 34, 1, 2, UNIT_TRIANGULAR, seeds=THREE)
 # One tile, so it is in the buffer where teams meet.
 ONE_TILE = WIDE_GROUP.but(width=17)
+TAP_ROWS = WIDE_GROUP.but(height=6, width=9, kernel_h=3)
 # Corners that one warp inverts, while others copy the weights.
 WARP_GENERAL = Case(1, (TOP_LEFT,), 5, 13, 15, 2, 2, GENERAL, seeds=THREE)
 WARP_TRIANGULAR = Case(1, (TOP_LEFT,), 11, 13, 15, 2, 2, UNIT_TRIANGULAR, seeds=THREE)
@@ -71,6 +72,10 @@ SIGHTINGS = [
     ("no barrier behind the warp that inverts the corner", "solve", WARP_GENERAL, EITHER),
     ("no barrier behind the warp that inverts the corner", "solve", WARP_TRIANGULAR, EITHER),
     ("the corner is not waited for", "solve", WARP_TRIANGULAR, EITHER),
+    ("the copy of the weights is not waited for", "solve", WARP_TRIANGULAR, EITHER),
+    ("the copy of the weights is not waited for", "solve", SMALL, EITHER),
+    ("the last taps of a channel pair are left out", "solve", LANES, EITHER),
+    ("the permutation of a transposed corner", "solve", WARP_GENERAL.but(transposed=True), "off by"),
     # Of both gradient kernels, over several tiles: the emulator's copies arrive at once or at the wait.
     ("missing barrier of the gradient", "backward", SMALL, EITHER),
     ("missing barrier of the gradient", "backward", WIDE_GROUP, EITHER),
@@ -81,6 +86,7 @@ SIGHTINGS = [
     ("missing barrier behind the last tile of the gradient", "backward", ONE_TILE, EITHER),
     ("missing barrier where teams meet", "backward", ONE_TILE, EITHER),
     ("small part left out of a split product", "backward", ONE_TILE, "off by"),
+    ("the taps of the gradient's second row are those of the first", "backward", TAP_ROWS, "off by"),
     ("tensor cores: missing barrier", "solve", FOLDED, ORDER),
     ("tensor cores: missing barrier before the sums", "solve", FOLDED, ORDER),
     ("tensor cores: the small part of x is dropped", "solve", FOLDED, "off by"),
@@ -112,6 +118,9 @@ SIGHTINGS = [
     ("lanes: a second band that starts before the one above it is far enough", "solve", SECOND_BANDS, EITHER),
     ("lanes: a second band that keeps the sums of the first", "solve", ONE_WARP, "off by"),
     ("lanes: a lane below its band", "solve", UNEVEN_BANDS, EITHER),
+    ("lanes: a band that has not looked ahead", "solve", BANDS, "off by"),
+    ("lanes: a band that has not looked ahead", "solve", UNEVEN_BANDS, "off by"),
+    ("lanes: the rows further up are those of this column", "solve", PIXEL_LANES, "off by"),
     ("lanes: channels that are not aligned", "solve", PIXELS.but(input_layout="channels_last, sliced"), "misaligned"),
     ("lanes: the next channel of a pixel", "solve", PIXELS, "off by"),
     ("lanes: the other channels of a pixel", "solve", PIXELS, "off by"),
