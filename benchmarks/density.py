@@ -3,6 +3,8 @@
     python benchmarks/density.py                                      the embedded slice, four times 5 minutes
     python benchmarks/density.py --preset mnist --data MNIST/raw      the target on MNIST, four times 40 minutes
     python benchmarks/density.py --preset mnist --data MNIST/raw --models InverseFlow
+    python benchmarks/density.py --preset mnist --data MNIST/raw --minutes 10 --models InverseFlow FInCFlow Glow \\
+        Emerging Periodic Exponential Woodbury SNF                    the rivals of the inverse convolution
     python benchmarks/density.py --preset cifar10-slice --data slice.npz --minutes 20 --device cuda
     python benchmarks/density.py --ablation                           every model with and without each part
     python benchmarks/density.py --ablation --models "InverseFlow" "InverseFlow, no inverse conv" --seeds 2
@@ -11,10 +13,12 @@ InverseFlow, FInCFlow, Glow and RealNVP are trained by the same trainer for the 
 parameters: the widths of their coupling networks are chosen so and printed. Each has a folder with its checkpoint;
 after Ctrl-C, or any other end, the same command goes on where it was. Figures are of test images that nothing was
 trained on or chosen by. The times of all models are taken in turn, after the last one is trained; samples are checked
-before. The columns are those of the paper's tables:
+before. The rivals differ from InverseFlow in the layer at the head of a step: see `rivals.py`. The columns are those of
+the paper's tables:
 
 BPD: bits per dimension of the dequantized images, with the standard error over the test images. NLL: the same in nats
 an image. ST, FT: milliseconds to sample 100 images (with weights prepared once), and to compute the densities of 100.
+Round trip: the largest error of a pixel on the way to the latents and back.
 
 The variants of an ablation have the same width, levels and steps, so that they differ in the named part alone; a part
 that costs time costs images, whose number is printed. A difference is to the model that the variant is named after,
@@ -31,8 +35,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from harness import Report, Table, parser, spread, time_alternately
+from harness import Report, Table, parser
+from rivals import APPROXIMATE, RIVALS
 from runs import (
     PARAMETER_MARGIN,
     TIMED_IMAGES,
@@ -40,8 +44,8 @@ from runs import (
     Interrupted,
     images_of,
     match_parameters,
+    measure_times,
     summary_of,
-    timed_works,
     train,
 )
 
@@ -91,7 +95,9 @@ class Preset:
     target: float | None = None
 
     def candidates(self) -> dict[str, Candidate]:
-        return {name: Candidate(name, self.model | (REAL_NVP if name == "RealNVP" else {})) for name in MODELS}
+        """Every model by its name, those of ``MODELS`` first."""
+        found = {name: Candidate(name, self.model | (REAL_NVP if name == "RealNVP" else {})) for name in MODELS}
+        return found | {name: Candidate(rival.kind, self.model | rival.options) for name, rival in RIVALS.items()}
 
 
 # A decay in steps at the end, which brings as much again as most of the time before it.
@@ -205,47 +211,34 @@ def same_model(candidates: dict[str, Candidate], image_shape: tuple[int, ...]) -
     return first
 
 
-def compare_rows(rows: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, float]]:
+def compare_rows(rows: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, float | None]]:
     """Mean bits per dimension of every variant; its difference to its model, seed by seed, and the spread of that."""
     found = {}
     for name, runs in rows.items():
-        base = rows.get(name.split(",")[0], runs)
-        differences = [run["bits_per_dim"] - other["bits_per_dim"] for run, other in zip(runs, base, strict=False)]
+        base = {run["seed"]: run["bits_per_dim"] for run in rows.get(name.split(",")[0], runs)}
+        differences = [run["bits_per_dim"] - base[run["seed"]] for run in runs if run["seed"] in base]
         found[name] = {
             "bits_per_dim": statistics.fmean(run["bits_per_dim"] for run in runs),
-            "difference": statistics.fmean(differences),
+            "difference": statistics.fmean(differences) if differences else None,
             "spread_over_seeds": max(differences) - min(differences) if len(differences) > 1 else None,
         }
     return found
 
 
-def train_config(preset: Preset, minutes: float, seed: int) -> TrainConfig:
+def train_config(preset: Preset, minutes: float, seed: int, name: str = "") -> TrainConfig:
+    own = {"max_inverse_error": None} if name in APPROXIMATE else {}
     return TrainConfig(
-        **{"evaluate_every": CHECKPOINT_STEPS, "validation": 0, **preset.training},
+        **{"evaluate_every": CHECKPOINT_STEPS, "validation": 0, **preset.training, **own},
         steps=ENDLESS,
         minutes=minutes,
         seed=seed,
     )
 
 
-def measure_times(
-    trained: Mapping[str, Any], images: torch.Tensor, device: torch.device, budget: float
-) -> dict[str, dict[str, float]]:
-    """Milliseconds of the two times of every model, all in turn: median, and quantiles."""
-    works = {
-        f"{name} {kind}": work for name, model in trained.items() for kind, work in timed_works(model, images).items()
-    }
-    found: dict[str, dict[str, float]] = {name: {} for name in trained}
-    for key, seconds in time_alternately(works, device, budget).items():
-        name, kind = key.split()
-        times = spread(seconds)
-        found[name] |= {f"{kind}_ms": times["ms"]} | {f"{kind}_ms_{q}": times[f"{q}_ms"] for q in ("p20", "p80")}
-    return found
-
-
 COLUMNS = {
     "": "{name}", "BPD": "{bpd}", "NLL nats": "{nats:.0f}", "ST ms": "{ST_ms:.1f}", "FT ms": "{FT_ms:.1f}",
-    "parameters": "{parameters:,}", "minutes": "{minutes:.1f}", "images seen": "{images_seen:,.0f}",
+    "round trip": "{reconstruction_error:.0e}", "parameters": "{parameters:,}", "minutes": "{minutes:.1f}",
+    "images seen": "{images_seen:,.0f}",
 }  # fmt: skip
 DIFFERENCES = {"difference": "{difference:+.3f}", "over the seeds": "{spread_over_seeds:.3f}"}
 
@@ -277,7 +270,12 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
         "--data", default="embedded", help="a folder with idx files, the CIFAR-10 archive, an npz slice, or embedded"
     )
     made.add_argument("--ablation", action="store_true", help="every model with and without each part, untimed")
-    made.add_argument("--models", nargs="+", metavar="NAME", help="these models or variants; all if not given")
+    made.add_argument(
+        "--models",
+        nargs="+",
+        metavar="NAME",
+        help="these models or variants; if not given, all variants, or all models but the rivals",
+    )
     made.add_argument("--minutes", type=float, help=f"of training, each; the preset's, or {ABLATION_MINUTES:g}")
     made.add_argument("--parameters", type=int, help="of each model, but in an ablation; the preset's if not given")
     made.add_argument("--levels", type=int, default=2, help="of an ablation")
@@ -311,7 +309,7 @@ def chosen(arguments: argparse.Namespace, shape: tuple[int, ...]) -> dict[str, C
         known = variants(arguments.levels, arguments.steps, arguments.hidden, margin)
     if unknown := sorted(set(arguments.models or ()) - set(known)):
         raise ValueError(f"unknown: {'; '.join(unknown)}. Known: {'; '.join(known)}")
-    found = {name: known[name] for name in arguments.models or known}
+    found = {name: known[name] for name in arguments.models or (known if arguments.ablation else MODELS)}
     if arguments.ablation:
         return found
     return {name: match_parameters(candidate, shape, arguments.parameters) for name, candidate in found.items()}
@@ -352,18 +350,20 @@ def main(given: Sequence[str] | None = None) -> int:
             for name in dict.fromkeys(first.values()):
                 print(f"\n{name}, seed {seed}", flush=True)
                 folder = arguments.out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
-                config = train_config(preset, arguments.minutes, seed)
-                run = train(candidates[name], arguments.data, config, folder, str(device))
-                trained[name] = run.trainer.result().eval()
-                row = summary_of(run, trained[name], arguments.test_images)
-                for other in candidates:
-                    if first[other] == name:
-                        rows[other].append(dict(row))
-                report.set(rows=rows)
-                print(f"  {row['bits_per_dim']:.4f} ± {row['standard_error']:.4f} bits/dim, test", flush=True)
+                config = train_config(preset, arguments.minutes, seed, name)
+                with report.checked(f"{name}, seed {seed}"):
+                    run = train(candidates[name], arguments.data, config, folder, str(device))
+                    trained[name] = run.trainer.result().eval()
+                    row = {"seed": seed, **summary_of(run, trained[name], arguments.test_images)}
+                    for other in candidates:
+                        if first[other] == name:
+                            rows[other].append(dict(row))
+                    report.set(rows=rows)
+                    print(f"  {row['bits_per_dim']:.4f} ± {row['standard_error']:.4f} bits/dim, test", flush=True)
     except (Interrupted, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
+    rows = {name: runs for name, runs in rows.items() if runs}
     compared = {}
     if arguments.ablation:
         compared = compare_rows(rows)

@@ -158,17 +158,16 @@ def main(given: Sequence[str] | None = None) -> int:
     report = Report("krylov", settings)
     report.set(restart=RESTART, most_iterations=MOST_ITERATIONS)
     torch.manual_seed(0)
-    columns = {"kernel": "{kernel}", "λ": "{tikhonov:.0e}", "condition": "{condition:.1e}"}
-    columns |= {f"{name}: iterations": f"{{{name}_iterations}}" for name in ("ours", "circulant", "none")}
-    columns |= {"ours: ms": "{ours_ms:.1f}"}
+    columns = {"kernel": "{kernel:17}", "λ": "{tikhonov:5.0e}", "condition": "{condition:.1e}"}
+    columns |= {f"{name}: iterations": f"{{{name}_iterations:d}}" for name in ("ours", "circulant", "none")}
+    columns |= {"ours: ms": "{ours_ms:6.1f}"}
     columns |= {f"ours / {name}": f"{{{name}_ratio:.2f}}" for name in ("circulant", "none", "dense")}
-    table, rows = Table(columns), []
+    table = Table(columns)
     for problem in problems()[: settings.problems]:
         with report.checked(problem.name):
             row = measure(problem, settings.side, settings.batch, settings.tolerance, settings.budget)
             report.add("rows", row)
-            rows.append(printed(row))
-    table.add(*rows)
+            table.add(printed(row))
     return report.finish()
 
 

@@ -1,15 +1,23 @@
-"""Other ways to solve, as rivals: what the inverse of a convolution costs without a kernel of its own."""
+"""Rivals: other ways to solve, without a kernel of one's own, and other convolutions in place of the inverse one."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from runs import Candidate
 from torch import Tensor, nn
 
 from inverse_flow import InverseConv2d
+from inverse_flow.flows import FlowLayer, PeriodicConv
+from inverse_flow.flows.base import count_pixels, sum_example
+from inverse_flow.models import KINDS, GlowConfig, ImageFlow
+from inverse_flow.models.config import InverseConvKind
 from inverse_flow.reference import dense_matrix
 
 Solve = Callable[[Tensor], Tensor]
@@ -120,3 +128,78 @@ def _diagonals(
         last = first + window[-1, -1]
         found.append(tuple(index.to(device) for index in (rows * width + columns, last, places)))
     return found  # type: ignore[return-value]
+
+
+class SelfNormalizing(FlowLayer):
+    """z = W x, a periodic convolution, learned together with a convolution R ≈ W⁻¹ of the same size, which samples.
+
+    Exact: z, and the value of each log-determinant: W's of ``forward``, R's of ``inverse``. Approximate: ``inverse`` is
+    R, so a round trip comes back only about; and the gradient of log|det W| in W, the exact one with R for W⁻¹.
+    R follows W by the gradient of −penalty·‖R W x − x‖², which ``forward`` adds to that of its log-determinant, not to
+    its value. Keller et al., "Self Normalizing Flows", 2021; with zeros around the image in place of its other side,
+    the log-determinant would need the whole matrix.
+
+    Args:
+        layer: W at the beginning, near the identity I; R begins as 2 I − W. Its kernel is odd.
+        penalty: of a squared error of reconstruction, summed over an image, in nats.
+    """
+
+    uses_context = False
+
+    def __init__(self, layer: PeriodicConv, penalty: float) -> None:
+        super().__init__()
+        self.penalty = penalty
+        if any(taps % 2 == 0 for taps in layer.kernel_size):
+            raise ValueError(f"the kernel must be odd, to be turned round, got {layer.kernel_size}")
+        self.direct, self.back = layer, copy.deepcopy(layer)
+        with torch.no_grad():
+            self.back.weight.copy_(2 * nn.init.dirac_(torch.empty_like(layer.weight)) - layer.weight)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            logdet = self.direct.log_det(x)
+        if torch.is_grad_enabled():
+            learned = self._what_is_learned(x)
+            logdet = logdet + (learned - learned.detach())
+        return self.direct.convolve(x), logdet
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.back(z)
+
+    def _what_is_learned(self, x: Tensor) -> Tensor:
+        weight, approximate, x = self.direct.weight, self.back.weight.detach(), x.detach()
+        turned = approximate.flip(list(range(2, weight.dim()))).transpose(0, 1)
+        error = self.back.convolve(self.direct.convolve(x)) - x
+        return count_pixels(x) * (turned * weight).sum() - self.penalty * sum_example(error.square())
+
+
+@dataclass(frozen=True)
+class SelfNormalizingConfig(GlowConfig):
+    inverse_conv: InverseConvKind = "periodic"
+    # The default of the release.
+    penalty: float = 1.0
+
+
+class SelfNormalizingFlow(ImageFlow):
+    """A Glow with a :class:`SelfNormalizing` convolution at the head of every step."""
+
+    config_type = SelfNormalizingConfig
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        if self.config.memory_efficient:
+            raise ValueError("memory_efficient needs inverses, and R is one only about")
+        for path, layer in list(self.named_modules()):
+            if isinstance(layer, PeriodicConv):
+                self.set_submodule(path, SelfNormalizing(layer, self.config.penalty))
+
+
+KINDS[SelfNormalizingFlow.__name__] = SelfNormalizingFlow
+OTHER_CONVOLUTIONS = ("emerging", "periodic", "exponential", "woodbury")
+# A step of InverseFlow with another layer in place of the inverse convolution.
+RIVALS = {
+    **{kind.capitalize(): Candidate("Glow", {"inverse_conv": kind}) for kind in OTHER_CONVOLUTIONS},
+    "SNF": Candidate(SelfNormalizingFlow.__name__, {}),
+}
+# Of these a round trip says how good the inverse is, and not whether it is right.
+APPROXIMATE = ("SNF",)

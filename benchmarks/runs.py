@@ -5,12 +5,13 @@ the figures of a trained model.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Work, relative_error, require
+from harness import Work, relative_error, require, spread, time_alternately
 from torch import Tensor
 
 from inverse_flow.data import ImageData, load
@@ -186,3 +187,18 @@ def timed_works(model: Flow, images: Tensor) -> dict[str, Work]:
             model.log_prob(images)
 
     return {"ST": lambda: sampler.sample(len(images)), "FT": density}
+
+
+def measure_times(
+    models: Mapping[str, Flow], images: Tensor, device: torch.device, budget: float
+) -> dict[str, dict[str, float]]:
+    """Milliseconds of the two times of every model, all in turn: median, and quantiles."""
+    works = {
+        f"{name} {kind}": work for name, model in models.items() for kind, work in timed_works(model, images).items()
+    }
+    found: dict[str, dict[str, float]] = {name: {} for name in models}
+    for key, seconds in time_alternately(works, device, budget).items():
+        name, kind = key.rsplit(maxsplit=1)
+        times = spread(seconds)
+        found[name] |= {f"{kind}_ms": times["ms"]} | {f"{kind}_ms_{q}": times[f"{q}_ms"] for q in ("p20", "p80")}
+    return found

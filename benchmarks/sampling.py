@@ -2,6 +2,7 @@
 
     python benchmarks/sampling.py                                 3×32², L=2, K=16, 100 images, one thread and two
     python benchmarks/sampling.py --tables                        also the paper's tables of sizes and kernel sizes
+    python benchmarks/sampling.py --rivals                        only the rivals of the inverse convolution
     python benchmarks/sampling.py --device cuda --json benchmarks/results/sampling-gpu.json
 
 The models are an InverseFlow, which samples by plain convolutions; a Glow of the same shape, which has no inverse
@@ -34,12 +35,12 @@ from harness import (
     require,
     time_alternately,
 )
-from rivals import PlainSolve
-from runs import SAMPLE_TOLERANCE, TIMED_IMAGES, Candidate, draw_latents, match_parameters
+from rivals import APPROXIMATE, RIVALS, PlainSolve
+from runs import SAMPLE_TOLERANCE, TIMED_IMAGES, Candidate, draw_latents, match_parameters, measure_times
 from torch import Tensor, nn
 
 from inverse_flow import InverseConv2d
-from inverse_flow.flows import Flow, Reverse, prepare_sampling
+from inverse_flow.flows import Flow, Reverse, prepare_sampling, reconstruction_error
 
 SHAPE = (3, 32, 32)
 # What the paper gives for its model at this shape.
@@ -190,6 +191,36 @@ def forward_table(
             table.add(row | row["ms"] | {"paper": PAPER_FT[key][value]})
 
 
+def rival_table(
+    report: Report, names: Sequence[str], options: dict[str, Any], count: int, device: torch.device, budget: float
+) -> None:
+    """A line for each model: milliseconds to sample so many images, and for their densities, all in turn.
+
+    Raises:
+        ArithmeticError: images that are not what goes to the latents and comes back, where they should be.
+    """
+    known = rivals_by_name(options)
+    flows = {name: make(known[name].kind, SHAPE, device, **known[name].options) for name in names}
+    images = torch.rand(count, *SHAPE, generator=torch.Generator().manual_seed(0)).to(device)
+    errors = {name: float(reconstruction_error(flow, images).max()) for name, flow in flows.items()}
+    require({name: error for name, error in errors.items() if name not in APPROXIMATE}, ROUND_TRIP_TOLERANCE)
+    print(f"\nThe rivals of the inverse convolution: ST and FT, ms for {count} images")
+    table = Table(
+        {"": "{name:<11}", "ST": "{ST_ms:8.1f}", "FT": "{FT_ms:8.1f}", "round trip": "{round_trip:8.0e}",
+         "parameters": "{parameters:9,}"}
+    )  # fmt: skip
+    for name, times in measure_times(flows, images, device, budget).items():
+        row = {"name": name, **times, "round_trip": errors[name], "parameters": flows[name].num_parameters}
+        report.add("rivals", row)
+        table.add(row)
+
+
+def rivals_by_name(options: dict[str, Any]) -> dict[str, Candidate]:
+    """Models of this size, ours and two of its relatives first."""
+    ours = {kind: Candidate(kind, options) for kind in (OURS, "FInCFlow", GLOW)}
+    return ours | {name: rival.but(**options) for name, rival in RIVALS.items()}
+
+
 def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     made = parser(__doc__, threads=(1, 2), budget=120.0)
     made.add_argument("--levels", type=int, default=2)
@@ -200,6 +231,9 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     made.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     made.add_argument(
         "--tables", nargs="?", const="also", choices=("also", "only"), help="the tables of image and kernel sizes"
+    )
+    made.add_argument(
+        "--rivals", nargs="*", choices=tuple(rivals_by_name({})), help="only the table of these models; of all of them"
     )
     made.add_argument("--sizes", type=int, nargs="+", choices=SIZES, default=list(SIZES), help="of the table")
     made.add_argument("--kernels", type=int, nargs="+", choices=KERNELS, default=list(KERNELS), help="of the table")
@@ -220,6 +254,11 @@ def main(given: Sequence[str] | None = None) -> int:
     glow = make(GLOW, SHAPE, device, **options)
     print(f"{arguments.images} images of {SHAPE}, {options}")
     print(f"{OURS}: {flow.num_parameters:,} parameters; {GLOW}: {glow.num_parameters:,}")
+    if arguments.rivals is not None:
+        names = arguments.rivals or list(rivals_by_name({}))
+        with report.checked("rivals"):
+            rival_table(report, names, options, arguments.images, device, arguments.budget)
+        return report.finish()
     for threads in arguments.threads if arguments.tables != "only" else ():
         torch.set_num_threads(threads)
         with report.checked(f"{threads} threads"):

@@ -1,22 +1,30 @@
-"""Deblurring: a causal blur undone exactly by the solve, and an unknown blur learned by gradient through the solve.
+"""Deblurring: a causal blur undone exactly by the solve, an unknown blur learned by gradient through the solve, and
+centred blurs with noise undone by iterations between two solves.
 
 A causal blur mixes every pixel with those above and to the left of it: the smear of a sensor that is read out while the
 scene moves. It is A(w) of this library, so its inverse is ``inverse_conv2d`` with the same weight.
+
+The blurs of a lens or of a shaken camera reach to all sides, and lose what no inverse brings back: ``solve_conv2d``
+with Tikhonov's term finds the image that explains what was seen without amplifying its noise.
 """
 
 import argparse
+import math
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from inverse_flow.data import load_embedded
-from inverse_flow.functional import causal_conv2d, inverse_conv2d
+from inverse_flow.functional import causal_conv2d, inverse_conv2d, solve_conv2d
 from inverse_flow.training.figures import tile, to_uint8
 
 KERNEL_SIZE = 5
 DECAY = 0.7  # of the smear from one pixel to the next
 SHOWN = 8
+NOISE = 0.01  # standard deviation, where white is 1
+TIKHONOV = [10 ** (-power / 2) for power in range(3, 9)]
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--steps", type=int, default=300, help="optimiser steps for the unknown blur")
@@ -65,8 +73,48 @@ found = inverse_conv2d(blurred, learned)
 print(f"unknown blur: its weight is learned to {(learned - blur).abs().max():.1e} of at most {blur.max():.2f}")
 print(f"unknown blur: the error falls from {(blurred - test).abs().max():.3f} to {(found - test).abs().max():.1e}")
 
-figure = Figure(figsize=(8, 4.8), layout="constrained")
+
+def gaussian(size: int, deviation: float) -> torch.Tensor:
+    row = torch.exp(-((torch.arange(size) - size // 2) ** 2) / (2 * deviation**2))
+    return row[:, None] * row
+
+
+def motion(size: int, degrees: float) -> torch.Tensor:
+    """A straight movement while the shutter was open."""
+    along, angle = torch.linspace(-(size // 2), size // 2, 100 * size), math.radians(degrees)
+    rows, columns = (torch.round(along * part).long() + size // 2 for part in (-math.sin(angle), math.cos(angle)))
+    return torch.zeros(size, size).index_put_((rows, columns), torch.ones(100 * size), accumulate=True)
+
+
+def defocus(size: int) -> torch.Tensor:
+    """A disc: what a lens makes of a point out of focus."""
+    place = torch.arange(size) - size // 2
+    return (place[:, None] ** 2 + place**2 <= (size / 2) ** 2).float()
+
+
+def quality(images: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The peak signal-to-noise ratio in dB, more is better."""
+    return -10 * math.log10((images - wanted).square().mean())
+
+
 rows = {"sharp": test, "blurred": blurred, "known blur undone": undone, "learned blur undone": found}
+for name, taps in {"Gaussian": gaussian(9, 1.2), "motion": motion(7, 30), "defocus": defocus(5)}.items():
+    lens = (taps / taps.sum())[None, None]
+
+    def seen_through(images: torch.Tensor, lens: torch.Tensor = lens) -> torch.Tensor:
+        return F.conv2d(images, lens, padding="same") + NOISE * torch.randn_like(images)
+
+    # How much to trust the picture is chosen on images that are known sharp.
+    known = sharp[:50]
+    seen = seen_through(known)
+    best = max(TIKHONOV, key=lambda term: quality(solve_conv2d(seen, lens, tikhonov=term, tolerance=1e-4).x, known))
+    seen = seen_through(test)
+    restored = solve_conv2d(seen, lens, tikhonov=best, tolerance=1e-4)
+    gain = f"{quality(seen, test):.1f} dB become {quality(restored.x, test):.1f} dB"
+    print(f"{name} blur with noise: {gain}, λ = {best:.1e}, at most {restored.iterations.max()} iterations")
+    rows |= {f"{name} blur, noise {NOISE}": seen, f"{name} blur, restored": restored.x}
+
+figure = Figure(figsize=(8, 12), layout="constrained")
 for axes, (name, images) in zip(figure.subplots(len(rows), 1), rows.items(), strict=True):
     axes.imshow(tile(to_uint8(images), columns=SHOWN), interpolation="nearest")
     axes.set_title(name, loc="left")

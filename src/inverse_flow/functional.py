@@ -170,8 +170,8 @@ def solve_conv2d(
     that is ``F.conv2d(x, w, padding="same", groups=groups)``. No order makes such a matrix triangular, so this is GMRES
     with restarts, for which the solves of two quadrants of the kernel are the preconditioner:
     (D + L) D⁻¹ (D + U), with D the centre tap, D + L the taps above and to the left of it, and D + U those below and to
-    the right, one :func:`inverse_conv2d` each. Each image stops on its own residual. Where a kernel has a causal form,
-    :func:`inverse_conv2d` is exact and faster by far.
+    the right (or those on the other diagonal, where they are larger), one :func:`inverse_conv2d` each. Each image stops
+    on its own residual. Where a kernel has a causal form, :func:`inverse_conv2d` is exact and faster by far.
 
     With ``tikhonov`` λ > 0, for kernels that are singular or nearly so, x is what minimises ‖A x + b − y‖² + λ‖x‖²: the
     solution of (AᵀA + λI) x = Aᵀ(y − b), which is unique for every kernel. The residual is that of this equation.

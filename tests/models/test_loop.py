@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -99,21 +100,42 @@ def test_rebuilding_gives_the_same_gradients(make: Callable, inverse: bool) -> N
     torch.testing.assert_close(*found)
 
 
+@operators
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(make: Callable, mode: Callable) -> None:
+    loop, operator = network(), make()
+    given = inputs(operator)
+    expected = loop(*given, operator)
+    with mode():
+        found = loop(*(value.clone() for value in given), operator)
+    assert not any(value.requires_grad for value in found)
+    torch.testing.assert_close(found, expected)
+
+
+class Box:
+    """What a graph holds in place of a tensor that it keeps."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
 def kept(steps: int, memory_efficient: bool) -> int:
-    """How many values of the size of an image or more the graph of the result keeps."""
+    """How many values the graph of the result keeps in tensors as large as an image or larger."""
     loop = network(steps, memory_efficient=memory_efficient)
     given = [value.requires_grad_() for value in inputs(blur, side=16)]
-    storages: dict[int, int] = {}
+    boxes: weakref.WeakSet[Box] = weakref.WeakSet()
 
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.numel() >= 2 * 16 * 16:
-            storages[tensor.untyped_storage().data_ptr()] = tensor.numel()
-        return tensor
+    def pack(tensor: Tensor) -> Box:
+        box = Box(tensor)
+        boxes.add(box)
+        return box
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
         result = loop(*given, blur)
     assert result[0].requires_grad
-    return sum(storages.values())
+    # Graphs on the way to a gradient are gone again, and their boxes with them.
+    alive = {box.tensor.untyped_storage().data_ptr(): box.tensor.numel() for box in boxes}
+    return sum(size for size in alive.values() if size >= 2 * 16 * 16)
 
 
 def test_memory_does_not_grow_with_the_steps() -> None:

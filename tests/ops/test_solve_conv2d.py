@@ -100,6 +100,15 @@ def test_the_preconditioner_saves_iterations() -> None:
     assert 2 * with_it.iterations.max() < without.iterations.min()
 
 
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_of_two_diagonals_the_larger_is_solved(mirrored: bool) -> None:
+    """A kernel and its mirror image are as easy as each other; all taps on one diagonal are exact from its two ends."""
+    weight = torch.diag(torch.tensor([0.2, 1.0, 0.0], dtype=torch.float64))[None, None]
+    images = make_images(channels=1)
+    weight, images = (tensor.flip(3) if mirrored else tensor for tensor in (weight, images))
+    assert solve_conv2d(images, weight).iterations.tolist() == [1, 1, 1]
+
+
 def test_the_preconditioner_of_the_system_of_least_squares_is_symmetric() -> None:
     """(D + L) D⁻¹ (D + Lᵀ), for an autocorrelation."""
     weight = make_weight()

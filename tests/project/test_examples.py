@@ -51,4 +51,29 @@ def test_deblurring_undoes_a_known_blur_and_learns_an_unknown_one(tmp_path: Path
     assert unknown < 1e-2
     assert numbers(r"falls from ([\d.]+) to", printed) == [0.849, 0.849]
     assert numbers(r"stored in 8 bits: the error is ([\d.]+)", printed)[0] < 0.1
+    restored = re.findall(r"(\w+) blur with noise: ([\d.]+) dB become ([\d.]+) dB", printed)
+    assert [name for name, *_ in restored] == ["Gaussian", "motion", "defocus"]
+    assert all(float(after) > float(before) + 2 for _, before, after in restored)
     assert imread(tmp_path / "blur.png").std() > 0
+
+
+def test_a_density_in_the_plane_is_learned_from_points(tmp_path: Path) -> None:
+    printed = run("densities.py", "--names", "banana", "--steps", 40, "--output", tmp_path / "density.png")
+    (nats,), (exact,) = numbers(r"banana: ([\d.]+) nats", printed), numbers(r"([\d.]+) by the density itself", printed)
+    assert exact < nats < exact + 0.2
+    assert imread(tmp_path / "density.png").std() > 0
+
+
+def test_variational_inference_fits_a_formula(tmp_path: Path) -> None:
+    printed = run("variational.py", "--steps", 60, "--output", tmp_path / "rosenbrock.png")
+    divergences = numbers(r"divergence ([\d.]+) nats", printed)
+    assert divergences[-1] < 1 < divergences[0]
+    assert imread(tmp_path / "rosenbrock.png").std() > 0
+
+
+def test_the_amortised_posterior_nears_the_exact_one(tmp_path: Path) -> None:
+    printed = run("posterior.py", "--steps", 80, "--output", tmp_path / "posterior.png")
+    assert numbers(r"divergence of the posterior from the exact one: ([\d.]+)", printed)[0] < 0.3
+    assert numbers(r"divergence of the evidence p\(y\): (-?[\d.]+)", printed)[0] < 0.1
+    assert len(numbers(r"the mean is off by ([\d.]+)", printed)) == 3
+    assert imread(tmp_path / "posterior.png").std() > 0

@@ -24,7 +24,7 @@ class EmergingConv(Compose):
     Together they see the pixels on all sides, through a window of (2k − 1) × (2k − 1) for kernels of k × k. From data
     to latent both are plain convolutions, and from latent to data both are solves: each is an
     :class:`~inverse_flow.InverseConv2d` turned round by :class:`Reverse`. Hoogeboom, van den Berg & Welling, "Emerging
-    Convolutions for Generative Normalizing Flows", 2019, section 3.1.
+    Convolutions for Generative Normalizing Flows", 2019.
 
     Args:
         channels: C of the images.
@@ -64,7 +64,7 @@ class PeriodicConv(FlowLayer):
     by itself: x̂(ω) = ŵ(ω)⁻¹ ẑ(ω). So the inverse takes two Fourier transforms, and the log-determinant one small
     determinant a frequency (of a real image's, half of them are enough). From data to latent it is a plain
     convolution. The matrices, their inverses and determinants are formed in float64 and rounded once. Hoogeboom, van
-    den Berg & Welling, "Emerging Convolutions for Generative Normalizing Flows", 2019, section 3.2.
+    den Berg & Welling, "Emerging Convolutions for Generative Normalizing Flows", 2019.
 
     Nothing keeps ŵ(ω) from becoming singular but the log-determinant, which would be −∞ there.
 

@@ -22,7 +22,7 @@ class ExponentialConv(FlowLayer):
 
     Whatever M is, exp(M) is invertible: x = exp(−M) z, the same series with −M. Its log-determinant is exactly
     tr M = H·W·Σ_c w[c, c, middle]. Hoogeboom, Garcia Satorras, Tomczak & Welling, "The Convolution Exponential and
-    Generalized Sylvester Flows", 2020, section 3.
+    Generalized Sylvester Flows", 2020.
 
     Both directions sum the series, until the rest of it is below one rounding for every x. How many terms that takes is
     known beforehand since ‖M‖₂ is bounded: as M at the frequency ω is w(ω) = Σ_δ w_δ e^{iω·δ} = [w_δ]_δ (e^{iω·δ} I)_δ,

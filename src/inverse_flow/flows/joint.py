@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from inverse_flow.reversible.chain import Link
 from inverse_flow.reversible.layer import call_layer, splits_off_latent, uses_context
 from inverse_flow.reversible.rebuild import Rebuilding, run
 
-Latents = tuple[Tensor, ...]
+Latents: TypeAlias = tuple[Tensor, ...]
 
 
 class Lanes(FlowLayer):

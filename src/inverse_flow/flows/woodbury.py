@@ -20,7 +20,7 @@ class Woodbury(FlowLayer):
     (Sylvester's identity), and (I + U V)⁻¹ = I − U (I + V U)⁻¹ V (Woodbury's): determinants and inverses are of d × d
     matrices for rank d. They are formed in float64 and rounded once. Every pixel sees all others, through weights that
     know where it lies, so the layer is for images of one size. Lu & Huang, "Woodbury Transformations for Deep
-    Generative Flows", 2020, section 3.
+    Generative Flows", 2020.
 
     Nothing keeps I + V U from becoming singular but the log-determinant, which would be −∞ there.
 

@@ -31,7 +31,9 @@ class DataGradient(nn.Module):
 
     def forward(self, eta: Tensor, data: Tensor) -> Tensor:
         differentiable = torch.is_grad_enabled()
-        with torch.enable_grad():
+        # In inference mode too autograd has to find Aᵀ, which it does not do for tensors of that mode.
+        with torch.inference_mode(False), torch.enable_grad():
+            eta, data = (value.clone() if value.is_inference() else value for value in (eta, data))
             eta = eta if eta.requires_grad and differentiable else eta.detach().requires_grad_()
             predicted = self.operator(eta)
             # As A is linear, the derivative of Aᵀ r in η is that of r = A η − d, and autograd follows it.

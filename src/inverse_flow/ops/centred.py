@@ -1,8 +1,8 @@
 r"""Convolutions with the usual padding, whose kernels have no causal form, and their inverses by GMRES.
 
 The matrix A of such a convolution has taps on all sides of the pixel itself, so that no order makes it triangular. The
-quadrants of its kernel towards two opposite corners, each with the centre tap D, do have solves of ours: D + L from the
-top left, D + U from the bottom right. Their product is the preconditioner, the symmetric Gauss–Seidel method's,
+quadrants of its kernel towards two opposite corners, each with the centre tap D, do have solves of ours: D + L from one
+corner, D + U from the other. Their product is the preconditioner, the symmetric Gauss–Seidel method's,
 
 .. math:: (D + L)\, D^{-1} (D + U) = D + L + U + L D^{-1} U,
 
@@ -86,15 +86,25 @@ def kernel(weight: Tensor, system: System) -> Tensor:
 
 
 def gauss_seidel(taps: Tensor, groups: int) -> Map:
-    """r ↦ (D + U)⁻¹ D (D + L)⁻¹ r for a kernel, whose centre tap D must be invertible."""
+    """r ↦ (D + U)⁻¹ D (D + L)⁻¹ r for a kernel, whose centre tap D must be invertible.
+
+    Of the two pairs of opposite corners it is the one whose quadrants are larger: a blur along one diagonal has nothing
+    in the others.
+    """
     rows, columns = taps.shape[2] // 2, taps.shape[3] // 2
-    before, behind = taps[:, :, : rows + 1, : columns + 1].contiguous(), taps[:, :, rows:, columns:].contiguous()
+    sides = (
+        {"top": slice(rows + 1), "bottom": slice(rows, None)},
+        {"left": slice(columns + 1), "right": slice(columns, None)},
+    )
+    quadrants = {f"{v}_{h}": taps[:, :, sides[0][v], sides[1][h]].contiguous() for v in sides[0] for h in sides[1]}
+    pairs = ("top_left", "bottom_right"), ("top_right", "bottom_left")
+    first, second = max(pairs, key=lambda pair: sum(float(quadrants[corner].square().sum()) for corner in pair))
     centre = taps[:, :, rows, columns, None, None]
-    first, second = (make_spec(order, groups, "general") for order in ("top_left", "bottom_right"))
+    specs = {corner: make_spec(corner, groups, "general") for corner in (first, second)}
 
     def precondition(images: Tensor) -> Tensor:
-        half = F.conv2d(autograd.solve(images, before, None, first), centre, groups=groups)
-        return autograd.solve(half, behind, None, second)
+        half = autograd.solve(images, quadrants[first], None, specs[first])
+        return autograd.solve(convolve(half, centre, groups), quadrants[second], None, specs[second])
 
     return precondition
 
