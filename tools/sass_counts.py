@@ -76,7 +76,7 @@ K_STEP = Loop("k-step", "tensor/kernel.cuh", "multiply_tf32(product, weights.big
 DIAGONAL = Loop(
     "diagonal", "tensor/kernel.cuh", "finish(pixels, diagonal, finishers, shared_sums, store);", "", 1, False
 )
-TAPS = Loop("step of taps", "gradient/tensor.cuh", "multiply_split(sum[v], a,", "")
+TAPS = Loop("step of taps", "gradient/tensor.cuh", "multiply_split(sum[v], a, ", "")
 
 
 @dataclass(frozen=True)

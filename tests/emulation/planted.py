@@ -228,9 +228,4 @@ PLANTED = {
     "lanes: the rows further up are those of this column": Mistake(
         "lanes/kernel.cuh", "(a == 1 ? 0 : S::kPitch)", "(a == 1 || PLANTED ? 0 : S::kPitch)"
     ),
-    "the taps of the gradient's second row are those of the first": Mistake(
-        "gradient/tensor.cuh",
-        "const int bytes = plan.tap_bytes[v];",
-        "const int bytes = plan.tap_bytes[PLANTED ? v % plan.window_w : v];",
-    ),
 }

@@ -30,7 +30,6 @@ SMALL = Case(2, (TOP_LEFT, BOTTOM_RIGHT), 3, 5, 6, 3, 3, GENERAL, seeds=THREE)
 WIDE_GROUP = Case(2, (TOP_LEFT,), 16, 5, 34, 1, 2, UNIT_TRIANGULAR, seeds=THREE)
 # One tile, so it is in the buffer where teams meet.
 ONE_TILE = WIDE_GROUP.but(width=17)
-TAP_ROWS = WIDE_GROUP.but(height=6, width=9, kernel_h=3)
 # Corners that one warp inverts, while others copy the weights.
 WARP_GENERAL = Case(1, (TOP_LEFT,), 5, 13, 15, 2, 2, GENERAL, seeds=THREE)
 WARP_TRIANGULAR = Case(1, (TOP_LEFT,), 11, 13, 15, 2, 2, UNIT_TRIANGULAR, seeds=THREE)
@@ -86,7 +85,6 @@ SIGHTINGS = [
     ("missing barrier behind the last tile of the gradient", "backward", ONE_TILE, EITHER),
     ("missing barrier where teams meet", "backward", ONE_TILE, EITHER),
     ("small part left out of a split product", "backward", ONE_TILE, "off by"),
-    ("the taps of the gradient's second row are those of the first", "backward", TAP_ROWS, "off by"),
     ("tensor cores: missing barrier", "solve", FOLDED, ORDER),
     ("tensor cores: missing barrier before the sums", "solve", FOLDED, ORDER),
     ("tensor cores: the small part of x is dropped", "solve", FOLDED, "off by"),

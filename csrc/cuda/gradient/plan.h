@@ -91,9 +91,6 @@ struct GradientPlan {
   int64_t buffer_bytes;
   int64_t positions_offset;
   int64_t shared_bytes;
-  // Tensor cores: how many bytes behind the value of the window's first tap that of tap v stands, which is before it; 0
-  // past the last.
-  int32_t tap_bytes[kFragmentTaps];
 
   INVERSE_FLOW_HOST_DEVICE int32_t pixels() const { return images * tile_h * tile_w; }
   INVERSE_FLOW_HOST_DEVICE int32_t margin_h() const { return window_h - 1; }
@@ -235,11 +232,6 @@ inline bool lay_out_gradient(GradientPlan& plan, const Shape& shape, int64_t sta
     team_threads = plan.items * 32;
     sums = kFragmentTaps * 4;
     pieces = divide_up(plan.pixels(), kFragmentPixels);
-    for (int32_t v = 0; v < kFragmentTaps; ++v) {
-      const bool is_tap = v < plan.window_h * plan.window_w;
-      const int32_t distance = v / plan.window_w * plan.right_columns() + v % plan.window_w;
-      plan.tap_bytes[v] = is_tap ? -distance * static_cast<int32_t>(sizeof(float)) : 0;
-    }
   } else {
     plan.items = plan.block_outputs / plan.side * (plan.block_inputs / plan.side) * plan.window_h * plan.window_w;
     team_threads = plan.items;

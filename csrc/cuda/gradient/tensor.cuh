@@ -14,8 +14,6 @@
 // step goes over the end of a row.
 #pragma once
 
-#include <type_traits>
-
 #include "../common/mma.cuh"
 #include "tile.cuh"
 
@@ -65,6 +63,11 @@ __global__ void __launch_bounds__(kGradientTensorThreads, 2)
   ChannelSum<float> channel_sum(plan, args.shape.transposed);
 
   const int taps = plan.window_h * plan.window_w;
+  // A tap's value stands a pixel before that of the tap to its left, and behind the window's last column of taps (a bit
+  // of row_ends) a row less the window's columns further.
+  unsigned row_ends = 0;
+  INVERSE_FLOW_UNROLL
+  for (int v = 0; v < kFragmentTaps; ++v) row_ends |= (v % plan.window_w == plan.window_w - 1 ? 1u : 0u) << v;
   const int steps = static_cast<int>(divide_up(plan.pixels(), kFragmentPixels));
   place_pixels(plan, shared);
 
@@ -75,30 +78,21 @@ __global__ void __launch_bounds__(kGradientTensorThreads, 2)
     if (block.sums_channels) channel_sum.add_tile(plan, args.shape.transposed, left, right);
     if (team < plan.teams) {
       float sum[kFragmentTaps][4] = {};
-      // All taps of a fragment, or fewer: which, is asked outside of the loop.
-      const auto add_steps = [&](auto is_full) {
-        for (int step = team; step < steps; step += plan.teams) {
-          const int pixel = step * kFragmentPixels + t;
-          const float* l = left + (first_output + g) * plan.left_pitch + pixel;
-          const float* other_l = l + 8 * plan.left_pitch;
-          const Split<kTf32, 4> a({l[0], other_l[0], l[4], other_l[4]});
-          const float* const r = right + (first_input + g) * plan.right_pitch;
-          const auto* const first = reinterpret_cast<const unsigned char*>(r + positions[pixel]);
-          const auto* const later = reinterpret_cast<const unsigned char*>(r + positions[pixel + 4]);
-          INVERSE_FLOW_UNROLL
-          for (int v = 0; v < kFragmentTaps; ++v) {
-            if (!is_full.value && v == taps) break;
-            const int bytes = plan.tap_bytes[v];
-            multiply_split(sum[v], a,
-                           Split<kTf32, 2>({*reinterpret_cast<const float*>(first + bytes),
-                                            *reinterpret_cast<const float*>(later + bytes)}));
-          }
+      for (int step = team; step < steps; step += plan.teams) {
+        const int pixel = step * kFragmentPixels + t;
+        const float* l = left + (first_output + g) * plan.left_pitch + pixel;
+        const float* other_l = l + 8 * plan.left_pitch;
+        const Split<kTf32, 4> a({l[0], other_l[0], l[4], other_l[4]});
+        int place = positions[pixel] + (first_input + g) * plan.right_pitch;
+        int later_place = positions[pixel + 4] + (first_input + g) * plan.right_pitch;
+        INVERSE_FLOW_UNROLL
+        for (int v = 0; v < kFragmentTaps; ++v) {
+          if (v < taps) multiply_split(sum[v], a, Split<kTf32, 2>({right[place], right[later_place]}));
+          // Of constants, here and not ahead of the loop: a register more would spill.
+          const int distance = (row_ends >> v & 1) != 0 ? plan.right_columns() - plan.window_w + 1 : 1;
+          place -= distance;
+          later_place -= distance;
         }
-      };
-      if (taps == kFragmentTaps) {
-        add_steps(std::true_type());
-      } else {
-        add_steps(std::false_type());
       }
       INVERSE_FLOW_UNROLL
       for (int v = 0; v < kFragmentTaps * 4; ++v) total[v] += sum[v / 4][v % 4];
