@@ -49,15 +49,16 @@ demo: $(done)/package $(done)/train
 	$(python) -m inverse_flow.command.main train --data embedded --out demo $(if $(RESUME),--resume) $(if $(FRESH),--fresh)
 
 test: $(done)/package $(done)/dev
-	$(python) -m pytest -n auto
+	$(python) -m pytest -n auto --dist worksteal
 
-# PyTorch's own kernels are held to the same instruction set, which it calls "default" where it is the least.
+# PyTorch's own kernels are held to the same instruction set, which it calls "default" where it is the least. What its
+# compiler keeps is of one instruction set, and does not say of which.
 test-isas: $(done)/package $(done)/dev
 	set -e; for isa in $$($(python) -c 'import inverse_flow; info = inverse_flow.build_info(); \
 	    print(*info["cpu_isas"][: info["cpu_isas"].index(info["cpu_isa"])])'); do \
 	  echo "tests/ops with $$isa"; \
-	  INVERSE_FLOW_CPU_ISA=$$isa ATEN_CPU_CAPABILITY=$$(echo $$isa | sed s/portable/default/) \
-	    $(python) -m pytest -n auto tests/ops; \
+	  TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor-$$isa INVERSE_FLOW_CPU_ISA=$$isa \
+	    ATEN_CPU_CAPABILITY=$$(echo $$isa | sed s/portable/default/) $(python) -m pytest -n auto --dist worksteal tests/ops; \
 	done
 
 lint: $(done)/package $(done)/dev

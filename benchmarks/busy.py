@@ -90,14 +90,15 @@ def measure(arguments: argparse.Namespace, policy: dict[str, str]) -> dict[str, 
 
 
 def main(given: list[str] | None = None) -> int:
-    arguments_of = parser(__doc__, device=False)
-    arguments_of.add_argument("--busy", type=int, default=2, help="busy programs beside the training")
-    arguments_of.add_argument("--rounds", type=int, default=5, help="measurements of each kind")
-    arguments_of.add_argument("--seconds", type=float, default=6.0, help="of one measurement")
+    made = parser(__doc__, device=False)
+    made.add_argument("--busy", type=int, default=2, help="busy programs beside the training")
+    made.add_argument("--rounds", type=int, default=5, help="measurements of each kind")
+    made.add_argument("--seconds", type=float, default=6.0, help="of one measurement")
+    made.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES), metavar="POLICY")
     for name, default in (("levels", 2), ("steps", 4), ("hidden", 64)):
-        arguments_of.add_argument(f"--{name}", type=int, default=default, help="of the model")
-    arguments_of.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
-    arguments = arguments_of.parse_args(given)
+        made.add_argument(f"--{name}", type=int, default=default, help="of the model")
+    made.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    arguments = made.parse_args(given)
     if arguments.child:
         torch.set_num_threads(arguments.threads)
         options = {name: getattr(arguments, name) for name in ("levels", "steps", "hidden")}
@@ -105,7 +106,7 @@ def main(given: list[str] | None = None) -> int:
         return 0
 
     report = Report("a training beside other programs", arguments)
-    kinds = [(count, policy) for count in (0, arguments.busy) for policy in POLICIES]
+    kinds = [(count, policy) for count in (0, arguments.busy) for policy in arguments.policies]
     found: dict[tuple[int, str], list[dict[str, float]]] = {kind: [] for kind in kinds}
     for number in range(arguments.rounds):
         for count, policy in kinds if number % 2 == 0 else reversed(kinds):

@@ -114,6 +114,7 @@ def main(given: list[str] | None = None) -> int:
     parsed.add_argument("--hidden", type=int, default=64, help="of the model")
     parsed.add_argument("--backend", default="inductor", help="of the compiler")
     parsed.add_argument("--jobs", nargs="+", choices=JOBS, default=JOBS, help="what is compiled")
+    parsed.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="how it is compiled")
     parsed.add_argument("--job", help=argparse.SUPPRESS)
     parsed.add_argument("--way", help=argparse.SUPPRESS)
     arguments = parsed.parse_args(given)
@@ -133,7 +134,7 @@ def main(given: list[str] | None = None) -> int:
     }
     table = Table(columns)
     for job in arguments.jobs:
-        for way in WAYS:
+        for way in arguments.ways:
             with report.checked(f"{job}, {way}"):
                 found = measured_apart(arguments, job, way, arguments.steps)
                 require({"result": found["error"]}, TOLERANCE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 
 # Read by cuBLAS when it starts: deterministic algorithms need it.
@@ -31,20 +32,41 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests that take very long or very much memory")
-    parser.addoption("--all-emulation", action="store_true", help="also run emulated cases that are much alike")
+    parser.addoption("--thorough", action="store_true", help="also run cases that are much like others, and builds")
+
+
+def few(items: list[pytest.Item]) -> set[pytest.Item]:
+    """So many of one test's items that each value of each of its parameters is met, as evenly as may be."""
+    values = {item: {f"{name}={value}" for name, value in item.callspec.params.items()} for item in items}
+    met: Counter[str] = Counter()
+    chosen = set()
+    while missing := set().union(*values.values()) - set(met):
+        best = min(items, key=lambda item: (-len(missing & values[item]), sum(met[value] for value in values[item])))
+        chosen.add(best)
+        met.update(values[best])
+    return chosen
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves the slow tests out unless asked for."""
-    if config.getoption("--slow"):
-        return
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    items[:] = [item for item in items if item not in slow]
-    config.hook.pytest_deselected(items=slow)
+    """Leaves out what was not asked for."""
+    left_out: set[pytest.Item] = set()
+    if not config.getoption("--slow"):
+        left_out.update(item for item in items if item.get_closest_marker("slow"))
+    if not config.getoption("--thorough"):
+        left_out.update(item for item in items if item.get_closest_marker("thorough"))
+        alike: dict[str, list[pytest.Item]] = {}
+        for item in items:
+            if item.get_closest_marker("alike") and hasattr(item, "callspec"):
+                alike.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        left_out.update(item for same in alike.values() for item in set(same) - few(same))
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes very long or very much memory; run with --slow")
+    config.addinivalue_line("markers", "thorough: takes a minute; run with --thorough")
+    config.addinivalue_line("markers", "alike: without --thorough, each value of each parameter is met once")
     # Most tests evaluate models that were never trained.
     config.addinivalue_line("filterwarnings", "ignore:ActNorm is not initialised:UserWarning")
     # What a PyTorch newer than the tests know has deprecated is shown, and no error.

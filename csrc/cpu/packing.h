@@ -1,6 +1,16 @@
 // Between an image's own layout and [step][channel][lane].
 // Included by sweep_impl.h alone, inside its namespace and under its target pragma.
 
+// Elements from one step of [step][channel][lane] to the next: an odd number of cache lines where there are many. Of an
+// even number the same channels of all steps share a part of the sets of the L1 cache, of a power of two a small one,
+// and what the gradient of a block of channels reads pushes itself out.
+template <class T>
+INVERSE_FLOW_INLINE int64_t state_step(int64_t channels, int64_t channel_stride) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+  const int64_t values = channels * channel_stride;
+  return values % (2 * kLine) == 0 && values >= 16 * kLine ? values + kLine : values;
+}
+
 // How the lanes of a line map to memory: lane l at step s, channel c is data + start[l] + c * channel stride + s *
 // column stride. The first `used` lanes hold a pixel at steps first[l] <= s < last[l], the others never do.
 struct Lanes {

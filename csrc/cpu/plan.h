@@ -112,8 +112,9 @@ inline int64_t images_cost(const Shape& shape, int64_t line, int64_t lanes) {
   return shape.channels * (products + kImagesPacking * line);
 }
 
-// A step of so many channels takes longer than it takes a thread to learn that another one has done it.
-constexpr int64_t kBandChannels = 16;
+// A step of so many channels takes longer than it takes a thread to learn that another one has done it, and with the
+// gradient one of half as many.
+constexpr int64_t kBandChannels = 12;
 
 template <class IO, class T>
 Plan make_plan(const Shape& shape, bool with_gradient, const Kernels<IO, T>& kernels, int64_t threads) {
@@ -128,7 +129,7 @@ Plan make_plan(const Shape& shape, bool with_gradient, const Kernels<IO, T>& ker
   while (band < shape.height && band < max_lanes) band *= 2;
   // Bands of a volume are long enough to be cut for the sake of threads that have none, and so are those of an image of
   // many channels.
-  const bool is_long = shape.depth > 1 || shape.channels >= kBandChannels;
+  const bool is_long = shape.depth > 1 || (with_gradient ? 2 : 1) * shape.channels >= kBandChannels;
   while (is_long && band > min_lanes && busy_with(band / 2) > busy_with(band)) band /= 2;
   // A line narrower than a vector takes as long as one that fills it.
   const int64_t vector = std::max(min_lanes, max_lanes / 2);

@@ -11,7 +11,8 @@ struct ImagesPlan {
   int64_t ring;     // rows whose state is kept: those of a slab, and those in front of it that the taps reach
 
   ImagesPlan(const Shape& shape, bool with_gradient, int64_t lanes) {
-    const int64_t pixel_bytes = shape.channels * lanes * static_cast<int64_t>(sizeof(T)) * (with_gradient ? 2 : 1);
+    const int64_t pixel_bytes =
+        state_step<T>(shape.channels, lanes) * static_cast<int64_t>(sizeof(T)) * (with_gradient ? 2 : 1);
     const int64_t pixels = larger(slab_bytes() / pixel_bytes, kStretch);
     const int64_t all_rows = shape.depth * shape.height;
     rows = larger(smaller(pixels / shape.width, all_rows), 1);
@@ -36,7 +37,7 @@ struct ImagesScratch {
 
   ImagesScratch(const Shape& shape, bool with_gradient, int64_t lanes, void* memory) {
     const ImagesPlan<T> plan(shape, with_gradient, lanes);
-    const int64_t pixel = shape.channels * lanes;
+    const int64_t pixel = state_step<T>(shape.channels, lanes);
     const int64_t gradient_rows = with_gradient ? plan.rows : 0;
     Arena arena{static_cast<char*>(memory)};
     state = arena.take<T>(plan.ring * shape.width * pixel);
@@ -62,7 +63,7 @@ static void sweep_images(const Problem<IO, T>& problem, int64_t first_image, int
   const Shape& shape = problem.shape;
   const int64_t channels = shape.channels;
   const int64_t tap_count = shape.taps() - 1;
-  const ptrdiff_t step_state = channels * kLanes;
+  const ptrdiff_t step_state = state_step<T>(channels, kLanes);
   const ptrdiff_t row_state = shape.width * step_state;
   const ImagesPlan<T> plan(shape, problem.with_gradient, kLanes);
   const ImagesScratch<T> scratch(shape, problem.with_gradient, kLanes, memory);

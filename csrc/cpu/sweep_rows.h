@@ -34,11 +34,12 @@ struct RowsScratch {
     const int64_t padded = round_up(halo, 32 / static_cast<int64_t>(sizeof(T)));
     lane_stride = padded + plan.lanes;
     lead = reached_steps(shape);
-    lead_size = lead * shape.channels * lane_stride;
+    const int64_t step = state_step<T>(shape.channels, lane_stride);
+    lead_size = lead * step;
     Arena arena{static_cast<char*>(base)};
-    memory = arena.take<T>(lead_size + plan.window * shape.channels * lane_stride);
+    memory = arena.take<T>(lead_size + plan.window * step);
     state = base ? memory + lead_size + padded : nullptr;
-    other = arena.take<T>(problem.with_gradient ? plan.window * shape.channels * plan.lanes : 0);
+    other = arena.take<T>(problem.with_gradient ? plan.window * state_step<T>(shape.channels, plan.lanes) : 0);
     right = arena.take<T>(shape.channels * plan.lanes);
     held = arena.take<T>(kMaskedSteps * plan.lanes);
     order = arena.take<TapPosition>(shape.taps());
@@ -99,7 +100,8 @@ class RowsSweep {
         bands_(bands),
         gradients_(gradients),
         scratch_(problem, bands.plan, memory),
-        step_state_(shape_.channels * scratch_.lane_stride),
+        step_state_(state_step<T>(shape_.channels, scratch_.lane_stride)),
+        other_step_(state_step<T>(shape_.channels, kLanes)),
         half_(kHalf < kLanes && shape_.channels > kOutputBlock ? kHalf : 0),
         line_{{{shape_, bands.plan, first_band, 0}, {shape_, bands.plan, first_band, 0}}, 1} {
     // Where no band is above, nor will be, the halo is zero once and for all.
@@ -166,8 +168,7 @@ class RowsSweep {
       if (from < to) pass_halo(band, from, to, first);
     }
     if (problem_.with_gradient) {
-      pack_bands(problem_.other, begin, end, nullptr, scratch_.other + (begin - window) * shape.channels * kLanes,
-                 kLanes);
+      pack_bands(problem_.other, begin, end, nullptr, scratch_.other + (begin - window) * other_step_, kLanes);
     }
     line_.retire(end, kLanes);
     return end;
@@ -277,7 +278,7 @@ class RowsSweep {
       ptrdiff_t start[kMaxLanes];
       const Lanes lanes = lanes_of(plane, image.stride, start);
       const auto part = [&](int64_t from, int64_t to, bool merge) {
-        const ptrdiff_t step = shape_.channels * channel_state;
+        const ptrdiff_t step = state_step<T>(shape_.channels, channel_state);
         if (from < to) {
           pack<IO, T>(image, start, lanes, shape_.channels, from - plane.start, to - from, bias,
                       state + (from - begin) * step, channel_state, step, merge);
@@ -392,18 +393,17 @@ class RowsSweep {
     const int64_t channels = shape_.channels;
     const int64_t tap_count = shape_.taps() - 1;
     subtract_sums<T, kLanes>(scratch_.state, channels, scratch_.lane_stride, step_state_, steps, gradients_.bias);
-    const int64_t x_step = channels * kLanes;
     for (int64_t from = 0; from < steps; from += kSummedSteps) {
       const int64_t count = smaller(steps - from, kSummedSteps);
       for (int64_t t = 0; t <= tap_count; ++t) {
         const bool is_tap = t < tap_count;
         const T* const u = scratch_.state + from * step_state_ + (is_tap ? scratch_.taps[t].source : 0);
-        scratch_.spans[t] = {u, scratch_.other + from * x_step};
+        scratch_.spans[t] = {u, scratch_.other + from * other_step_};
         // What a tap reaches beyond the first plane is not kept.
         scratch_.tap_spans[t] = {&scratch_.spans[t], is_tap && scratch_.order[t].a >= shape_.depth ? 0 : 1, count};
       }
       outer_sums<T, kLanes>(scratch_.tap_spans, tap_count + 1, channels,
-                            {scratch_.lane_stride, step_state_, kLanes, x_step}, gradients_.weight);
+                            {scratch_.lane_stride, step_state_, kLanes, other_step_}, gradients_.weight);
     }
   }
 
@@ -413,6 +413,7 @@ class RowsSweep {
   const Gradients<T> gradients_;
   const RowsScratch<T> scratch_;
   const ptrdiff_t step_state_;
+  const ptrdiff_t other_step_;
   // Lanes of half a line, which is swept by itself while no row is in the other half; 0 where it would take as long as
   // the whole line, since a single block of channels has no other to be paired with (see solve_pair).
   const int64_t half_;

@@ -247,6 +247,19 @@ def test_evaluate_agrees_with_the_training_run(trained: Path) -> None:
     assert re.search(rf"layers.2.layers.0 +14 × 14 +{layer['gain']:.3g} ", told)
 
 
+def test_evaluate_judges_samples(trained: Path) -> None:
+    told = call("evaluate", trained, "--importance-samples", 0, "--quality")
+    assert told.exit_code == 0, told.output
+    for part in ("quality of 200 samples", "Fréchet distance", "Not FID"):
+        assert part in told.output
+    figures = json.loads(call("evaluate", trained, "--importance-samples", 0, "--quality", "--json").output)["quality"]
+    assert (figures["classifier"], figures["images"]) == ("fashion-mnist", 200)
+    samples, floor = (
+        figures["figures"]["classifier"][whose]["Fréchet distance"]["value"] for whose in ("samples", "floor")
+    )
+    assert samples > 2 * floor  # of a model that has hardly begun to learn
+
+
 def test_errors_are_told_in_a_line(tmp_path: Path) -> None:
     missing = call("train", "--data", tmp_path / "nowhere", "--out", tmp_path / "run")
     assert missing.exit_code == 1

@@ -75,3 +75,15 @@ def test_errors_say_what_was_given() -> None:
                 kind(slope)
     with pytest.raises(ValueError, match="built for 2 channels"):
         LeakyReLU(2)(torch.zeros(1, 3, 2, 2))
+
+
+@pytest.mark.parametrize("layer", [SmoothLeakyReLU(), SmoothTanh()], ids=["leaky_relu", "tanh"])
+def test_the_inverse_has_second_derivatives(layer: SmoothLeakyReLU | SmoothTanh) -> None:
+    z = torch.tensor([[-2.0, -0.3, 0.7, 5.0]], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(layer.inverse, (z,))
+
+
+@pytest.mark.parametrize("layer", [SmoothLeakyReLU(), SmoothTanh()], ids=["leaky_relu", "tanh"])
+def test_the_largest_values_come_back(layer: SmoothLeakyReLU | SmoothTanh) -> None:
+    x = torch.tensor([[-3e38, -1e30, 1e30, 3e38]])
+    torch.testing.assert_close(layer.inverse(layer(x)[0])[0], x)

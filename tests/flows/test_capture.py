@@ -76,6 +76,7 @@ def test_compiled_whole(case: Case) -> None:
 
 
 @cases
+@pytest.mark.alike
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported_for_any_sizes_and_trained_afterwards(case: Case, strict: bool) -> None:
     module = BothWays(case.layer(torch.float32))

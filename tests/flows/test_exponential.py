@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inverse_flow.flows import ExponentialConv
-from inverse_flow.flows.exponential import number_of_terms
+from inverse_flow.flows.exponential import norm_bound, number_of_terms
 
 
 def generator(layer: ExponentialConv, shape: tuple[int, ...]) -> Tensor:
@@ -79,3 +79,28 @@ def test_errors_say_what_was_given() -> None:
         ExponentialConv(2, norm=math.inf)
     with pytest.raises(ValueError, match=r"built with dimensions=1, got \(1, 2, 3, 3\)"):
         ExponentialConv(2, dimensions=1)(torch.zeros(1, 2, 3, 3))
+
+
+@pytest.mark.parametrize("norm", [3.0, 10.0, 20.0])
+def test_terms_of_a_large_norm_do_not_cancel(norm: float) -> None:
+    layer = ExponentialConv(2, 1, norm=norm)
+    with torch.no_grad():
+        layer.weight.copy_(-0.97 * norm * torch.eye(2)[:, :, None, None])
+    x = torch.randn(3, 2, 4, 5)
+    z, logdet = layer(x)
+    torch.testing.assert_close(z, math.exp(-0.97 * norm) * x, rtol=1e-5, atol=0)
+    torch.testing.assert_close(layer.inverse(z)[0], x, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(logdet, torch.full((3,), -0.97 * norm * 2 * 20))
+
+
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_the_bound_of_a_norm_is_above_it_and_tight(rows: int) -> None:
+    matrix = torch.randn(rows, 3 * rows, dtype=torch.float64)
+    exact = torch.linalg.matrix_norm(matrix, 2)
+    assert exact * (1 - 1e-12) <= norm_bound(matrix) <= exact * rows ** (1 / 32) * (1 + 1e-12)
+
+
+def test_weights_that_are_nan_stay_so() -> None:
+    layer = ExponentialConv(2)
+    torch.nn.init.constant_(layer.weight, math.nan)
+    assert layer(torch.ones(1, 2, 3, 3))[0].isnan().all()

@@ -187,3 +187,41 @@ def test_flows_that_do_not_go_side_by_side_are_refused() -> None:
         flow(torch.zeros(4, 3), torch.zeros(3, 2))
     with pytest.raises(ValueError, match="the latents must be"):
         flow.inverse(((torch.zeros(1, 2),), (torch.zeros(1, 2),)))
+
+
+def conditional() -> tuple[Glow, Glow]:
+    sizes = {"levels": 1, "steps": 1, "hidden": 4}
+    return Glow((2,), **sizes), Glow((3,), **sizes, context_channels=2)
+
+
+def test_a_context_goes_to_the_flow_that_uses_it() -> None:
+    flow = varied(JointFlow(*conditional(), 4))
+    x, y = pair(flow)
+    context = torch.randn(3, 2, dtype=torch.float64)
+    marginal = flow.observed.log_prob(y)
+    torch.testing.assert_close(flow.log_prob_given(x, y, context), flow.log_prob(x, y, context) - marginal)
+    assert not torch.allclose(flow.log_prob(x, y, context), flow.log_prob(x, y, -context))
+    assert flow.sample_given(y, context).shape == x.shape
+    assert flow.sample(3, context)[0].shape == x.shape
+    with pytest.raises(ValueError, match="one row for each example: 3, got 2"):
+        flow.log_prob(x, y, context[:2])
+
+
+def test_what_does_not_belong_together_is_refused() -> None:
+    flow = varied(vectors())
+    x, y = pair(flow)
+    with pytest.raises(ValueError, match="neither the flows nor the couplings use a context"):
+        flow.log_prob(x, y, torch.ones(3, 1))
+    with pytest.raises(TypeError, match="floating"):
+        flow.log_prob(x.long(), y)
+    (of_x, of_y), _ = flow(x, y)
+    with pytest.raises(ValueError, match="as many examples, got 2 and 3"):
+        flow.inverse((tuple(z[:2] for z in of_x), of_y))
+
+
+def test_a_coupling_that_changes_y_is_refused() -> None:
+    def halves(channels: int, of_y: int) -> nn.Module:
+        return AdditiveCoupling(channels, 4, kept=1, dimensions=0)
+
+    with pytest.raises(ValueError, match="must keep the 2 channels of y, which come first, got kept=1"):
+        JointFlow(Hint((2,), 1, 2, 4), Hint((3,), 1, 2, 4), 4, coupling=halves)

@@ -141,3 +141,15 @@ def test_errors_say_what_was_given() -> None:
         HaarSqueeze().inverse(torch.zeros(1, 4, 1, 2, 2))
     with pytest.raises(ValueError, match="got 'wavelet'"):
         HaarSqueeze("wavelet")
+
+
+@pytest.mark.parametrize("name", ["bior1.3", "bior1.5", "rbio2.2", "dmey"])
+def test_wavelets_with_other_filters_for_the_inverse_are_refused(name: str) -> None:
+    pytest.importorskip("pywt", reason="PyWavelets is not installed (extra [wavelets])")
+    with pytest.raises(ValueError, match="orthogonal"):
+        WaveletSqueeze(name)
+
+
+def test_taps_that_are_nan_are_refused() -> None:
+    with pytest.raises(ValueError, match="orthogonal"):
+        WaveletSqueeze([float("nan")] * 2)

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -49,3 +51,18 @@ def test_errors_say_what_was_given() -> None:
         Woodbury(3, (2, 0))
     with pytest.raises(ValueError, match=r"built for images of size \(2, 3\), got \(1, 3, 3, 2\)"):
         Woodbury(3, (2, 3))(torch.zeros(1, 3, 3, 2))
+
+
+def test_a_singular_one_is_no_error_in_either_direction() -> None:
+    layer = Woodbury(2, (3,), 2)
+    with torch.no_grad():
+        layer.channel_u.copy_(-torch.eye(2))
+        layer.channel_v.copy_(torch.eye(2))
+    x = torch.ones(1, 2, 3)
+    assert layer(x)[1].item() == -math.inf
+    assert layer.inverse(x)[1].item() == math.inf
+
+
+def test_a_size_that_is_a_number_is_refused() -> None:
+    with pytest.raises(TypeError, match="size must be a tuple, got 8"):
+        Woodbury(4, 8)  # type: ignore[arg-type]

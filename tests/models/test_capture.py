@@ -97,6 +97,7 @@ def test_compiled_whole_and_trained(make: Callable[[], nn.Module]) -> None:
 
 
 @models
+@pytest.mark.alike
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported_for_any_batch_and_trained(make: Callable[[], nn.Module], strict: bool) -> None:
     module = AllMethods(shaken(make()))

@@ -133,8 +133,10 @@ def test_a_compiled_layer_with_any_sizes(corner: str, direction: str) -> None:
         assert_same(compiled, module, list(module.parameters()), torch.randn(shape, requires_grad=True))
 
 
+@pytest.mark.alike
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-@pytest.mark.parametrize(("corner", "direction"), LAYERS[2:])
+@pytest.mark.parametrize("corner", ["unit_triangular", "plu"])
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
 def test_a_layer_compiled_by_inductor(corner: str, direction: str) -> None:
     module = Direction(corner, direction)
     compiled = torch.compile(module, fullgraph=True)
@@ -142,6 +144,7 @@ def test_a_layer_compiled_by_inductor(corner: str, direction: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of torch.export itself
+@pytest.mark.alike
 @pytest.mark.parametrize("decomposed", [False, True])
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize(("corner", "direction"), LAYERS)

@@ -211,7 +211,7 @@ from inverse_flow.functional import inverse_conv2d
 resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30,) * 2)
 weight = torch.zeros(1, 1, 3, 3)
 weight[..., -1] = 1.0
-for shape in ((9, 1, 3, 2 * 10**7), (1, 1, 1, 2 * 10**9)):
+for shape in ((9, 1, 3, 3 * 10**7), (1, 1, 1, 2 * 10**9)):
     try:
         inverse_conv2d(torch.ones(1, 1, 1, 1).expand(shape), weight)
     except RuntimeError as error:
@@ -220,5 +220,5 @@ for shape in ((9, 1, 3, 2 * 10**7), (1, 1, 1, 2 * 10**9)):
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
     assert len(lines) == 2
-    assert re.fullmatch(r"out of memory: the solve needs \d{10} bytes of working memory", lines[0])
+    assert re.fullmatch(r"out of memory: the solve needs \d{10,11} bytes of working memory", lines[0])
     assert "8000000000 bytes" in lines[1]

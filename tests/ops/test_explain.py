@@ -62,6 +62,13 @@ def test_bands_are_joined_where_no_thread_could_wait_for_itself() -> None:
     assert cpu((1, 3, 256, 256), 3, threads=1, backward=True).joined
 
 
+def test_bands_of_many_channels_are_cut_for_a_thread_that_has_none() -> None:
+    widest = cpu((1, 64, 64, 64), 3, threads=1).lanes
+    for channels, cut in [(3, False), (64, widest > 8)]:  # eight rows are not cut
+        plan = cpu((1, channels, widest, 64), 3, threads=2)
+        assert (plan.workers, plan.lanes) == ((2, widest // 2) if cut else (1, widest))
+
+
 def test_images_that_fill_no_vector_are_swept_by_their_rows() -> None:
     # Two threads have 48 images each, and share the rows of the last four.
     plan = cpu((100, 12, 16, 16), 3, threads=2, corner="unit_triangular")

@@ -213,7 +213,13 @@ def test_repeated_runs_are_bit_identical(case: Case, count: int, device: torch.d
 @pytest.mark.parametrize("count", [2, 3, 5])
 @pytest.mark.parametrize(
     "case",
-    [*FEW, Case(50, 6, 6, 5), Case(1, 1, 70, 9), Case(3, 2, 37, 5, order="top_right"), Case(1, 2, 9, 9, groups=2)],
+    [
+        *FEW,
+        Case(50, 6, 6, 5),
+        Case(1, 1, 70, 9),
+        Case(3, 2, 37, 5, order="top_right"),
+        Case(1, 2, 9, 9, groups=2),
+    ],
     ids=str,
 )
 def test_any_number_of_threads(case: Case, count: int) -> None:
@@ -233,6 +239,15 @@ def test_any_number_of_threads(case: Case, count: int) -> None:
         for a, b in zip(found[2:], everything()[2:], strict=True):
             # Sums are added up in another order: their rounding is that of the largest, not of what is left.
             torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * float(b.abs().max()))
+
+
+def test_bands_that_are_cut_for_a_second_thread() -> None:
+    case = Case(1, 12, 16, 41)
+    input, weight, bias = case.tensors(torch.float32)
+    with threads(1):
+        expected = solve(case, input, weight, bias)
+    with threads(2):
+        torch.testing.assert_close(solve(case, input, weight, bias), expected)
 
 
 @pytest.mark.parametrize("batch", [2, 9])

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from inverse_flow import InverseConv2d
-from inverse_flow.functional import inverse_conv2d
 from inverse_flow.ops import library as ops
 
 from ..cases import FEW, FEW_MORE, LAYOUTS, Case
@@ -100,7 +99,7 @@ class TestCompile:
         solve = partial(case.inverse_conv, **case.arguments)
         function = torch.compile(solve, fullgraph=True, dynamic=True, backend="aot_eager")
         weight = case.tensors(torch.float32)[1]
-        for batch, *sizes in [(2, 4, 5), (9, 6, 3), (3, 7, 7)]:
+        for batch, *sizes in [(2, 4, 5), (9, 6, 3)]:  # of dilated ones, with and without a margin
             for layout in ("contiguous", "channels_last"):
                 images = LAYOUTS[layout](torch.randn(batch, 3, *sizes[: case.dimensions]))
                 found, expected = function(images, weight), solve(images, weight)
@@ -119,15 +118,6 @@ class TestCompile:
         layer(x)[0].square().sum().backward()
         for name, parameter in layer.named_parameters():
             torch.testing.assert_close(grads[name], parameter.grad)
-
-    @pytest.mark.filterwarnings("ignore")  # the compiler's own
-    def test_inductor(self) -> None:
-        case = FEW[1]
-
-        def function(*t: Tensor) -> Tensor:
-            return torch.sin(inverse_conv2d(*t, **case.arguments)) * 2
-
-        compiled_against_eager(function, list(case.tensors(torch.float32)))
 
     def test_export(self) -> None:
         layer = InverseConv2d(3)

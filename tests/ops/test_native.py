@@ -47,8 +47,8 @@ def test_build_info_is_not_shared() -> None:
     assert inverse_flow.build_info()["cpu_isa"] != "spoiled"
 
 
-@pytest.mark.parametrize("isa", ISAS)
-def test_every_instruction_set_passes_the_tests_of_values(isa: str) -> None:
+@pytest.mark.parametrize("isa", [isa for isa in ISAS if isa != inverse_flow.build_info()["cpu_isa"]])
+def test_every_other_instruction_set_passes_the_tests_of_values(isa: str) -> None:
     """In a process of its own, since the choice is made once; there all memory from malloc is filled with 3.4e38."""
     asked = run_python(
         "-c", "import inverse_flow; print(inverse_flow.build_info()['cpu_isa'])", INVERSE_FLOW_CPU_ISA=isa

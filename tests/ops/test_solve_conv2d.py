@@ -256,3 +256,25 @@ def test_without_the_preconditioner_the_centre_may_be_singular() -> None:
     for preconditioned, tikhonov in itertools.product([True, False], [1e-3]):
         check(make_images(channels=1), weight, tikhonov=tikhonov, preconditioned=preconditioned)
     check(make_images(channels=1), weight, preconditioned=False)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e20])
+def test_small_and_large_values_are_solved_like_others(scale: float) -> None:
+    y, weight = torch.randn(2, 1, 8, 8), 0.1 * torch.randn(1, 1, 3, 3)
+    weight[..., 1, 1] += 1
+    leaves = [(scale * y).requires_grad_(), weight.requires_grad_()]
+    found = solve_conv2d(*leaves)
+    torch.testing.assert_close(found.x / scale, solve_conv2d(y, weight).x, rtol=1e-4, atol=1e-5)
+    grads = torch.autograd.grad((found.x * (0.1 / scale)).sum(), leaves)
+    assert all(bool((grad != 0).any()) for grad in grads)
+
+
+@pytest.mark.parametrize("options", [{}, {"tikhonov": 0.1}, {"preconditioned": False}], ids=str)
+def test_autocast_changes_nothing(options: dict[str, Any]) -> None:
+    y, weight = torch.randn(2, 2, 6, 6), 0.1 * torch.randn(2, 2, 3, 3)
+    weight[..., 1, 1] += torch.eye(2)
+    plain = solve_conv2d(y, weight, **options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = solve_conv2d(y, weight, **options)
+    assert torch.equal(found.iterations, plain.iterations)
+    assert torch.equal(found.x, plain.x)

@@ -66,6 +66,7 @@ def test_the_bits_per_dimension_fall(parts: PartsConfig) -> None:
     assert sum(bits[-10:]) / 10 < sum(bits[:10]) / 10 - 1
 
 
+@pytest.mark.alike
 @pytest.mark.parametrize("parts", SCHEDULES.values(), ids=SCHEDULES)
 @pytest.mark.parametrize("cut", [1, 7, 10, 14])
 def test_a_run_cut_anywhere_and_resumed_is_the_uncut_run(tmp_path: Path, cut: int, parts: PartsConfig) -> None:

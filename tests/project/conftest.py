@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from inverse_flow.models import KINDS
+
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -28,7 +30,8 @@ class Scripts:
 
 @pytest.fixture(scope="module")
 def scripts() -> Iterator[Scripts]:
-    """They find one another as they do when they are run."""
+    """They find one another as they do when they are run, and the kinds of models that they add go with them."""
+    kinds = dict(KINDS)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the tensors are so small that threads would only wait for one another
     names = [path.stem for path in FOLDER.iterdir() if path.suffix == ".py" or path.is_dir()]
@@ -41,6 +44,8 @@ def scripts() -> Iterator[Scripts]:
         for name in names:
             sys.modules.pop(name, None)
         sys.modules.update(before)
+        KINDS.clear()
+        KINDS.update(kinds)
         torch.set_num_threads(threads)
 
 

@@ -29,12 +29,14 @@ RUNS = {
     "--evaluate-every 2",
     "gradient_norms": "--data {source} --learning-rates 1e-3 --steps 4 --every 2 --levels 1 --depth 1 --hidden 2 "
     "--batch-size 4 --threads 1 --plot {out}/plot",
-    "busy": "--rounds 1 --seconds 0 --levels 1 --steps 1 --hidden 2 --busy 1 --threads 1",
-    "compiling": "--steps 2 --fewer 1 --hidden 2 --backend eager --budget 0 --jobs density",
+    "busy": "--rounds 1 --seconds 0 --levels 1 --steps 1 --hidden 2 --busy 1 --threads 1 "
+    "--policies OMP_WAIT_POLICY=PASSIVE",
+    "compiling": "--steps 2 --fewer 1 --hidden 2 --backend eager --budget 0 --jobs density --ways whole",
     "stability": "--data {source} --learning-rates 1e-3 2e-2 --steps 3 --every 2 --levels 1 --depth 1 --hidden 2 "
     "--side 16 --seeds 2 --threads 1 --plot {out}/plot",
     "stability, cost": "--cost 2 --budget 0 --threads 1",
     "signals": "--shapes 2x1x40x3 9x3x20x2 --threads 1 --budget 0",
+    "features": "fashion-mnist --data embedded --images 128 --epochs 1 --target 0 --out {out}/weights.npz",
     "krylov": "--side 8 --batch 2 --budget 0 --problems 5",
     "classifier": "--epochs 1 --hidden 2 --threads 1",
 }

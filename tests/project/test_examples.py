@@ -77,3 +77,11 @@ def test_the_amortised_posterior_nears_the_exact_one(tmp_path: Path) -> None:
     assert numbers(r"divergence of the evidence p\(y\): (-?[\d.]+)", printed)[0] < 0.1
     assert len(numbers(r"the mean is off by ([\d.]+)", printed)) == 3
     assert imread(tmp_path / "posterior.png").std() > 0
+
+
+def test_the_steps_of_tomography_are_learned(tmp_path: Path) -> None:
+    printed = run("tomography.py", "--steps", 20, "--output", tmp_path / "tomography.png")
+    plain, more, learned = numbers(r"steps: relative error ([\d.]+)", printed)
+    assert more < plain < 0.4
+    assert learned < 0.6
+    assert imread(tmp_path / "tomography.png").std() > 0

@@ -473,6 +473,7 @@ def portable(wheel: Path, folder: Path) -> Path:
     return made
 
 
+@pytest.mark.thorough
 def test_wheel_from_the_source_distribution(tmp_path: Path) -> None:
     """One test, since the build takes long."""
     wheel = built_wheel(tmp_path)

@@ -199,7 +199,7 @@ __device__ void accumulate(JobSums& sums, const TensorOperands& from, const Tens
     };
     load();
     // Twice, where registers hold what is loaded beside what is multiplied: nothing has to be moved then.
-    constexpr int kUnrolled = kTiles < kJobTiles ? 2 : 1;
+    [[maybe_unused]] constexpr int kUnrolled = kTiles < kJobTiles ? 2 : 1;
     INVERSE_FLOW_UNROLL_BY(kUnrolled)
     while (++k_step < end) {
       const Operands operands = split_loaded();

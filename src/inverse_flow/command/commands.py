@@ -17,7 +17,7 @@ import torch
 from matplotlib.backend_bases import FigureCanvasBase
 
 import inverse_flow
-from inverse_flow.command.console import console, describe, print_table, quiet
+from inverse_flow.command.console import console, describe, print_quality, print_table, quiet
 from inverse_flow.command.errors import plain_errors
 from inverse_flow.command.info import format_info
 from inverse_flow.command.run_options import (
@@ -39,6 +39,8 @@ from inverse_flow.training.config import MAX_SEED
 from inverse_flow.training.labels import context_of
 from inverse_flow.training.log import StepReport, TensorBoardLog
 from inverse_flow.training.progress import TrainingProgress
+from inverse_flow.training.quality import quality_of
+from inverse_flow.training.quality.measure import recognise
 from inverse_flow.training.samples import NPZ, SampleGrids, draw, save_npz
 from inverse_flow.training.summary import summarize
 from inverse_flow.training.workers import Workers, connect
@@ -74,6 +76,7 @@ Examples:
 Examples:
   inverse-flow evaluate demo
   inverse-flow evaluate demo --importance-samples 100 --json > figures.json
+  inverse-flow evaluate demo --quality
 """,
 }
 
@@ -250,12 +253,15 @@ def sample(
 @click.option("--data", "data_source", help=f"{SOURCES}.  [default: the data that RUN was trained on]")
 @click.option("--importance-samples", type=click.IntRange(0), default=10, show_default=True,
               help="Draws of noise for the importance-weighted bound; 0 for none.")  # fmt: skip
+@click.option("--quality", "with_quality", is_flag=True,
+              help="Judge samples of MNIST or Fashion-MNIST too, as many as there are test images.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @common_options
 def evaluate(
     source: Path,
     data_source: str | None,
     importance_samples: int,
+    with_quality: bool,
     as_json: bool,
     device: str,
     threads: int | None,
@@ -267,13 +273,19 @@ def evaluate(
         model = checkpoint.model_of(content).to(device)
         data = runs.data_of(content, data_source)
         classes = runs.source_of(content).classes
+        if with_quality:
+            recognise(data)  # what it refuses, it refuses before the long work
         summary = summarize(model, data, content.training, classes=classes, importance_samples=importance_samples)
         context = context_of(data.test, classes)
         report = stability_report(model, model.event_shape, None if context is None else context[:1].to(device))
+        quality = quality_of(model, data, classes=classes) if with_quality else None
     if as_json:
-        click.echo(json.dumps({**summary.to_dict(), "stability": report.to_list(), "data": data.name}, indent=2))
+        told = {**summary.to_dict(), "stability": report.to_list(), "data": data.name}
+        click.echo(json.dumps(told | ({"quality": quality.to_dict()} if quality else {}), indent=2))
     else:
         print_table(summary, f"{source} on {data.name}")
+        if quality:
+            print_quality(quality)
         console.print(str(report), highlight=False, markup=False, soft_wrap=True)
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from inverse_flow.data.files import shortened
 from inverse_flow.models import InverseFlow
 from inverse_flow.training import run as runs
+from inverse_flow.training.quality import Quality
 from inverse_flow.training.summary import Summary
 
 console = Console()
@@ -48,6 +49,18 @@ def print_table(summary: Summary, title: str) -> None:
     table.add_column(justify="right")
     for name, value in summary.rows():
         table.add_row(name, value)
+    console.print(table)
+
+
+def print_quality(quality: Quality) -> None:
+    """The quality of samples beside that of test images, by both networks' features."""
+    title = f"quality of {quality.images} samples, beside as many test images"
+    table = Table(title=title, caption=quality.caveat)
+    table.add_column(no_wrap=True)
+    for name in (f"{quality.classifier} classifier", "test images", "random network", "test images"):
+        table.add_column(name, justify="right")
+    for row in quality.rows():
+        table.add_row(*row)
     console.print(table)
 
 

@@ -27,10 +27,12 @@ def draw_toy(name: str, count: int, *, seed: int = 0) -> Tensor:
         seed: of the random numbers.
 
     Raises:
-        ValueError: a name that is none of these.
+        ValueError: a name that is none of these; a negative count.
     """
     if name not in _DRAWS:
         raise ValueError(f"a toy density is one of {', '.join(_DRAWS)}, got {name!r}")
+    if count < 0:
+        raise ValueError(f"count must be at least 0, got {count}")
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:

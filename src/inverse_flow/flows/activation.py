@@ -78,9 +78,10 @@ class _Smooth(FlowLayer):
         check_floating(self, z)
         wanted = z.to(logdet_dtype(z.dtype))
         x = self._solve(wanted.detach())
-        # One more step, which gradients follow: ∂x/∂z = 1/f′(x).
-        value, slope = self._evaluate(x)
-        x = x - (value - wanted) / slope
+        # Steps that gradients follow: of one the first derivative is right, of two the first three.
+        for _ in range(2):
+            value, slope = self._evaluate(x)
+            x = x - (value - wanted) / slope
         return x.to(z.dtype), -sum_example(self._evaluate(x)[1].log())
 
     def extra_repr(self) -> str:
@@ -88,12 +89,12 @@ class _Smooth(FlowLayer):
 
     def _solve(self, z: Tensor) -> Tensor:
         low, high = self._bracket(z)
-        x = (low + high) / 2
+        x = low / 2 + high / 2  # their sum may overflow
         for _ in range(NEWTON_STEPS):
             value, slope = self._evaluate(x)
             low, high = torch.where(value < z, x, low), torch.where(value > z, x, high)
             step = x - (value - z) / slope
-            x = torch.where((step >= low) & (step <= high), step, (low + high) / 2)
+            x = torch.where((step >= low) & (step <= high), step, low / 2 + high / 2)
         return x
 
     @abstractmethod

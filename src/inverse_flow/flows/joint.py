@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from inverse_flow.flows.base import FlowLayer, output_shape
+from inverse_flow.flows.base import FlowLayer, check_floating, output_shape
 from inverse_flow.flows.compose import Flow
 from inverse_flow.flows.coupling import AffineCoupling
 from inverse_flow.ops.bijection import Bijection
@@ -68,8 +68,8 @@ class Lanes(FlowLayer):
 class JointFlow(Bijection):
     """p(x, y) = p(y) · p(x | y): two flows side by side, where after each pair of layers y conditions x.
 
-    Layer i of the flow ``observed`` takes y to the next state, layer i of ``own`` does so with x, and where they keep
-    the shape a coupling x ← C(x | y) follows. What becomes of y does not depend on x, so that one network gives the
+    Layer i of the flow ``observed`` acts on y, and layer i of ``own`` on x. If neither changes the shape, a coupling
+    x ← C(x | y) follows. What becomes of y does not depend on x, so that one network gives the
     joint density, the marginal p(y), and the posterior p(x | y) with samples of it. With two
     :class:`~inverse_flow.models.Hint` this is the conditional HINT of Kruse et al., "HINT: Hierarchical Invertible
     Neural Transport for Density Estimation and Bayesian Inference", AAAI 2021, and with several levels its multi-scale
@@ -82,7 +82,7 @@ class JointFlow(Bijection):
         hidden: width of the couplings' networks.
         coupling: a function of your own that makes C from the number of all channels and of those of y, which come
             first and must be kept, in place of ``AffineCoupling(channels, hidden, kept=of_y)``.
-        memory_efficient: as for :class:`~inverse_flow.flows.Flow`; what the two flows say of it is not asked.
+        memory_efficient: as for :class:`~inverse_flow.flows.Flow`; that of the two flows is ignored.
 
     Raises:
         TypeError: what is no :class:`~inverse_flow.flows.Flow`.
@@ -111,15 +111,24 @@ class JointFlow(Bijection):
 
         self._states = self._states_of_both()
         make = coupling or affine
-        self.couplings = nn.ModuleDict(
-            {str(i): make(y[0] + x[0], y[0]) for i, (y, x) in enumerate(self._states[1:]) if (y, x) == self._states[i]}
-        )
+        self.couplings = nn.ModuleDict()
+        for i, (y, x) in enumerate(self._states[1:]):
+            if (y, x) != self._states[i]:
+                continue
+            made = make(y[0] + x[0], y[0])
+            if getattr(made, "kept", y[0]) < y[0]:
+                raise ValueError(
+                    f"a coupling must keep the {y[0]} channels of y, which come first, got kept={made.kept}"
+                )
+            self.couplings[str(i)] = made
 
     def forward(self, x: Tensor, y: Tensor, context: Tensor | None = None) -> tuple[tuple[Latents, Latents], Tensor]:
         """Data to latents: ((latents of x, latents of y), log|det ∂latents/∂(x, y)|)."""
         for name, value, flow in (("x", x, self.own), ("y", y, self.observed)):
+            check_floating(self, value)
             if tuple(value.shape[1:]) != flow.event_shape or len(value) != len(x):
                 raise ValueError(f"{name} must be {_batch(len(x), flow.event_shape)}, got {tuple(value.shape)}")
+        self._check_context(len(x), context)
         latents, logdet = run(self.links(inverse=False), (torch.cat((y, x), dim=1),), context, self.rebuilding)
         cuts = [shape[0] for shape in self.observed.latent_shapes]
         of_y = tuple(z[:, :cut] for z, cut in zip(latents, cuts, strict=True))
@@ -133,6 +142,9 @@ class JointFlow(Bijection):
         of_x, of_y = latents
         self.own._check_latents(of_x)
         self.observed._check_latents(of_y)
+        if len(of_x[-1]) != len(of_y[-1]):
+            raise ValueError(f"x and y have latents of as many examples, got {len(of_x[-1])} and {len(of_y[-1])}")
+        self._check_context(len(of_x[-1]), context)
         stacked = tuple(torch.cat(both, dim=1) for both in zip(of_y, of_x, strict=True))
         (both,), logdet = run(self.links(inverse=True), stacked, context, self.rebuilding)
         cut = self.observed.event_shape[0]
@@ -159,6 +171,11 @@ class JointFlow(Bijection):
         return [link.turned for link in reversed(found)] if inverse else found
 
     @property
+    def uses_context(self) -> bool:
+        """Whether one of the flows or couplings may use the context."""
+        return any(map(uses_context, (self.observed, self.own, *self.couplings.values())))
+
+    @property
     def rebuilding(self) -> Rebuilding | None:
         """How activations are rebuilt; None where they are stored."""
         return Rebuilding() if self.memory_efficient else None
@@ -166,12 +183,13 @@ class JointFlow(Bijection):
     def log_prob(self, x: Tensor, y: Tensor, context: Tensor | None = None) -> Tensor:
         """(B,) joint log-densities log p(x, y) in nats."""
         (of_x, of_y), logdet = self(x, y, context)
-        result: Tensor = self.own.base.log_prob(of_x) + self.observed.base.log_prob(of_y) + logdet  # type: ignore[operator]
-        return result
+        for flow, latents in ((self.own, of_x), (self.observed, of_y)):
+            logdet = logdet + flow.base.log_prob(latents, _of(flow, context))  # type: ignore[operator]
+        return logdet
 
     def log_prob_given(self, x: Tensor, y: Tensor, context: Tensor | None = None) -> Tensor:
         """(B,) log-densities of the posterior, log p(x | y) = log p(x, y) − log p(y)."""
-        return self.log_prob(x, y, context) - self.observed.log_prob(y, context)
+        return self.log_prob(x, y, context) - self.observed.log_prob(y, _of(self.observed, context))
 
     @torch.no_grad()
     def sample(
@@ -183,7 +201,9 @@ class JointFlow(Bijection):
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """``n`` samples (x, y), without gradient."""
-        of_x, of_y = (flow._sample_latents(n, None, temperature, generator) for flow in (self.own, self.observed))
+        of_x, of_y = (
+            flow._sample_latents(n, _of(flow, context), temperature, generator) for flow in (self.own, self.observed)
+        )
         return self.inverse((of_x, of_y), context)[0]
 
     @torch.no_grad()
@@ -196,9 +216,17 @@ class JointFlow(Bijection):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Samples of x from the posterior p(x | y), one for each row of ``y``, without gradient."""
-        of_y, _ = self.forward_y(y, context)
-        of_x = self.own._sample_latents(len(y), None, temperature, generator)
+        of_y, _ = self.forward_y(y, _of(self.observed, context))
+        of_x = self.own._sample_latents(len(y), _of(self.own, context), temperature, generator)
         return self.inverse((of_x, of_y), context)[0][0]
+
+    def _check_context(self, batch: int, context: Tensor | None) -> None:
+        if context is None:
+            return
+        if len(context) != batch:
+            raise ValueError(f"the context must have one row for each example: {batch}, got {len(context)}")
+        if not self.uses_context:
+            raise ValueError("neither the flows nor the couplings use a context, and one was given: leave it out")
 
     def _states_of_both(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         """The shapes of y and x before the first pair of layers and behind each."""
@@ -216,6 +244,11 @@ class JointFlow(Bijection):
             if y[1:] != x[1:]:
                 raise ValueError(f"x and y have the same sizes behind their channels, got {x} beside {y}")
         return states
+
+
+def _of(flow: Flow, context: Tensor | None) -> Tensor | None:
+    """What of the context a flow takes."""
+    return context if flow.uses_context else None
 
 
 def _batch(count: int, shape: tuple[int, ...]) -> str:

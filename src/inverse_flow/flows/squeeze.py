@@ -31,8 +31,8 @@ class Squeeze(FlowLayer):
         factor: f; D, H and W must be multiples of it.
         pattern: ``"checkerboard"``: each channel has every f-th pixel of each axis. ``"patch"``: each has a part
             of the image of its own. ``"column"``: the image, read column by column (the first axis fastest), is cut
-            into f² pieces, and each is written into its channel in the same order; exported for any sizes, a
-            program would ask for more than that f divides them.
+            into f² pieces, and each is written into its channel in the same order; export it for fixed
+            sizes, since with open ones ``torch.export`` demands more than that they are multiples of f.
 
     Raises:
         ValueError: a factor below 1; a pattern that does not exist; sizes that are no multiple of the factor.

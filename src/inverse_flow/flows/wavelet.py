@@ -51,7 +51,7 @@ class WaveletSqueeze(Squeeze):
             raise ValueError(f'order must be "band" or "channel", got {order!r}')
         self.wavelet = wavelet if isinstance(wavelet, str) else tuple(wavelet)
         self.order = order
-        # Times √2, as those of Haar are 1 and −1 then: what is left over is one factor.
+        # The taps are kept times √2, so that Haar's are 1 and −1; what is left is one factor.
         self.low = _low_pass(self.wavelet)
         self.high = tuple((-1) ** n * tap for n, tap in enumerate(reversed(self.low)))
 
@@ -126,7 +126,7 @@ def _low_pass(wavelet: str | tuple[float, ...]) -> tuple[float, ...]:
     products = [
         sum(a * b for a, b in zip(taps, taps[shift:], strict=False)) - (shift == 0) for shift in range(0, count, 2)
     ]
-    if not taps or count % 2 or max(map(abs, products)) > ORTHOGONAL:
+    if not taps or count % 2 or not max(map(abs, products)) <= ORTHOGONAL:
         raise ValueError(
             "the low-pass filter of an orthogonal wavelet has an even number of taps, of which Σ hₙ² is 1 and "
             f"Σ hₙ hₙ₊₂ₖ is 0, got {wavelet!r}"
@@ -145,7 +145,10 @@ def _taps_by_name(wavelet: str) -> tuple[float, ...]:
         ) from error
     if wavelet not in pywt.wavelist(kind="discrete"):
         raise ValueError(f'PyWavelets has no discrete wavelet {wavelet!r}; "db2", "sym4" and "coif1" are some')
-    return tuple(pywt.Wavelet(wavelet).rec_lo)
+    found = pywt.Wavelet(wavelet)
+    if found.dec_lo != found.rec_lo[::-1]:
+        raise ValueError(f"the wavelet must be orthogonal, its filters those of its inverse; got {wavelet!r}")
+    return tuple(found.rec_lo)
 
 
 def _roll(x: Tensor, shift: int, axis: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,8 @@ class Woodbury(FlowLayer):
         super().__init__()
         if channels < 1 or rank < 1:
             raise ValueError(f"channels and rank must be at least 1, got {channels} and {rank}")
+        if not isinstance(size, Sequence):
+            raise TypeError(f"size must be a tuple, got {size!r}")
         if not 1 <= len(size) <= 3 or min(size) < 1:
             raise ValueError(f"size must be (L,), (H, W) or (D, H, W), each at least 1, got {size}")
         self.channels, self.size = channels, tuple(size)
@@ -68,7 +71,7 @@ class Woodbury(FlowLayer):
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         channel_v, pixel_v = (
-            -torch.linalg.solve(_small(u, v), v.double())
+            -torch.linalg.solve_ex(_small(u, v), v.double()).result  # looks at no value: a GPU need not wait
             for u, v in ((self.channel_u, self.channel_v), (self.pixel_u, self.pixel_v))
         )
         return self._transform(z, channel_v, pixel_v, -1)

@@ -121,8 +121,20 @@ class FlowConfig:
             raise ValueError(f'a scale is a choice of "affine" and "hint" couplings, got {self.coupling!r} ones')
         if self.max_row_sum is not None and self.inverse_conv not in ("training", "sampling", "emerging"):
             raise ValueError(f"max_row_sum={self.max_row_sum} bounds inverse convolutions, and this flow has none")
+        self._check_kernel()
         self._check_shape()
         self._check_checkerboard()
+
+    def _check_kernel(self) -> None:
+        """Options that the kind of convolution does not have."""
+        kind = self.inverse_conv
+        if self.corner != "unit_triangular" and kind in ("periodic", "exponential", "woodbury"):
+            raise ValueError(f"corner={self.corner!r} is of inverse and emerging convolutions, got {kind!r} ones")
+        sizes = (self.kernel_size,) if isinstance(self.kernel_size, int) else self.kernel_size
+        if kind == "woodbury" and any(size != 3 for size in sizes):
+            raise ValueError(f"a Woodbury transformation has no kernel, got kernel_size={self.kernel_size}")
+        if kind == "exponential" and any(size % 2 == 0 for size in sizes):
+            raise ValueError(f"an exponential convolution needs odd kernel sizes, got {self.kernel_size}")
 
     @classmethod
     def paper(cls, image_shape: tuple[int, ...], **changes: Any) -> Self:

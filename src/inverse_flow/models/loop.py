@@ -135,6 +135,8 @@ class LoopNetwork(nn.Module):
                 f"the operator makes {tuple(predicted.shape)} of eta {tuple(eta.shape)}, and the data are "
                 f"{tuple(data.shape)}"
             )
+        if predicted.dtype != data.dtype:
+            raise TypeError(f"the operator makes {predicted.dtype} of eta, and the data are {data.dtype}")
         if predicted.requires_grad and not isinstance(operator, nn.Module):
             raise ValueError(
                 f"the operator is a {type(operator).__name__} with tensors that need gradients: make it an nn.Module "

@@ -117,11 +117,12 @@ def find(right: Tensor, weight: Tensor, system: System) -> Found:
         ValueError: the centre tap is singular, and so no preconditioner.
     """
     try:
-        precondition = gauss_seidel(kernel(weight, system), system.groups) if system.preconditioned else _unchanged
-        found = gmres(
-            lambda images: apply(images, weight, system), right, precondition, tolerance=system.tolerance,
-            max_iterations=system.max_iterations, restart=system.restart,
-        )  # fmt: skip
+        with without_autocast(right.device.type):
+            precondition = gauss_seidel(kernel(weight, system), system.groups) if system.preconditioned else _unchanged
+            found = gmres(
+                lambda images: apply(images, weight, system), right, precondition, tolerance=system.tolerance,
+                max_iterations=system.max_iterations, restart=system.restart,
+            )  # fmt: skip
     except RuntimeError as error:
         if "the corner tap is singular" not in str(error):
             raise
@@ -175,7 +176,7 @@ class Solve(torch.autograd.Function):
         u = Solve.apply(grad, weight, system.adjoint())[0]
         if not ctx.needs_input_grad[1]:
             return u, None, None
-        # ∂L/∂w = −⟨u, (∂A/∂w) x⟩ at fixed x, which itself depends on the weight, but not on this name of it.
+        # ∂L/∂w = −⟨u, (∂A/∂w) x⟩ with x held fixed: it depends on `weight`, but not on `alias`.
         differentiable = torch.is_grad_enabled()
         with torch.enable_grad():
             alias = weight.view_as(weight)

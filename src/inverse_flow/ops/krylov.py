@@ -5,6 +5,7 @@ Saad & Schultz, "GMRES: A Generalized Minimal Residual Algorithm for Solving Non
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -44,6 +45,11 @@ def gmres(
         max_iterations: at most so many products with A for each member.
         restart: steps between restarts: so many vectors are kept, and one more.
     """
+    # Of values near 1, whose squares neither vanish nor overflow: scaled by powers of two, which rounds nothing.
+    largest = right.flatten(1).norm(math.inf, dim=1)
+    unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)
+    unit = torch.where((largest > 0) & largest.isfinite(), unit, 1).view(-1, *(1,) * (right.dim() - 1))
+    right = right / unit
     size = right.flatten(1).norm(dim=1)
     x, residual, norm = torch.zeros_like(right), right.clone(), size.clone()
     iterations = torch.zeros(len(right), dtype=torch.long, device=right.device)
@@ -59,7 +65,7 @@ def gmres(
         norm[active] = now
         # Comparisons with NaN are false: a member that overflowed is given up.
         active, spent = active[(now > goal[active]) & (now < STALLED * before)], spent + length
-    return Found(x, iterations, norm / size.masked_fill(size == 0, 1))
+    return Found(x * unit, iterations, norm / size.masked_fill(size == 0, 1))
 
 
 def _cycle(apply: Map, precondition: Map, residual: Tensor, goal: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -96,7 +102,8 @@ def _cycle(apply: Map, precondition: Map, residual: Tensor, goal: Tensor, length
             break
     right = residual.new_zeros(batch, k + 2, 1)
     right[:, 0, 0] = start
-    if not hessenberg.isfinite().all():
-        return torch.full_like(residual, torch.nan), steps
-    weights = torch.linalg.lstsq(hessenberg[:, : k + 2, : k + 1], right).solution
-    return precondition((basis[:, : k + 1].mT @ weights).view(batch, *shape)), steps
+    # A member that overflowed is NaN, and the others go on.
+    lost = ~hessenberg.isfinite().flatten(1).all(1)[:, None, None]
+    weights = torch.linalg.lstsq(hessenberg.masked_fill(lost, 0)[:, : k + 2, : k + 1], right).solution
+    combined = basis.masked_fill(lost, 0)[:, : k + 1].mT @ weights
+    return precondition(combined.masked_fill(lost, torch.nan).view(batch, *shape)), steps
