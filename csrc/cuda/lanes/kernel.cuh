@@ -434,7 +434,7 @@ class LaneSweep {
 
   // Rows above that the pixel a rows up takes: a lane that has nobody to shuffle from has all that the taps reach, or
   // none.
-  static constexpr int rows_needed(int a) { return kLanes == 1 ? kTaps - 1 : a; }
+  static INVERSE_FLOW_HOST_DEVICE constexpr int rows_needed(int a) { return kLanes == 1 ? kTaps - 1 : a; }
 
   static __device__ float times(const float (&weights)[kChannels], const float (&pixel)[kChannels]) {
     float sum = 0;
