@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Work = Callable[[], object]
+Clock = Callable[[], float]
 
 # A sample lasts at least this long, so that reading the clock costs nothing beside it.
 SAMPLE_SECONDS = 2e-3
@@ -78,7 +79,7 @@ def parser(
 # ---- Timing ----
 
 
-def elapsed_seconds(work: Work, repeats: int, device: torch.device) -> float:
+def elapsed_seconds(work: Work, repeats: int, device: torch.device, clock: Clock = time.perf_counter) -> float:
     """Seconds one call of ``work`` takes, averaged over ``repeats`` calls in a row; on CUDA between two events."""
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -88,19 +89,19 @@ def elapsed_seconds(work: Work, repeats: int, device: torch.device) -> float:
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3 / repeats
-    start_time = time.perf_counter()
+    start_time = clock()
     for _ in range(repeats):
         work()
-    return (time.perf_counter() - start_time) / repeats
+    return (clock() - start_time) / repeats
 
 
 def time_alternately(
-    candidates: Mapping[str, Work], device: torch.device, budget_seconds: float
+    candidates: Mapping[str, Work], device: torch.device, budget_seconds: float, clock: Clock = time.perf_counter
 ) -> dict[str, list[float]]:
     """Times the candidates in turn, round after round, so that whatever disturbs the machine disturbs all of them.
 
     Every second round runs in reverse order: none profits from always coming after the same neighbour. Rounds go on
-    until the budget is used up, and there are at least ``MIN_ROUNDS`` of them.
+    until the budget is used up, and there are at least ``MIN_ROUNDS`` of them. ``clock`` tells the time on a CPU.
 
     Returns:
         The seconds per call of each candidate, one entry a round: entries of the same round belong together.
@@ -109,14 +110,14 @@ def time_alternately(
     for name, work in candidates.items():
         work()
         work()
-        once = min(elapsed_seconds(work, 1, device) for _ in range(3))
+        once = min(elapsed_seconds(work, 1, device, clock) for _ in range(3))
         repeats[name] = max(1, math.ceil(SAMPLE_SECONDS / max(once, 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     deadline = time.perf_counter() + budget_seconds
     rounds = 0
     while rounds < MIN_ROUNDS or time.perf_counter() < deadline:
         for name in candidates if rounds % 2 == 0 else reversed(candidates):
-            samples[name].append(elapsed_seconds(candidates[name], repeats[name], device))
+            samples[name].append(elapsed_seconds(candidates[name], repeats[name], device, clock))
         rounds += 1
     return samples
 

@@ -21,6 +21,7 @@ from inverse_flow.models import KINDS, FlowConfig, ImageFlow
 from inverse_flow.training import Stop, TrainConfig, bits_per_dim, checkpoint, dequantize
 from inverse_flow.training.dequantization import VariationalDequantization
 from inverse_flow.training.log import StepReport
+from inverse_flow.training.method import MethodFactory
 from inverse_flow.training.metrics import log_probs, standard_error
 from inverse_flow.training.run import Run, resume, start
 
@@ -82,8 +83,17 @@ def match_parameters(candidate: Candidate, image_shape: tuple[int, ...], paramet
     return candidate.but(hidden=best)
 
 
-def train(candidate: Candidate, source: str, config: TrainConfig, folder: Path, device: str = "cpu") -> Run:
+def train(
+    candidate: Candidate,
+    source: str,
+    config: TrainConfig,
+    folder: Path,
+    device: str = "cpu",
+    method: MethodFactory | None = None,
+) -> Run:
     """A finished run in ``folder``: a new one, or the rest of one whose checkpoint lies there.
+
+    ``method`` is the trainer's, maximum likelihood unless given.
 
     Raises:
         ValueError: the checkpoint there is of other settings.
@@ -91,18 +101,21 @@ def train(candidate: Candidate, source: str, config: TrainConfig, folder: Path, 
     """
     path = folder / checkpoint.FILE
     if path.is_file():
-        run = resume(checkpoint.load(path), folder, device)
+        run = resume(checkpoint.load(path), folder, device, method=method)
         _check_settings(run, candidate, source, config)
     else:
-        run = start(source, folder, config, candidate.options, device, kind=candidate.kind)
+        run = start(source, folder, config, candidate.options, device, kind=candidate.kind, method=method)
     minute = 0.0
 
     def every_minute(report: StepReport) -> None:
         nonlocal minute
         if report.seconds // MINUTE > minute:
             minute = report.seconds // MINUTE
-            speed = f"{report.bits_per_dim:.3f} bits/dim, {report.images_per_second:.0f} images/s"
-            print(f"  {minute:.0f} min: step {report.step}, {speed}", flush=True)
+            figures = {"bits/dim": report.bits_per_dim, **report.columns}
+            told = ", ".join(f"{name} {value:.3f}" for name, value in figures.items() if not math.isnan(value))
+            print(
+                f"  {minute:.0f} min: step {report.step}, {told}, {report.images_per_second:.0f} images/s", flush=True
+            )
 
     if run.trainer.fit(every_minute) is Stop.INTERRUPTED:
         raise Interrupted(f"interrupted after {run.trainer.seconds:.0f} s of {folder}; the same command goes on")

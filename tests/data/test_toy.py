@@ -54,6 +54,8 @@ def test_rings_and_spirals() -> None:
     assert off[arms.norm(dim=1) > 0.8].quantile(0.9) < 0.7
 
 
-def test_an_unknown_name_is_refused() -> None:
+def test_what_cannot_be_drawn_is_refused() -> None:
+    with pytest.raises(ValueError, match="count must be at least 0, got -1"):
+        draw_toy("banana", -1)
     with pytest.raises(ValueError, match=r"one of banana, two_moons, .* got 'moons'"):
         draw_toy("moons", 10)

@@ -18,8 +18,9 @@ NAMES = (
     "affine_coupling_context", "squeeze", "logit", "permute", "split_hidden_context", "checkerboard_context",
     "linear_spline", "spline_coupling", "householder", "haar_by_channel", "hint_shallow", "hyperbolic",
     "residual_coupling", "compose", "haar_volume", "emerging", "periodic", "exponential", "leaky_relu", "smooth_tanh",
-    "wavelet", "squeeze_patch", "irim",
+    "wavelet", "squeeze_patch", "irim", "woodbury",
 )  # fmt: skip
+ONE_SIZE = ("woodbury",)
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the compiler about its own code
 AUTO = torch.export.Dim.AUTO
 
@@ -38,8 +39,10 @@ class BothWays(nn.Module):
 
 
 def arguments(case: Case, batch: int, factor: int) -> tuple[Tensor, ...]:
-    """Images so many times as large as those of the case."""
+    """Images so many times as large as those of the case, of a layer for images of any size."""
     channels, *sizes = case.shape
+    if case in [CASES[name] for name in ONE_SIZE]:
+        factor = 1
     larger = replace(case, shape=(channels, *(factor * size for size in sizes)))
     context = case.context(batch, torch.float32)
     return (larger.images(batch, torch.float32), *(() if context is None else (context,)))

@@ -92,7 +92,7 @@ def test_errors_say_what_was_given() -> None:
         PeriodicConv(2, dimensions=0)
     with pytest.raises(ValueError, match="channels must be at least 1, got 0"):
         PeriodicConv(0)
-    with pytest.raises(ValueError, match=r"built with dimensions=1, got \(1, 2, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"built with dimensions=1, for \(B, 2, L\), got shape \(1, 2, 3, 3\)"):
         PeriodicConv(2, dimensions=1)(torch.zeros(1, 2, 3, 3))
     with pytest.raises(ValueError, match=r"\(5, 5\) reaches around images of \(4, 1\) more than once"):
         PeriodicConv(2, 5).inverse(torch.zeros(1, 2, 4, 1))

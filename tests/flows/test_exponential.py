@@ -77,7 +77,7 @@ def test_errors_say_what_was_given() -> None:
         ExponentialConv(2, (3, 2))
     with pytest.raises(ValueError, match="norm must be a finite number above 0, got inf"):
         ExponentialConv(2, norm=math.inf)
-    with pytest.raises(ValueError, match=r"built with dimensions=1, got \(1, 2, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"built with dimensions=1, for \(B, 2, L\), got shape \(1, 2, 3, 3\)"):
         ExponentialConv(2, dimensions=1)(torch.zeros(1, 2, 3, 3))
 
 

@@ -76,5 +76,5 @@ def test_errors_say_what_was_given() -> None:
         Hyperbolic(4, 0)
     with pytest.raises(ValueError, match=r"be 1 \(signals\), 2 \(images\) or 3 \(volumes\), got 0"):
         Hyperbolic(4, dimensions=0)
-    with pytest.raises(ValueError, match=r"dimensions=2, got shape \(1, 4, 2, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"dimensions=2, for \(B, 4, H, W\), got shape \(1, 4, 2, 2, 2\)"):
         Hyperbolic(4)(torch.zeros(1, 4, 2, 2, 2))

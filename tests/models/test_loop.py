@@ -40,8 +40,14 @@ class Solve(nn.Module):
         return self.layer(x)[0]
 
 
+def linked(x: Tensor) -> Tensor:
+    """The blur of an image that a link function keeps between 0 and 1."""
+    return blur(x.sigmoid())
+
+
 OPERATORS: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
     "function": lambda: blur,
+    "linked": lambda: linked,
     "learned": Learned,
     "solve": Solve,
 }
@@ -63,16 +69,17 @@ def inputs(operator: Callable[[Tensor], Tensor], side: int = 6) -> list[Tensor]:
         return [eta, state, operator(torch.randn_like(eta))]
 
 
-def test_a_step_is_that_of_the_paper() -> None:
+@pytest.mark.parametrize("operator", [blur, linked])
+def test_a_step_is_that_of_the_paper(operator: Callable[[Tensor], Tensor]) -> None:
     """s gets the gradient Aᵀ(A η − d) in its first channel, then the coupling runs."""
     loop = network(steps=1)
-    eta, state, data = inputs(blur)
+    eta, state, data = inputs(operator)
     leaf = eta.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(0.5 * (blur(leaf) - data).square().sum(), leaf)
+    (gradient,) = torch.autograd.grad(0.5 * (operator(leaf) - data).square().sum(), leaf)
     stepped = state.clone()
     stepped[:, :1] += loop.norms[0](gradient)[0]
     expected, _ = loop.layers[0](torch.cat((eta, stepped), dim=1))
-    found = loop(eta, state, data, blur)
+    found = loop(eta, state, data, operator)
     torch.testing.assert_close(torch.cat(found, dim=1), expected)
 
 
@@ -98,6 +105,13 @@ def test_rebuilding_gives_the_same_gradients(make: Callable, inverse: bool) -> N
         eta, state = (loop.inverse if inverse else loop)(*leaves[:3], operator)
         found.append(torch.autograd.grad(eta.square().sum() + state.sin().sum(), leaves))
     torch.testing.assert_close(*found)
+
+
+def test_the_gradients_are_those_of_differences() -> None:
+    """Where Aᵀ depends on η too."""
+    loop = network(steps=2)
+    given = [value[:1].requires_grad_() for value in inputs(linked, side=4)]
+    assert torch.autograd.gradcheck(lambda *given: loop(*given, linked), given)
 
 
 @operators
@@ -180,6 +194,12 @@ def test_errors_say_what_was_given() -> None:
         LoopNetwork(1, 1, steps=0)
     loop = network()
     eta, state, data = inputs(blur)
+    with pytest.raises(TypeError, match=r"state must be torch\.float64 as eta is, got torch\.float32"):
+        loop(eta, state.float(), data, blur)
+    with pytest.raises(TypeError, match=r"LoopNetwork expects floating-point images, got torch\.int64"):
+        loop(eta.long(), state, data, blur)
+    with pytest.raises(TypeError, match=r"the operator makes torch\.float64 of eta, and the data are torch\.float32"):
+        loop(eta, state, data.float(), blur)
     with pytest.raises(ValueError, match=r"state must be \(2, 3, 6, 6\), got \(2, 2, 6, 6\)"):
         loop(eta, state[:, :2], data, blur)
     with pytest.raises(

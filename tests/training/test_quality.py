@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from inverse_flow.data import ImageData, ImageSet, load_embedded
-from inverse_flow.training.quality import Quality, measure, measure_quality
+from inverse_flow.models import Glow
+from inverse_flow.training.quality import Judge, Quality, measure, measure_quality, quality_of
 from inverse_flow.training.quality.distances import (
     BLOCKS,
     frechet,
@@ -20,6 +21,7 @@ from inverse_flow.training.quality.distances import (
     vendi_score,
 )
 from inverse_flow.training.quality.features import FeatureNetwork, load_network, random_network, save_weights
+from inverse_flow.training.quality.measure import recognise
 from inverse_flow.training.quality.neighbours import nearest_training_share, neighbour_measures
 
 
@@ -208,8 +210,29 @@ def test_features_are_those_before_the_last_layer() -> None:
     assert network.features(images).shape == (3, 128)
 
 
+def test_a_judge_measures_many_sets_alike() -> None:
+    """Those that are measured later find the same real images, and get the figures they would get alone."""
+    data = load_embedded()
+    judge, images = Judge(data, 40), data.test.images
+    for samples in (images[:40], images[40:100]):
+        assert judge.measure(samples) == measure_quality(samples, data, most=40)
+    with pytest.raises(ValueError, match="as real images are needed, 40, got 39"):
+        judge.measure(images[:39])
+
+
 def test_too_few_images_are_refused() -> None:
     data = load_embedded()
     for samples, most in ((data.test.images[:1], 100), (data.test.images, -5)):
         with pytest.raises(ValueError, match="at least 20 images of each kind"):
             measure_quality(samples, data, most=most)
+
+
+def test_what_cannot_be_measured_is_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    for work in ("load_network", "draw"):
+        monkeypatch.setattr(measure, work, lambda *args, **options: pytest.fail("work was begun"))
+    data = load_embedded()
+    few = ImageData("few", data.train, data.test[:19])
+    with pytest.raises(ValueError, match="at least 20 images of each kind, got 19"):
+        recognise(few)
+    with pytest.raises(ValueError, match=r"images of shape \(1, 28, 28\), the model has \(1, 4, 4\)"):
+        quality_of(Glow((1, 4, 4), 1, 1, 2), data)

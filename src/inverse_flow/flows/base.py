@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from inverse_flow.ops.bijection import Bijection
 from inverse_flow.ops.causal import per_channel, sum_channels
+from inverse_flow.ops.checks import shape_of_images
 from inverse_flow.reversible.layer import Shape, input_shape, output_shape
 
 __all__ = [
@@ -122,9 +123,17 @@ def check_floating(layer: nn.Module, x: Tensor) -> None:
         raise TypeError(f"{name} expects floating-point images, got {x.dtype}; dequantize or convert them first")
 
 
-def check_images(layer: nn.Module, x: Tensor, channels: int | None = None, *, spatial: bool = False) -> None:
+def check_images(
+    layer: nn.Module,
+    x: Tensor,
+    channels: int | None = None,
+    *,
+    spatial: bool = False,
+    dimensions: int | None = None,
+) -> None:
     """Refuses what is not a batch of floating vectors (B, C), signals (B, C, L), images (B, C, H, W) or volumes
-    (B, C, D, H, W), with the expected number of channels; ``spatial`` refuses vectors too.
+    (B, C, D, H, W), with the expected number of channels; ``spatial`` refuses vectors too, and ``dimensions`` all but
+    those of so many axes.
 
     A layer without spatial weights takes all of them. One with a network leaves the choice to the network, whose
     convolutions have a number of dimensions.
@@ -137,6 +146,9 @@ def check_images(layer: nn.Module, x: Tensor, channels: int | None = None, *, sp
             f"{name} expects {vectors}signals (B, C, L), images (B, C, H, W) or volumes (B, C, D, H, W), "
             f"got shape {tuple(x.shape)}"
         )
+    if dimensions is not None and x.dim() != dimensions + 2:
+        expected = shape_of_images(dimensions, channels)
+        raise ValueError(f"{name} was built with dimensions={dimensions}, for {expected}, got shape {tuple(x.shape)}")
     if channels is not None and x.shape[1] != channels:
         raise ValueError(f"{name} was built for {channels} channels, got images of shape {tuple(x.shape)}")
 

@@ -163,9 +163,7 @@ class PeriodicConv(FlowLayer):
         return (torch.linalg.slogdet(spectrum).logabsdet * times).sum()
 
     def _check(self, images: Tensor) -> None:
-        check_images(self, images, self.channels, spatial=True)
-        if images.dim() != self.dimensions + 2:
-            raise ValueError(f"PeriodicConv was built with dimensions={self.dimensions}, got {tuple(images.shape)}")
+        check_images(self, images, self.channels, dimensions=self.dimensions)
         if any(taps // 2 > size for taps, size in zip(self.kernel_size, images.shape[2:], strict=True)):
             raise ValueError(
                 f"a kernel of {self.kernel_size} reaches around images of {tuple(images.shape[2:])} more than once"

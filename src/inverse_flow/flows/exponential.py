@@ -87,9 +87,7 @@ class ExponentialConv(FlowLayer):
         return f"{text}, dimensions={self.dimensions}"
 
     def _exponential(self, x: Tensor, sign: int) -> tuple[Tensor, Tensor]:
-        check_images(self, x, self.channels, spatial=True)
-        if x.dim() != self.dimensions + 2:
-            raise ValueError(f"ExponentialConv was built with dimensions={self.dimensions}, got {tuple(x.shape)}")
+        check_images(self, x, self.channels, dimensions=self.dimensions)
         compute = logdet_dtype(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
             weight = sign * self.bounded_weight().to(compute)

@@ -99,9 +99,7 @@ class Hyperbolic(FlowLayer):
         return f"{self.channels}, hidden={len(self.bias)}, step_size={self.step_size}, dimensions={self.dimensions}"
 
     def _states(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        check_images(self, x, self.channels)
-        if x.dim() != self.dimensions + 2:
-            raise ValueError(f"Hyperbolic was built with dimensions={self.dimensions}, got shape {tuple(x.shape)}")
+        check_images(self, x, self.channels, dimensions=self.dimensions)
         first, second = x.chunk(2, dim=1)
         return first, second
 

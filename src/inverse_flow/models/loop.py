@@ -9,18 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from inverse_flow.flows import IRIM, ActNorm, AdditiveCoupling
+from inverse_flow.flows.base import check_floating
 from inverse_flow.reversible.chain import Link
 from inverse_flow.reversible.rebuild import Rebuilding, run
 
 Operator: TypeAlias = Callable[[Tensor], Tensor]
-"""A differentiable linear map, from the unknown (B, K, …) to the data, whose first axis is the batch."""
+"""A differentiable map, as a rule a linear one, from the unknown (B, K, …) to the data, whose first axis is the batch.
+"""
 
 
 class DataGradient(nn.Module):
     """t(η, d) = (Aᵀ(A η − d), 0), the gradient of ½‖A η − d‖² in η, normalised and filled up with zeros.
 
     Args:
-        operator: A. Aᵀ is its vector-Jacobian product, by autograd.
+        operator: A. Aᵀ is its vector-Jacobian product at η, by autograd.
         norm: what normalises the gradient.
         channels: of t.
     """
@@ -36,7 +38,7 @@ class DataGradient(nn.Module):
             eta, data = (value.clone() if value.is_inference() else value for value in (eta, data))
             eta = eta if eta.requires_grad and differentiable else eta.detach().requires_grad_()
             predicted = self.operator(eta)
-            # As A is linear, the derivative of Aᵀ r in η is that of r = A η − d, and autograd follows it.
+            # Autograd follows how r = A η − d depends on η, and so does Aᵀ where A is not linear.
             (gradient,) = torch.autograd.grad(predicted, eta, predicted - data, create_graph=differentiable)
         gradient, _ = self.norm(gradient)
         rest = gradient.new_zeros(len(eta), self.channels - gradient.shape[1], *eta.shape[2:])
@@ -62,6 +64,7 @@ class LoopNetwork(nn.Module):
     Raises:
         ValueError: options that do not fit; η, s or d of another shape; a function as the operator whose result needs
             gradients of its own, which the rebuilding would not find.
+        TypeError: η or s that are not floating, or of two dtypes; an operator that gives another dtype than that of d.
     """
 
     def __init__(
@@ -94,8 +97,9 @@ class LoopNetwork(nn.Module):
             eta: (B, channels, …).
             state: (B, state_channels, …), of the same sizes.
             data: d, of the shape of ``operator(eta)``.
-            operator: A, any differentiable linear map. One with parameters that are to be trained, or the tensors of
-                which need gradients, is a module.
+            operator: A, any differentiable map. One with parameters that are to be trained, or the tensors of which
+                need gradients, is a module. If it is not linear, Aᵀ is that of its Jacobian at η: a link function Ψ
+                before a linear A is ``lambda x: A(Ψ(x))``.
         """
         return self._run(eta, state, data, operator, inverse=False)
 
@@ -126,6 +130,9 @@ class LoopNetwork(nn.Module):
 
     def _check(self, eta: Tensor, state: Tensor, data: Tensor, operator: Operator) -> None:
         for name, value, channels in (("eta", eta, self.channels), ("state", state, self.state_channels)):
+            check_floating(self, value)
+            if value.dtype != eta.dtype:
+                raise TypeError(f"{name} must be {eta.dtype} as eta is, got {value.dtype}")
             expected = (len(eta), channels, *eta.shape[2:])
             if tuple(value.shape) != expected:
                 raise ValueError(f"{name} must be {expected}, got {tuple(value.shape)}")

@@ -19,6 +19,7 @@ from inverse_flow.training.checkpoint import Checkpoint, DataSource
 from inverse_flow.training.config import TrainConfig
 from inverse_flow.training.files import check_folder, replacing, write_text
 from inverse_flow.training.labels import classes_of, context_of
+from inverse_flow.training.method import MethodFactory
 from inverse_flow.training.samples import PICTURED, draw
 from inverse_flow.training.summary import Summary, check_test_images, summarize
 from inverse_flow.training.trainer import ALONE, Trainer, draw_validation
@@ -52,6 +53,7 @@ def start(
     *,
     kind: str = "InverseFlow",
     conditional: bool = False,
+    method: MethodFactory | None = None,
     workers: Workers = ALONE,
     **data_options: Any,
 ) -> Run:
@@ -65,6 +67,7 @@ def start(
         device: to train on.
         kind: of model, a name in :data:`inverse_flow.models.KINDS`.
         conditional: on the class labels.
+        method: how a batch becomes an update, see :class:`Trainer`.
         workers: the processes that train together.
         data_options: other arguments of :func:`inverse_flow.data.load`.
 
@@ -88,8 +91,9 @@ def start(
     if validation is None:
         validation = draw_validation(data.train.labels, train_config)
     trainer = Trainer(
-        model, images, train_config, folder, context=context, workers=workers, data=where, validation=validation
-    )
+        model, images, train_config, folder,
+        context=context, method=method, workers=workers, data=where, validation=validation,
+    )  # fmt: skip
     return _checked(Run(trainer, data, folder))
 
 
@@ -99,6 +103,7 @@ def resume(
     device: str = "cpu",
     *,
     source: str | None = None,
+    method: MethodFactory | None = None,
     workers: Workers = ALONE,
     **changes: Any,
 ) -> Run:
@@ -109,6 +114,7 @@ def resume(
         folder: of the run.
         device: to train on.
         source: where its data lie now; None for where they lay.
+        method: the one that the run began with, if :func:`start` was given one.
         workers: the processes that train together.
         changes: values of its :class:`TrainConfig` to replace.
 
@@ -124,7 +130,7 @@ def resume(
     if content.validation is None:
         content = replace(content, validation=validation)
     trainer = Trainer.resume(
-        content, images, folder, context=context, device=device, workers=workers, data=where, **changes
+        content, images, folder, context=context, method=method, device=device, workers=workers, data=where, **changes
     )
     return _checked(Run(trainer, data, folder))
 

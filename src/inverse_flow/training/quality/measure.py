@@ -81,8 +81,52 @@ def _shown(figure: Value) -> str:
     return f"{figure.value:.4g} ± {figure.error:.1g}"
 
 
+class Judge:
+    """Real images, the features of both networks of them, and the floor, for any number of sets of samples.
+
+    Args:
+        data: as for :func:`measure_quality`.
+        most: images of each kind, of which there are as many as of the fewest: ``count``.
+        seed: of the choice of real images.
+
+    Raises:
+        ValueError: as :func:`measure_quality`, of the data.
+    """
+
+    def __init__(self, data: ImageData, most: int = MOST_IMAGES, seed: int = 0) -> None:
+        self.recognised = recognise(data)
+        self.count = _enough(min(most, len(data.train), len(data.test)))
+        generator = torch.Generator().manual_seed(seed)
+        self.train, self.test = (
+            part.images[torch.randperm(len(part), generator=generator)[: self.count]]
+            for part in (data.train, data.test)
+        )
+        self.networks = {"classifier": self.recognised.network, "random": random_network()}
+        self.real = {name: features_of(network, self.train) for name, network in self.networks.items()}
+        self.floor = {
+            name: compare(features_of(network, self.test), self.real[name]) for name, network in self.networks.items()
+        }
+
+    def measure(self, samples: Tensor) -> Quality:
+        """The quality of the first ``count`` samples, (N, 1, 28, 28) in uint8.
+
+        Raises:
+            ValueError: samples of another shape, or fewer.
+        """
+        _check(samples)
+        if len(samples) < self.count:
+            raise ValueError(f"as many samples as real images are needed, {self.count}, got {len(samples)}")
+        samples = samples[: self.count]
+        figures = {
+            name: {"samples": compare(features_of(network, samples), self.real[name]), "floor": self.floor[name]}
+            for name, network in self.networks.items()
+        }
+        share = nearest_training_share(*(images.flatten(1).float() for images in (samples, self.train, self.test)))
+        return Quality(self.count, self.recognised.name, self.recognised.accuracy, figures, share)
+
+
 def measure_quality(samples: Tensor, data: ImageData, *, most: int = MOST_IMAGES, seed: int = 0) -> Quality:
-    """Measures samples against the training images of ``data``, beside its test images.
+    """Measures samples against the training images of ``data``, beside its test images; many sets by a :class:`Judge`.
 
     Args:
         samples: (N, 1, 28, 28), uint8.
@@ -93,27 +137,8 @@ def measure_quality(samples: Tensor, data: ImageData, *, most: int = MOST_IMAGES
     Raises:
         ValueError: samples or data of another shape; images that no classifier knows.
     """
-    if samples.dtype != torch.uint8 or tuple(samples.shape[1:]) != IMAGE_SHAPE:
-        shape, dtype = tuple(samples.shape), samples.dtype
-        raise ValueError(f"samples must be (N, {', '.join(map(str, IMAGE_SHAPE))}) in uint8, got {shape} in {dtype}")
-    return _measure(samples, data, recognise(data), most, seed)
-
-
-def _measure(samples: Tensor, data: ImageData, judge: Recognised, most: int, seed: int) -> Quality:
-    count = min(most, len(samples), len(data.train), len(data.test))
-    if count < 2 * BLOCKS:
-        raise ValueError(f"quality needs at least {2 * BLOCKS} images of each kind, got {count}")
-    generator = torch.Generator().manual_seed(seed)
-    train, test = (
-        part.images[torch.randperm(len(part), generator=generator)[:count]] for part in (data.train, data.test)
-    )
-    samples = samples[:count]
-    figures = {}
-    for kind, network in (("classifier", judge.network), ("random", random_network())):
-        real, held_out, found = (features_of(network, images) for images in (train, test, samples))
-        figures[kind] = {"samples": compare(found, real), "floor": compare(held_out, real)}
-    pixels = [images.flatten(1).float() for images in (samples, train, test)]
-    return Quality(count, judge.name, judge.accuracy, figures, nearest_training_share(*pixels))
+    _check(samples)
+    return Judge(data, min(most, len(samples)), seed).measure(samples)
 
 
 def quality_of(model: ImageFlow, data: ImageData, *, classes: int = 0, temperature: float = 1.0) -> Quality:
@@ -128,9 +153,11 @@ def quality_of(model: ImageFlow, data: ImageData, *, classes: int = 0, temperatu
     Raises:
         ValueError: as :func:`measure_quality`.
     """
-    judge = recognise(data)  # before anything is drawn for it
-    drawn = draw(model, min(MOST_IMAGES, len(data.test)), 0, classes=classes, temperature=temperature)
-    return _measure(to_uint8(drawn.images), data, judge, MOST_IMAGES, 0)
+    if model.event_shape != IMAGE_SHAPE:
+        raise ValueError(f"quality is measured on images of shape {IMAGE_SHAPE}, the model has {model.event_shape}")
+    judge = Judge(data)  # before anything is drawn for it
+    drawn = draw(model, judge.count, 0, classes=classes, temperature=temperature)
+    return judge.measure(to_uint8(drawn.images))
 
 
 def compare(found: Tensor, real: Tensor) -> Figures:
@@ -141,6 +168,12 @@ def compare(found: Tensor, real: Tensor) -> Figures:
         **neighbour_measures(real, found),
         "Vendi score": vendi_score(found),
     }
+
+
+def _check(samples: Tensor) -> None:
+    if samples.dtype != torch.uint8 or tuple(samples.shape[1:]) != IMAGE_SHAPE:
+        shape, dtype = tuple(samples.shape), samples.dtype
+        raise ValueError(f"samples must be (N, {', '.join(map(str, IMAGE_SHAPE))}) in uint8, got {shape} in {dtype}")
 
 
 class Recognised(NamedTuple):
@@ -155,12 +188,13 @@ def recognise(data: ImageData) -> Recognised:
     """The classifier that is right about the test images of ``data``.
 
     Raises:
-        ValueError: images of another shape, without labels, or of which no classifier knows the classes.
+        ValueError: images of another shape, without labels, too few, or of which no classifier knows the classes.
     """
     if data.test.image_shape != IMAGE_SHAPE:
         raise ValueError(
             f"quality is measured on images of shape {IMAGE_SHAPE}, {data.name} has {data.test.image_shape}"
         )
+    _enough(min(len(data.train), len(data.test)))
     networks = {name: load_network(weights_file(name)) for name in NAMES}
     found = {name: accuracy_of(network, data.test) for name, network in networks.items()}
     best = max(found, key=lambda name: found[name])
@@ -171,6 +205,13 @@ def recognise(data: ImageData) -> Recognised:
             f"{data.name} they are right about: {told}"
         )
     return Recognised(best, networks[best], found[best])
+
+
+def _enough(count: int) -> int:
+    """``count``, the number of images of each kind, unless it is too small to measure anything with."""
+    if count < 2 * BLOCKS:
+        raise ValueError(f"quality needs at least {2 * BLOCKS} images of each kind, got {count}")
+    return count
 
 
 @torch.no_grad()
