@@ -2,7 +2,7 @@
 
     python benchmarks/diffusion.py                                         the embedded slice
     python benchmarks/diffusion.py --preset mnist --data MNIST/raw --minutes 10 --seeds 3 --threads 1 \\
-        --json benchmarks/results/diffusion-mnist.json --plot docs/images/diffusion
+        --json diffusion.json --plot diffusion
 
 A U-Net trained by flow matching (`unet.py`; a step of its sampler costs about as much as one sample of a flow) and the
 flows of `density.py`, by the same trainer, with the same number of parameters, for the same time. That time is
