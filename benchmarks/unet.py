@@ -30,7 +30,7 @@ EMBEDDED = 32
 # Of the network, for a density. After two minutes of training on MNIST, the bits per dimension of ten images were 0.03
 # less than with twice as many.
 DENSITY_EVALUATIONS = 80
-# A density is integrated over s, t = 1 − (1 − s)³: near an image the trace grows like 1 / (1 − t), so steps are short there.
+# A density is integrated over s, t = 1 − (1 − s)³: near an image the trace grows like 1 / (1 − t), and steps are short.
 SLOWING = 3
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
