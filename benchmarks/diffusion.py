@@ -2,7 +2,7 @@
 
     python benchmarks/diffusion.py                                         the embedded slice
     python benchmarks/diffusion.py --preset mnist --data MNIST/raw --minutes 10 --seeds 3 --threads 1 \\
-        --json benchmarks/results/diffusion-mnist.json --plot docs/images/diffusion
+        --json diffusion.json --plot diffusion
 
 A U-Net trained by flow matching (`unet.py`; a step of its sampler costs about as much as one sample of a flow) and the
 flows of `density.py`, by the same trainer, with the same number of parameters, for the same time. That time is
@@ -86,10 +86,12 @@ def remembered(path: Path, settings: Any, make: Callable[..., Any], *arguments: 
 
 
 def candidates_of(
-    preset: Preset, names: Sequence[str], shape: tuple[int, ...], parameters: int
+    preset: Preset, names: Sequence[str], shape: tuple[int, ...], parameters: int, coupling: str | None = None
 ) -> dict[str, Candidate]:
-    """Of every name, with as many parameters."""
-    known = preset.candidates() | {DIFFUSION: Candidate(DIFFUSION, {"levels": 2})}
+    """Of every name, with as many parameters; the flows with another coupling than the preset's, if one is given."""
+    changes = {} if coupling is None else {"coupling": coupling}
+    known = {name: candidate.but(**changes) for name, candidate in preset.candidates().items()}
+    known[DIFFUSION] = Candidate(DIFFUSION, {"levels": 2})
     return {name: match_parameters(known[name], shape, parameters) for name in names}
 
 
@@ -273,6 +275,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     made.add_argument("--models", nargs="+", choices=MODELS, default=MODELS, metavar="NAME", help="some of them")
     made.add_argument("--minutes", type=float, help="of training, each; the preset's if not given")
     made.add_argument("--parameters", type=int, help="of each model; the preset's if not given")
+    made.add_argument("--coupling", help="of the flows; the preset's if not given")
     made.add_argument("--seeds", type=int, default=1, help="runs of each model, from seed 0 on")
     made.add_argument("--samples", type=int, default=10_000, help="of each model and setting")
     made.add_argument("--evaluations", type=int, nargs="+", default=EVALUATIONS, help="of the U-Net, for a sample")
@@ -295,7 +298,7 @@ def main(given: Sequence[str] | None = None) -> int:
     report, data = Report("diffusion", arguments), load(arguments.data)
     try:
         judge, shape = Judge(data, arguments.samples), data.train.image_shape
-        candidates = candidates_of(preset, arguments.models, shape, arguments.parameters)
+        candidates = candidates_of(preset, arguments.models, shape, arguments.parameters, arguments.coupling)
         models = {name: candidate.config(shape).to_dict() for name, candidate in candidates.items()}
         stepping = (candidates, preset, data, device, arguments.budget, clock)
         seconds = remembered(out / "steps.pt", models, step_seconds, *stepping)

@@ -19,11 +19,14 @@ RUNS = {
     "scaling": "--sweep image --largest 32 --threads 1 --budget 0 --plot {out}/plot",
     "numerics": "--growths 10 --draws 1 --plot {out}/plot",
     "memory": "--steps 1 --timed-steps 1 --side 8 --batch 2 --hidden 4 --budget 0 --plot {out}/plot",
+    "scale": "--side 8 --levels 1 --steps 1 2 --hidden 4",
     "foreign": "--depths 1 --batch 4 --features 6 --hidden 4 --budget 0 --threads 1",
     "density": "--preset embedded --minutes 0.001 --parameters 9000 --models Glow --test-images 4 --budget 0 "
     "--threads 1 --out {out}/runs",
     "density, ablation": "--ablation --preset fashion-mnist --data {source} --minutes 0.001 --levels 1 --steps 1 "
     "--hidden 2 --models Glow RealNVP --seeds 2 --threads 1 --out {out}/runs",
+    "diffusion": "--models FlowMatching --parameters 3900 --minutes 0.0001 --samples 20 --evaluations 1 "
+    "--test-images 2 --budget 0 --threads 1 --out {out}/runs --plot {out}/plot",
     "sampling": "--steps 1 --hidden 2 --images 2 --threads 1 --budget 0 --no-compile --tables --sizes 16 --kernels 2",
     "parts": "--data {source} --steps 4 --seeds 2 --depth 1 --hidden 2 --parts blocks:2 --batch-size 4 --threads 1 "
     "--evaluate-every 2",
