@@ -258,6 +258,7 @@ def draw_plot(content: Mapping[str, Any], path: Path) -> None:
         axes.axhline(content["floor"][network][FRECHET]["value"], color="black", linestyle="--", label="test images")
         axes.set_xscale("log")
         axes.set_yscale("log")
+        axes.xaxis.set_minor_formatter("")
         axes.set_xlabel("milliseconds for 100 samples")
         axes.set_title(title, fontsize=10)
     figure.axes[0].set_ylabel(FRECHET)

@@ -59,7 +59,7 @@ def main(given: Sequence[str] | None = None) -> int:
     made = parser(__doc__, threads=1, device=False)
     made.add_argument("--side", type=int, default=64)
     made.add_argument("--levels", type=int, default=4)
-    made.add_argument("--steps", type=int, nargs="+", default=[16, 32, 48])
+    made.add_argument("--steps", type=int, nargs="+", default=[16, 32])
     made.add_argument("--hidden", type=int, default=512)
     made.add_argument("--images", type=int, default=1_281_149, help="of the training set")
     made.add_argument("--gpus", type=int, default=8)

@@ -14,11 +14,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 
 from inverse_flow.data import load_embedded
 from inverse_flow.functional import causal_conv2d, inverse_conv2d, solve_conv2d
-from inverse_flow.training.figures import tile, to_uint8
+from inverse_flow.training.figures import save_rows, to_uint8
 
 KERNEL_SIZE = 5
 DECAY = 0.7  # of the smear from one pixel to the next
@@ -114,10 +113,5 @@ for name, taps in {"Gaussian": gaussian(9, 1.2), "motion": motion(7, 30), "defoc
     print(f"{name} blur with noise: {gain}, λ = {best:.1e}, at most {restored.iterations.max()} iterations")
     rows |= {f"{name} blur, noise {NOISE}": seen, f"{name} blur, restored": restored.x}
 
-figure = Figure(figsize=(8, 12), layout="constrained")
-for axes, (name, images) in zip(figure.subplots(len(rows), 1), rows.items(), strict=True):
-    axes.imshow(tile(to_uint8(images), columns=SHOWN), interpolation="nearest")
-    axes.set_title(name, loc="left")
-    axes.set_axis_off()
-figure.savefig(arguments.output, dpi=150)
+save_rows(arguments.output, rows, columns=SHOWN)
 print(f"before and after: {arguments.output}")

@@ -1,7 +1,9 @@
-"""Tomography from few angles: learned steps along the gradient, beside as many plain ones and ten times as many.
+"""Tomography from few angles: all the images that the data allow, beside the exact answer.
 
-An image is seen through its sums along the rays of eight directions. The network is the unrolled loop of this library,
-which trains in the memory of one step.
+An image is seen through its sums along the rays of eight directions, with noise. A conditional flow learns the
+posterior of the image. What sums up the data for it is an unrolled loop, which takes learned steps along the gradient
+of the misfit, and trains in the memory of one step; then the summary network, of where the loop has come to. As image
+and noise are Gaussian here, so is the exact posterior.
 """
 
 import argparse
@@ -9,14 +11,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributions import MultivariateNormal
 
-from inverse_flow.data import load_embedded
-from inverse_flow.models import LoopNetwork
-from inverse_flow.training.figures import tile, to_uint8
+from inverse_flow.models import ConditionalFlow, Glow, LoopNetwork, SummaryNet
+from inverse_flow.training.figures import save_rows
 
-ANGLES, LEARNED, STATE, SHOWN = 8, 6, 7, 8
+SIDE, ANGLES, NOISE = 16, 8, 0.05
+CORRELATION = 4.0  # in pixels: the covariance of two is exp(−distance / CORRELATION)
+LEARNED, STATE, CONTEXT = 6, 7, 8
+OBSERVED, SAMPLES, SHOWN = 20, 99, 8
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--steps", type=int, default=300, help="optimiser steps")
@@ -34,51 +38,80 @@ def project(x: Tensor) -> Tensor:
     return turned.sum(2).transpose(0, 1) / x.shape[2]
 
 
-def gradient_steps(data: Tensor, count: int) -> Tensor:
-    """Least squares from zero, by gradient descent with the longest steps that are sure to converge."""
-    x = torch.zeros(len(data), 1, 28, 28, requires_grad=True)
-    for _ in range(count):
-        (gradient,) = torch.autograd.grad(0.5 * (project(x) - data).square().sum(), x)
-        x = (x - gradient * 28 / ANGLES).detach().requires_grad_()
-    return x.detach()
+# The image is N(0, C). With A the projections as a matrix the posterior is N(K y, C − K A C), K = C Aᵀ (A C Aᵀ + σ²)⁻¹.
+pixels = torch.cartesian_prod(torch.arange(SIDE), torch.arange(SIDE)).double()
+prior = torch.exp(-torch.cdist(pixels, pixels) / CORRELATION)
+matrix = project(torch.eye(SIDE**2).view(-1, 1, SIDE, SIDE)).flatten(1).T.double()
+gain = torch.linalg.solve(matrix @ prior @ matrix.T + NOISE**2 * torch.eye(len(matrix)), matrix @ prior).T
+covariance = prior - gain @ matrix @ prior
+root = torch.linalg.cholesky(prior).float()
 
 
-def reconstruct(data: Tensor) -> Tensor:
-    zeros = torch.zeros(len(data), 1 + STATE, 28, 28)
-    return loop(zeros[:, :1], zeros[:, 1:], data, project)[0]
+def draw(count: int) -> tuple[Tensor, Tensor]:
+    """Images and their data."""
+    x = (torch.randn(count, SIDE**2) @ root.T).view(-1, 1, SIDE, SIDE)
+    data = project(x)
+    return x, data + NOISE * torch.randn_like(data)
+
+
+class LearnedSteps(nn.Module):
+    """Data to a context of the flow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = LoopNetwork(1, STATE, hidden=16, steps=LEARNED)
+        self.summary = SummaryNet(1 + STATE, CONTEXT)
+
+    def forward(self, data: Tensor) -> Tensor:
+        zeros = torch.zeros(len(data), 1 + STATE, SIDE, SIDE)
+        context: Tensor = self.summary(torch.cat(self.loop(zeros[:, :1], zeros[:, 1:], data, project), dim=1))
+        return context
 
 
 torch.manual_seed(0)
-images = load_embedded()
-train, test = images.train.images / 256, images.test.images / 256
-loop = LoopNetwork(1, STATE, hidden=16, steps=LEARNED)
-optimizer = torch.optim.Adam(loop.parameters(), lr=4e-3)
+flow = Glow((1, SIDE, SIDE), levels=2, steps=4, hidden=32, context_channels=CONTEXT)
+model = ConditionalFlow(flow, LearnedSteps())
+print(f"{model.num_parameters} parameters")
+optimizer = torch.optim.Adam(model.parameters(), lr=4e-3)
 schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, arguments.steps)
 for step in range(arguments.steps):
-    x = train[torch.randint(len(train), (16,))]
-    loss = (reconstruct(project(x)) - x).square().mean()
+    loss = -model.log_prob(*draw(32)).mean()
     optimizer.zero_grad()
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(loop.parameters(), 1.0)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
     optimizer.step()
     schedule.step()
-    if step % 50 == 0 or step == arguments.steps - 1:
-        print(f"step {step:3d}: mean squared error {loss.item():.4f}")
+    if step % 100 == 0 or step == arguments.steps - 1:
+        print(f"step {step:4d}: {loss.item():.1f} nats an image")
 
-loop.eval()
-data = project(test)
+model.eval()
+x, data = draw(200)
+exact_mean = (data.flatten(1).double() @ gain.T).view_as(x).float()
+exact_deviation = covariance.diagonal().sqrt().view(1, SIDE, SIDE).float()
 with torch.no_grad():
-    learned = reconstruct(data)
-found = {f"{count} plain steps": gradient_steps(data, count) for count in (LEARNED, 10 * LEARNED)}
-found[f"{LEARNED} learned steps"] = learned
-for name, x in found.items():
-    print(f"{name}: relative error {(x - test).norm() / test.norm():.3f} on {len(test)} test images")
+    found = model.log_prob(x, data)
+vectors = x.flatten(1).double()
+exact = MultivariateNormal(exact_mean.flatten(1).double(), covariance).log_prob(vectors)
+told = (exact - MultivariateNormal(torch.zeros(SIDE**2).double(), prior).log_prob(vectors)).mean()
+print(f"divergence from the exact posterior: {(exact - found).mean():.1f} nats, of {told:.1f} that the data tell")
 
-figure = Figure(figsize=(8, 4.8), layout="constrained")
-rows = {"images": test, **found}
-for axes, (name, x) in zip(figure.subplots(len(rows), 1), rows.items(), strict=True):
-    axes.imshow(tile(to_uint8(x[:SHOWN].clamp(0, 0.999)), columns=SHOWN), interpolation="nearest")
-    axes.set_title(name, loc="left")
-    axes.set_axis_off()
-figure.savefig(arguments.output, dpi=150)
+x, data, exact_mean = x[:OBSERVED], data[:OBSERVED], exact_mean[:OBSERVED]
+with torch.no_grad():
+    context = model.summary(data).repeat_interleave(SAMPLES, 0)  # once for all samples of an observation
+samples = model.flow.sample(len(context), context).unflatten(0, (-1, SAMPLES))
+mean, deviation = samples.mean(1), samples.std(1)
+errors = [(guess - x).norm() / x.norm() for guess in (mean, exact_mean)]
+print(f"relative error of the posterior mean: {errors[0]:.3f} by the flow, {errors[1]:.3f} exactly")
+ratio = samples.var(1).mean(0).sqrt() / exact_deviation
+print(f"its standard deviation over the exact one: {ratio.mean():.2f}, from {ratio.min():.2f} to {ratio.max():.2f}")
+rank = (samples < x[:, None]).double().mean(1)
+for share in (0.5, 0.9):
+    within = ((rank - 0.5).abs() < share / 2).double().mean()
+    print(f"within the middle {100 * share:.0f} % of the samples: {100 * within:.0f} % of the true values")
+
+brightest = 6  # deviations, from black to white
+rows = {"images": x, "exact posterior mean": exact_mean, f"mean of {SAMPLES} samples": mean, "a sample": samples[:, 0]}
+rows = {name: image / brightest + 0.5 for name, image in rows.items()}
+rows |= {"exact standard deviation": exact_deviation.expand_as(x), "that of the samples": deviation}
+save_rows(arguments.output, {name: row[:SHOWN] for name, row in rows.items()})
 print(f"the picture: {arguments.output}")

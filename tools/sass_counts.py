@@ -69,7 +69,9 @@ class Loop:
 
 
 STEP = Loop("step", "lanes/kernel.cuh", "lane.step();", "STS")
-TERM = Loop("term of the fold", "common/fold.cuh", "sum += inversion.at(weight, o, i) * weight.at(i, c, a, b);", "DFMA")
+TERM = Loop(
+    "term of the fold", "common/fold.cuh", "sums[u] += factor * static_cast<double>(to_state(place[from[u]]));", "DFMA"
+)
 K_STEP = Loop("k-step", "tensor/kernel.cuh", "multiply_tf32(product, weights.big, x[i].big);", "")
 DIAGONAL = Loop(
     "diagonal", "tensor/kernel.cuh", "finish(pixels, diagonal, finishers, shared_sums, store);", "", 1, False
@@ -376,17 +378,17 @@ def count(text: str, wanted: Iterable[Loop]) -> Counts:
         lines = lines_with(loop.file, loop.line)
         holding = {block for block, body in graph.blocks.items() if any(is_from(i, loop.file, lines) for i in body)}
         around = {head: inside for head, inside in loops.items() if inside & holding}
-        # Copies of a loop with the same number of products count once: the longest.
-        of_products: dict[int, LoopCounts] = {}
+        # Copies of a loop with the same number of products, all with branches or all without, count once: the longest.
+        kinds: dict[tuple[int, bool], LoopCounts] = {}
         for head, inside in around.items():
             others = [other for other in around.values() if other is not inside]
             if any(other < inside if loop.innermost else inside < other for other in others):
                 continue
             counts = count_loop(loop, graph.way(head, inside, True), graph.way(head, inside, False))
-            known = of_products.get(counts.products)
-            if counts.products > 0 and (known is None or known.instructions < counts.instructions):
-                of_products[counts.products] = counts
-        counted += [of_products[products] for products in sorted(of_products)]
+            kind = counts.products, counts.least < counts.instructions
+            if counts.products > 0 and (kind not in kinds or kinds[kind].instructions < counts.instructions):
+                kinds[kind] = counts
+        counted += [kinds[kind] for kind in sorted(kinds)]
     real = [i for i in code if not i.starts("NOP")]
     return Counts(len(real), sum(is_from(i, "fold.cuh") for i in real), tuple(counted))
 

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 import inverse_flow
 from inverse_flow.command.commands import cli
 from inverse_flow.command.info import format_info
 from inverse_flow.data import load
-from inverse_flow.training import checkpoint
+from inverse_flow.models import InverseFlow
+from inverse_flow.training import TrainConfig, Trainer, checkpoint
 from inverse_flow.training.log import read_log
 
 TINY = ["--levels", "1", "--depth", "1", "--hidden", "2", "--batch-size", "20", "--evaluate-every", "2"]
@@ -313,3 +315,29 @@ def test_without_the_extra_info_works_and_the_rest_says_what_to_install() -> Non
     train = without_click("train")
     assert train.returncode == 1
     assert "needs click for this: pip install 'inverse-flow[train]'" in train.stderr
+
+
+def test_a_checkpoint_from_before_there_was_an_option_goes_on(trained: Path, tmp_path: Path) -> None:
+    content = torch.load(trained / "checkpoint.pt", weights_only=True)
+    for name in ("max_row_sum", "scale", "context_channels"):
+        del content["model"]["description"]["config"][name]
+    torch.save(content, tmp_path / "checkpoint.pt")
+    result = call("train", "--out", tmp_path, "--resume", "--steps", 5, *TINY)
+    assert result.exit_code == 0, result.output
+    assert checkpoint.load(tmp_path).progress.step == 5
+
+
+def test_a_run_from_python_without_a_source(tmp_path: Path) -> None:
+    np.savez(tmp_path / "some.npz", x=load("embedded").train.images[:64].permute(0, 2, 3, 1).numpy())
+    model = InverseFlow((1, 28, 28), levels=1, steps=1, hidden=2)
+    trainer = Trainer(model, load(tmp_path / "some.npz").train.images, TrainConfig(steps=1), tmp_path)
+    trainer.fit()
+    drawn = call("sample", tmp_path, "--count", 2, "--out", tmp_path / "samples.npz")
+    assert drawn.exit_code == 0, drawn.output
+    for command in (["evaluate", tmp_path, "--importance-samples", 0], ["train", "--out", tmp_path, "--resume"]):
+        refused = call(*command)
+        assert refused.exit_code == 1
+        assert "does not say where its images come from: name them with --data" in " ".join(refused.output.split())
+        result = call(*command, "--data", tmp_path / "some.npz")
+        assert result.exit_code == 0, result.output
+    assert checkpoint.load(tmp_path).data == checkpoint.DataSource(str(tmp_path / "some.npz"))

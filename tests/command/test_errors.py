@@ -41,6 +41,13 @@ def test_errors_of_the_users_are_one_line(error: Exception, message: str) -> Non
     assert told.value.exit_code == 1
 
 
+def test_ctrl_c_has_the_status_that_is_usual(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended, plain_errors():
+        raise KeyboardInterrupt
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.strip() == "Interrupted."
+
+
 @pytest.mark.parametrize(
     "error",
     [

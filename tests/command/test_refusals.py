@@ -113,3 +113,25 @@ def test_data_that_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     moved = call("train", "--out", "../run", "--resume", "--steps", 4, "--data", "../moved.npz")
     assert moved.exit_code == 0, moved.output
     assert call("evaluate", "../run", "--importance-samples", 0).exit_code == 0
+
+
+def test_options_of_parts_without_parts(tmp_path: Path) -> None:
+    told = refused("train", "--out", tmp_path / "run", "--schedule", "sequential", "--part-rate", 0.1, *TINY)
+    assert "only --parts have --schedule, --part-rate" in told
+    told = refused("train", "--out", tmp_path / "run", "--part-per-process", *TINY)
+    assert "--part-per-process trains the parts of --parts" in told
+
+
+def test_more_threads_than_can_be_started(tmp_path: Path) -> None:
+    assert "--threads" in refused("train", "--out", tmp_path / "run", "--threads", 1 << 40, *TINY)
+
+
+def test_patience_without_validation_images(images: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "few.npz", x=np.zeros((10, 8, 8, 1), np.uint8))
+    some = [*TINY[:6], "--data", tmp_path / "few.npz", "--patience", 1, "--steps", 1]
+    assert "patience needs images for validation" in refused("train", "--out", tmp_path / "run", *some)
+
+
+def test_images_larger_than_memory(images: Path, tmp_path: Path) -> None:
+    told = refused("train", "--out", tmp_path / "run", "--data", images, "--image-size", 10**7, *TINY)
+    assert "42 images of 10000000 × 10000000 take at least 4200000 GB" in told

@@ -100,8 +100,8 @@ PLANTED = {
     ),
     "no barrier behind the warp that inverts the corner": Mistake(
         "common/fold.cuh",
-        "__syncthreads();  // the copy is complete, and so is the inverse",
-        "if (!PLANTED) __syncthreads();",
+        "if (team.is_warp) __syncthreads();  // the inverse is complete",
+        "if (team.is_warp && !PLANTED) __syncthreads();",
     ),
     "the corner is not waited for": Mistake(
         "common/fold.cuh", "team.sync();  // the corner is there", "if (!PLANTED) team.sync();"
@@ -150,8 +150,8 @@ PLANTED = {
     ),
     "lanes: rows above the image": Mistake(
         "lanes/kernel.cuh",
-        "rows_above_ >= (kLanes == 1 ? kTaps - 1 : a)",
-        "(PLANTED || rows_above_ >= (kLanes == 1 ? kTaps - 1 : a))",
+        "(a == 1 ? is_inside : next_is_inside) && rows_above_ >= rows_needed(a)",
+        "(a == 1 ? is_inside : next_is_inside) && (PLANTED || rows_above_ >= rows_needed(a))",
     ),
     "lanes: a mirrored row that is not reversed": Mistake(
         "lanes/kernel.cuh",
@@ -208,5 +208,24 @@ PLANTED = {
         "tensor/kernel.cuh",
         "const int columns = plan.by_output_tiles.quotient(job);",
         "const int columns = PLANTED ? job : plan.by_output_tiles.quotient(job);",
+    ),
+    "the copy of the weights is not waited for": Mistake(
+        "common/fold.cuh", "__syncthreads();  // the copy is complete", "if (!PLANTED) __syncthreads();"
+    ),
+    "the last taps of a channel pair are left out": Mistake(
+        "common/fold.cuh", "const Index parts = others > kTaps ?", "const Index parts = others > kTaps && !PLANTED ?"
+    ),
+    "the permutation of a transposed corner": Mistake(
+        "common/fold.cuh",
+        "return {matrix + step_of_pivot[o], pivot_of_step, pitch};",
+        "return {matrix + step_of_pivot[o], PLANTED ? step_of_pivot : pivot_of_step, pitch};",
+    ),
+    "lanes: a band that has not looked ahead": Mistake(
+        "lanes/kernel.cuh",
+        "const bool is_there = column_ >= 0 && has_row &&",
+        "const bool is_there = column_ >= 0 && has_row && !PLANTED &&",
+    ),
+    "lanes: the rows further up are those of this column": Mistake(
+        "lanes/kernel.cuh", "(a == 1 ? 0 : S::kPitch)", "(a == 1 || PLANTED ? 0 : S::kPitch)"
     ),
 }

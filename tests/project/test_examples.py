@@ -79,9 +79,24 @@ def test_the_amortised_posterior_nears_the_exact_one(tmp_path: Path) -> None:
     assert imread(tmp_path / "posterior.png").std() > 0
 
 
-def test_the_steps_of_tomography_are_learned(tmp_path: Path) -> None:
-    printed = run("tomography.py", "--steps", 20, "--output", tmp_path / "tomography.png")
-    plain, more, learned = numbers(r"steps: relative error ([\d.]+)", printed)
-    assert more < plain < 0.4
-    assert learned < 0.6
+def test_the_posterior_of_tomography_nears_the_exact_one(tmp_path: Path) -> None:
+    printed = run("tomography.py", "--steps", 15, "--output", tmp_path / "tomography.png")
+    nats = numbers(r"(-?[\d.]+) nats an image", printed)
+    assert nats[-1] < nats[0] - 20
+    # The flow, still far off, is no closer to the truth than the exact posterior.
+    (divergence,) = numbers(r"divergence from the exact posterior: ([\d.]+)", printed)
+    assert divergence > 0
+    ((learned, exact),) = re.findall(r"mean: ([\d.]+) by the flow, ([\d.]+) exactly", printed)
+    assert float(exact) < float(learned) < 1
+    half, most = numbers(r"of the samples: (\d+) % of the true values", printed)
+    assert 30 < half < most <= 100
     assert imread(tmp_path / "tomography.png").std() > 0
+
+
+def test_holes_are_filled_by_what_is_around_them(tmp_path: Path) -> None:
+    printed = run("inpainting.py", "--steps", 12, "--output", tmp_path / "inpainting.png")
+    bits = numbers(r"step +\d+: ([\d.]+) bits/dim", printed)
+    assert bits[-1] < bits[0]
+    assert len(re.findall(r"root mean square error", printed)) == 2
+    assert numbers(r"(\d+) % of the pixels", printed)[0] > 50
+    assert imread(tmp_path / "inpainting.png").std() > 0

@@ -11,6 +11,7 @@ from inverse_flow.training.figures import (
     PANEL_WIDTH,
     TITLE_HEIGHT,
     save_curve,
+    save_rows,
     save_samples,
     tile,
     to_uint8,
@@ -46,6 +47,19 @@ def test_channels_that_are_no_colours_are_shown_one_by_one(channels: int) -> Non
     assert grid.shape == (3, 2 * 4 * channels + 1, 3)
     for channel in range(channels):
         assert (grid[:, 4 * channel : 4 * channel + 4] == channel).all()
+
+
+def test_rows_have_as_many_images_as_there_are_columns(tmp_path: Path) -> None:
+    images = torch.ones(3, 1, 8, 8) - 1e-6
+    shown = {}
+    for columns in (1, 3):
+        save_rows(tmp_path / "rows.png", {"black": 0 * images, "white": images}, columns)
+        shown[columns] = matplotlib.image.imread(tmp_path / "rows.png")[..., 0] < 0.5
+    assert shown[3].shape[1] == 3 * shown[1].shape[1]
+    # The black row is above the white one, whose only dark dots are those of its name.
+    upper, lower = shown[3][: len(shown[3]) // 2], shown[3][len(shown[3]) // 2 :]
+    assert upper.mean() > 0.3
+    assert lower.mean() < 0.05
 
 
 @pytest.mark.parametrize("size", [6, 100, 300])

@@ -47,6 +47,14 @@ def test_a_new_run_starts_a_new_log(tmp_path: Path) -> None:
     assert read_log(path) == [report(1)]
 
 
+@pytest.mark.parametrize("rest", [b"\0" * 200_000, b"\xff\xfe,1\n", b"6,0,\xff"], ids=["zeros", "bytes", "cut"])
+def test_what_is_no_text_ends_the_log(tmp_path: Path, rest: bytes) -> None:
+    path = tmp_path / "log.csv"
+    write(path, 0, [report(1), report(2)])
+    path.write_bytes(path.read_bytes() + rest)
+    assert [found.step for found in read_log(path)] == [1, 2]
+
+
 def test_a_line_cut_short_ends_the_log(tmp_path: Path) -> None:
     path = tmp_path / "log.csv"
     write(path, 0, [report(1), report(2)])

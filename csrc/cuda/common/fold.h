@@ -35,12 +35,15 @@ struct PackedTaps {
   INVERSE_FLOW_HOST_DEVICE constexpr int64_t inputs() const { return static_cast<int64_t>(channel_packs) * pack; }
   INVERSE_FLOW_HOST_DEVICE constexpr int64_t outputs() const { return channels; }
   INVERSE_FLOW_HOST_DEVICE constexpr int64_t elements() const { return inputs() * outputs() * taps_h * taps_w; }
-  // Where the weight of output o and input c of tap (a, b) lies.
+  // Where the weights of tap (a, b) begin, and behind that the one of output o and input c.
   template <typename Index>
-  INVERSE_FLOW_HOST_DEVICE Index place(int32_t a, int32_t b, Index o, Index c) const {
-    const Index tap = static_cast<Index>(a) * taps_w + b;
-    const Index number = c / pack;
-    return ((tap * channel_packs + number) * channels + o) * pack + (c - number * pack);
+  INVERSE_FLOW_HOST_DEVICE Index tap_place(int32_t a, int32_t b) const {
+    return (static_cast<Index>(a) * taps_w + b) * (channel_packs * pack) * channels;
+  }
+  template <typename Index>
+  INVERSE_FLOW_HOST_DEVICE Index pair_place(int32_t o, int32_t c) const {
+    const int32_t number = c / pack;
+    return (static_cast<Index>(number) * channels + o) * pack + (c - number * pack);
   }
 };
 
@@ -50,17 +53,21 @@ inline PackedTaps packed_taps(const Shape& shape, int64_t pack) {
           static_cast<int32_t>(pack), static_cast<int32_t>(divide_up(shape.channels, pack))};
 }
 
-// Memory of one corner inversion: the matrix in double with rows an odd number of entries apart, a row and a column,
-// two permutations.
+// Entries from a row to the next of a corner that is inverted: one more than a multiple of four, so that neighbours in
+// a column meet different banks, and of those on a diagonal no more than two the same.
+INVERSE_FLOW_HOST_DEVICE constexpr int64_t corner_pitch(int64_t channels) { return (channels + 2) / 4 * 4 + 1; }
+
+// Memory of one corner inversion: the matrix in double, a row and a column, two permutations.
 INVERSE_FLOW_HOST_DEVICE constexpr int64_t inversion_bytes(int64_t channels) {
-  return round_up(channels * ((channels | 1) * 8 + 8 + 8 + 4 + 4), 16);
+  return round_up(channels * (corner_pitch(channels) * 8 + 8 + 8 + 4 + 4), 16);
 }
 
-// Shared memory of a block that folds for itself: the inversion, and a copy of the group's weights.
+// Shared memory of a block that folds for itself: the inversion, and a copy of the group's weights. More of an identity
+// corner than are worth a copy are read where they are.
 inline int64_t fold_in_block_bytes(const Shape& shape, int64_t state_bytes) {
-  if (shape.corner == kIdentity) return 0;
+  if (shape.corner == kIdentity && shape.channels > kMaxChannelsFoldedInBlock) return 0;
   const int64_t weights = shape.channels * shape.channels * shape.kernel_h * shape.kernel_w;
-  return inversion_bytes(shape.channels) + weights * state_bytes;
+  return (shape.corner == kIdentity ? 0 : inversion_bytes(shape.channels)) + weights * state_bytes;
 }
 
 // Who folds: every block of the solve for itself, or launches before it.

@@ -8,8 +8,10 @@
 
 namespace inverse_flow {
 
-template <typename State, typename Layout>
+template <typename StateType, typename Layout>
 struct FoldArguments {
+  using State = StateType;
+
   Shape shape;
   Layout layout;
   GroupOrders orders;
@@ -30,22 +32,38 @@ struct FoldArguments {
 // One block per group: for corners that do not fit shared memory.
 template <typename Arguments>
 __global__ void __launch_bounds__(kMaxThreads, 1) invert_corner_kernel(const __grid_constant__ Arguments args) {
-  invert_corner(args.view(), args.workspace_inversion(), BlockTeam<kFoldLoads>());
+  using State = typename Arguments::State;
+  const WeightView weight = args.view();
+  const Inversion inversion = args.workspace_inversion();
+  const Team team = block_team();
+  with_elements<State>(weight.data, weight.type, [&](const auto* source) {
+    load_corner<int64_t, kFoldLoads>(weight, source + weight.group_offset, inversion, team);
+  });
+  invert_corner(weight, inversion, team);
 }
 
 // Blocks of x share a group's entries, and each inverts the corner for itself if that fits shared memory: at the same
 // time as the others, so it costs no time of its own, and spares a launch.
 template <typename Arguments>
 __global__ void __launch_bounds__(kMaxThreads, 1) fold_taps_kernel(const __grid_constant__ Arguments args) {
+  using State = typename Arguments::State;
   const WeightView weight = args.view();
   Inversion inversion = args.workspace_inversion();
   if (!args.inverts_before && weight.corner != kIdentity) {
     inversion = Inversion(dynamic_shared_memory(), weight.channels);
-    invert_corner(weight, inversion, BlockTeam<kFoldLoads>());
+    const Team team = block_team();
+    with_elements<State>(weight.data, weight.type, [&](const auto* source) {
+      load_corner<int64_t, kFoldLoads>(weight, source + weight.group_offset, inversion, team);
+    });
+    invert_corner(weight, inversion, team);
   }
-  fold_taps<int64_t>(weight, inversion, args.layout, args.folded + args.group() * args.layout.elements(),
-                     static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x,
-                     static_cast<int64_t>(gridDim.x) * blockDim.x);
+  State* const folded = args.folded + args.group() * args.layout.elements();
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  with_elements<State>(weight.data, weight.type, [&](const auto* source) {
+    fold_taps<int64_t, kFoldTaps>(weight, source + weight.group_offset, inversion, args.layout, folded, thread,
+                                  threads);
+  });
 }
 
 // Folds a chunk of groups into the workspace.

@@ -7,9 +7,11 @@
 //   margin   of an image of several tiles: the solved rows above and columns to the left, from global memory.
 //   sweep    the lanes of a row own its output channels and keep their weights in registers. At step s row r is at
 //            column s - r, so what it needs of the row above was solved a step ago. A pixel is added, as soon as it is
-//            known, to the sums of all columns that it reaches: a lane keeps kTaps - 1 of them an output. x overwrites
-//            z. One lane per row: the left neighbour is in its registers, the row above comes by shuffle, and of the
-//            rows further up the lane above had it a step ago; the first row of a band reads them from shared memory.
+//            known, to the sums of all columns that it reaches: a lane keeps kTaps of them an output. Rows further up
+//            are ahead, so of those it takes the next column's pixel: only the left neighbour and the row above are
+//            waited for. x overwrites z. One lane per row: the left neighbour is in its registers, the row above comes
+//            by shuffle, and of the rows further up the lane above had it; the first row of a band reads them from
+//            shared memory.
 //            A warp that has swept its band goes on with one further down, if there are more bands than warps.
 //            Several lanes per row: they read all neighbours from shared memory, 16 bytes at a time.
 //   store    a thread owns a pixel, or four, again.
@@ -397,6 +399,17 @@ class LaneSweep {
       INVERSE_FLOW_UNROLL
       for (int k = 0; k < kOutputs; ++k) sums_[b][k] = 0;
     }
+    // The first row begins in the image at once, and has not looked ahead.
+    INVERSE_FLOW_UNROLL
+    for (int a = 2; a < kTaps; ++a) {
+      const bool is_there = column_ >= 0 && has_row && rows_above_ >= rows_needed(a);
+      read_pixel<S>(is_there ? over_[a - 1] : zeros_, above_[a - 1]);
+      INVERSE_FLOW_UNROLL
+      for (int k = 0; k < kOutputs; ++k) {
+        INVERSE_FLOW_UNROLL
+        for (int b = 0; b < kTaps; ++b) sums_[b][k] += times(weight_[a * kTaps + b][k], above_[a - 1]);
+      }
+    }
   }
 
   // Solves a pixel, and goes on to the next.
@@ -419,28 +432,42 @@ class LaneSweep {
   static constexpr int kLanes = S::kLanes;
   using OutputPack = Pack<float, kOutputs>;
 
-  // Fetches the left neighbour and the pixels above.
+  // Rows above that the pixel a rows up takes: a lane that has nobody to shuffle from has all that the taps reach, or
+  // none.
+  static INVERSE_FLOW_HOST_DEVICE constexpr int rows_needed(int a) { return kLanes == 1 ? kTaps - 1 : a; }
+
+  static __device__ float times(const float (&weights)[kChannels], const float (&pixel)[kChannels]) {
+    float sum = 0;
+    INVERSE_FLOW_UNROLL
+    for (int c = 0; c < kChannels; ++c) sum += weights[c] * pixel[c];
+    return sum;
+  }
+
+  // Fetches the left neighbour, the pixel above, and of the rows further up, which are ahead, those of the next column.
   __device__ void look_around(bool is_inside, float (&left)[kChannels]) {
     if constexpr (kLanes == 1) {
       INVERSE_FLOW_UNROLL
       for (int c = 0; c < kChannels; ++c) left[c] = solved_[c];
-      // Upwards the farthest rows first: each takes what the row above it had.
-      INVERSE_FLOW_UNROLL
-      for (int a = kTaps - 1; a > 0; --a) {
+    } else {
+      __syncwarp();  // all lanes of a pixel have written the step before
+      read_pixel<S>(behind_, left);
+    }
+    const bool next_is_inside = static_cast<unsigned>(column_ + 1) < columns_;
+    // From the third row up each takes what the row above it had, the farthest first; then come the first row and the
+    // second, which takes what the row above it has now.
+    constexpr int kFar = kTaps > 3 ? kTaps - 3 : 0;
+    INVERSE_FLOW_UNROLL
+    for (int i = 0; i < kTaps - 1; ++i) {
+      const int a = i < kFar ? kTaps - 1 - i : i - kFar + 1;
+      if constexpr (kLanes == 1) {
         INVERSE_FLOW_UNROLL
         for (int c = 0; c < kChannels; ++c) {
           above_[a - 1][c] = __shfl_up_sync(kFullWarp, a > 1 ? above_[a - 2][c] : solved_[c], kLanes);
         }
       }
-    } else {
-      __syncwarp();  // all lanes of a pixel have written the step before
-      read_pixel<S>(behind_, left);
-    }
-    INVERSE_FLOW_UNROLL
-    for (int a = 1; a < kTaps; ++a) {
       float pixel[kChannels];
-      const bool is_there = is_inside && rows_above_ >= (kLanes == 1 ? kTaps - 1 : a);
-      read_pixel<S>(is_there ? over_[a - 1] : zeros_, pixel);
+      const bool is_there = (a == 1 ? is_inside : next_is_inside) && rows_above_ >= rows_needed(a);
+      read_pixel<S>(is_there ? over_[a - 1] + (a == 1 ? 0 : S::kPitch) : zeros_, pixel);
       INVERSE_FLOW_UNROLL
       for (int c = 0; c < kChannels; ++c) above_[a - 1][c] = reads_above_ ? pixel[c] : above_[a - 1][c];
     }
@@ -453,20 +480,21 @@ class LaneSweep {
     behind_ = source - first_output_;
     INVERSE_FLOW_UNROLL
     for (int k = 0; k < kOutputs; ++k) {
-      float sum = sums_[0][k];
+      // Side by side, so that the chain from step to step is short.
+      constexpr int kParts = kChannels > 8 ? 4 : 2;
+      float parts[kParts] = {sums_[0][k]};
       INVERSE_FLOW_UNROLL
-      for (int a = kTaps - 1; a > 1; --a) {
-        INVERSE_FLOW_UNROLL
-        for (int c = 0; c < kChannels; ++c) sum += weight_[a * kTaps][k][c] * above_[a - 1][c];
+      for (int c = 0; c < kChannels; ++c) {
+        parts[c % (kParts / 2)] += weight_[1][k][c] * left[c];
+        parts[kParts / 2 + c % (kParts / 2)] += weight_[kTaps][k][c] * above_[0][c];
       }
       INVERSE_FLOW_UNROLL
-      for (int c = 0; c < kChannels; ++c) sum += weight_[1][k][c] * left[c];
-      float news = 0;  // beside the others, so that the chain is half as long
-      INVERSE_FLOW_UNROLL
-      for (int c = 0; c < kChannels; ++c) news += weight_[kTaps][k][c] * above_[0][c];
-      sum += news;
+      for (int half = kParts / 2; half > 0; half /= 2) {
+        INVERSE_FLOW_UNROLL
+        for (int j = 0; j < half; ++j) parts[j] += parts[j + half];
+      }
       // In the margin z is x already. Left of it all is zero; what is right of the image reaches nobody in it.
-      solved_[k] = column_ < left_margin_ ? z.value[k] : z.value[k] + sum;
+      solved_[k] = column_ < left_margin_ ? z.value[k] : z.value[k] + parts[0];
     }
     if (is_inside) {
       OutputPack packed;
@@ -479,18 +507,22 @@ class LaneSweep {
   // The sums move one column on, and take in what this step brought.
   __device__ void carry_sums(const float (&left)[kChannels]) {
     INVERSE_FLOW_UNROLL
-    for (int b = 1; b < kTaps; ++b) {
+    for (int b = 1; b <= kTaps; ++b) {
       INVERSE_FLOW_UNROLL
       for (int k = 0; k < kOutputs; ++k) {
-        float sum = sums_[b][k];
+        float sum = b < kTaps ? sums_[b][k] : 0;
         if (b + 1 < kTaps) {
           INVERSE_FLOW_UNROLL
           for (int c = 0; c < kChannels; ++c) sum += weight_[b + 1][k][c] * left[c];
         }
-        INVERSE_FLOW_UNROLL
-        for (int a = 1; a < kTaps; ++a) {
+        if (b < kTaps) {
           INVERSE_FLOW_UNROLL
-          for (int c = 0; c < kChannels; ++c) sum += weight_[a * kTaps + b][k][c] * above_[a - 1][c];
+          for (int c = 0; c < kChannels; ++c) sum += weight_[kTaps + b][k][c] * above_[0][c];
+        }
+        INVERSE_FLOW_UNROLL
+        for (int a = 2; a < kTaps; ++a) {  // the pixel of the next column
+          INVERSE_FLOW_UNROLL
+          for (int c = 0; c < kChannels; ++c) sum += weight_[a * kTaps + b - 1][k][c] * above_[a - 1][c];
         }
         sums_[b - 1][k] = sum;
       }
@@ -516,8 +548,8 @@ class LaneSweep {
   const float* over_[kTaps - 1];
 
   float solved_[kOutputs];             // of the step before
-  float above_[kTaps - 1][kChannels];  // rows r - 1, r - 2, ... in this column
-  float sums_[kTaps][kOutputs];        // of this column and those that follow; the last stays 0
+  float above_[kTaps - 1][kChannels];  // row r - 1 in this column; r - 2, ... in the next
+  float sums_[kTaps][kOutputs];        // of this column and those that follow
 };
 
 template <typename S>
@@ -605,8 +637,12 @@ __global__ void __launch_bounds__(lanes_threads(kChannels), LanesShape<kChannels
   const LanesTile claimed = claim_tile(args, reinterpret_cast<int32_t*>(x));
   if (threadIdx.x < S::kPitch) zeros[threadIdx.x] = 0.0f;
   load_bias(args, group, kChannels, bias);
+  // All sizes are constants here, so that no place in memory takes a division.
+  WeightView weight = group_weight(args, group);
+  weight.channels = kChannels;
+  weight.kernel_h = weight.kernel_w = kTaps;
   // Four loads of a thread are the weights of most channels, and what its registers hold.
-  fold_in_block<4>(group_weight(args, group), plan.taps, x, weights);
+  fold_in_block<4>(weight, PackedTaps{kTaps, kTaps, kChannels, 1, kChannels}, x, weights);
   __syncthreads();  // weights, bias and zeros are complete, and the fold's scratch is free for z
 
   with_access<S>(args.input_access,

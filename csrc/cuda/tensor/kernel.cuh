@@ -321,7 +321,7 @@ __device__ void fold(const SolveArguments<Element, TensorPlan>& args, const Bloc
     const int chunk = i - tap * k_steps;
     const int a = tap / taps_w;
     const int b = tap - a * taps_w;
-    memory.sources[tap_position(taps_h, taps_w, a, b) * k_steps + chunk] = {
+    memory.sources[tap_position<int>(taps_h, taps_w, a, b) * k_steps + chunk] = {
         a + b, chunk * kMmaInputs - (a + b) * plan.slot_stride - a * plan.row_step};
   }
   if (threadIdx.x == 0) memory.sources[plan.taps.all_steps()] = {};  // is read ahead, and not used
@@ -463,15 +463,15 @@ __device__ void sweep(const TensorPixels<Element>& pixels, const TensorOperands&
   const bool multiplies = split < plan.splits;
   const int first_job = warp - split * plan.job_warps;
   const Finishers finishers(plan);
-  const int near_taps = near_taps_of(taps_h, taps_w);
+  const int center = near_taps(taps_h, taps_w);
   const int diagonals = pixels.tile.rows + pixels.tile.columns - 1;
   for (int number = 0; number < diagonals; ++number) {
     const Diagonal diagonal = diagonal_at(pixels.tile, plan, number);
     const NextDiagonal<Element> next(pixels, finishers, number + 1, !plan.whole_images && number + 1 < diagonals);
     // Taps that reach into the image at all.
-    const int reaching = static_cast<int>(taps_nearer(taps_h, taps_w, number + 1));
-    const TapRange near{0, number == 0 ? 0 : near_taps};
-    const TapRange ahead{near_taps, reaching - near.count};
+    const int reaching = taps_nearer(taps_h, taps_w, number + 1);
+    const TapRange near{0, number == 0 ? 0 : center};
+    const TapRange ahead{center, reaching - near.count};
     const int jobs =
         plan.taps.output_tiles * ((diagonal.columns + kJobTiles * kMmaPixels - 1) / (kJobTiles * kMmaPixels));
     JobSums sums;
@@ -483,7 +483,7 @@ __device__ void sweep(const TensorPixels<Element>& pixels, const TensorOperands&
     for (int job = first_job; multiplies && job < jobs; job += plan.job_warps) {
       if (job != first_job) sums.clear();
       const bool is_begun = job == first_job;
-      const TapRange rest{number == 0 ? near_taps : 0, is_begun ? near.count : reaching};
+      const TapRange rest{number == 0 ? center : 0, is_begun ? near.count : reaching};
       accumulate_tiles<kTf32>(sums, operands, plan, diagonal, rest, split, job);
       leave_sums(sums, plan, diagonal, split, job, shared_sums);
     }

@@ -38,18 +38,21 @@ constexpr int64_t kPixelPadding = 4;
 
 // Taps (a, b) of a taps_h x taps_w window that are nearer than `distance` = a + b. Taps are kept in the order of their
 // distance, but that the first are (0, 1) and (1, 0), which read the diagonal just before, and (0, 0) comes next.
-INVERSE_FLOW_HOST_DEVICE constexpr int64_t taps_nearer(int64_t taps_h, int64_t taps_w, int64_t distance) {
-  const auto triangle = [](int64_t n) { return n > 0 ? n * (n + 1) / 2 : 0; };
+template <typename Index>
+INVERSE_FLOW_HOST_DEVICE constexpr Index taps_nearer(Index taps_h, Index taps_w, Index distance) {
+  const auto triangle = [](Index n) { return n > 0 ? n * (n + 1) / 2 : 0; };
   return triangle(distance) - triangle(distance - taps_h) - triangle(distance - taps_w) +
          triangle(distance - taps_h - taps_w);
 }
-INVERSE_FLOW_HOST_DEVICE constexpr int32_t near_taps_of(int64_t taps_h, int64_t taps_w) {
+// Place of (0, 0): behind (0, 1) and (1, 0), as far as they are there.
+INVERSE_FLOW_HOST_DEVICE constexpr int32_t near_taps(int64_t taps_h, int64_t taps_w) {
   return (taps_h > 1 ? 1 : 0) + (taps_w > 1 ? 1 : 0);
 }
-INVERSE_FLOW_HOST_DEVICE constexpr int64_t tap_position(int64_t taps_h, int64_t taps_w, int64_t a, int64_t b) {
-  if (a + b == 0) return near_taps_of(taps_h, taps_w);
-  const int64_t first_a = a + b - (taps_w - 1);
-  const int64_t in_order = taps_nearer(taps_h, taps_w, a + b) + a - (first_a > 0 ? first_a : 0);
+template <typename Index>
+INVERSE_FLOW_HOST_DEVICE constexpr Index tap_position(Index taps_h, Index taps_w, Index a, Index b) {
+  if (a + b == 0) return near_taps(taps_h, taps_w);
+  const Index first_a = a + b - (taps_w - 1);
+  const Index in_order = taps_nearer(taps_h, taps_w, a + b) + a - (first_a > 0 ? first_a : 0);
   return a + b == 1 ? in_order - 1 : in_order;
 }
 
@@ -66,15 +69,19 @@ struct FragmentTaps {
   INVERSE_FLOW_HOST_DEVICE int64_t outputs() const { return static_cast<int64_t>(output_tiles) * kMmaOutputs; }
   INVERSE_FLOW_HOST_DEVICE int64_t elements() const { return inputs() * outputs() * taps_h * taps_w; }
   INVERSE_FLOW_HOST_DEVICE int64_t all_steps() const { return static_cast<int64_t>(taps_h) * taps_w * k_steps; }
-  // Where the weight of output o and input c of tap (a, b) lies, by the order of a lane's registers (mma.cuh).
+  // Where the weights of tap (a, b) begin, and behind that the one of output o and input c, by the order of a lane's
+  // registers (mma.cuh).
   template <typename Index>
-  INVERSE_FLOW_HOST_DEVICE Index place(int32_t a, int32_t b, Index o, Index c) const {
-    const int64_t row = o % kMmaOutputs;
-    const int64_t column = c % kMmaInputs;
-    const int64_t lane = row % 8 * 4 + column % 4;
-    const int64_t position = tap_position(taps_h, taps_w, a, b);
-    const int64_t fragment = (position * k_steps + c / kMmaInputs) * output_tiles + o / kMmaOutputs;
-    return static_cast<Index>(fragment * kFragmentElements + lane * kLaneWeights + row / 8 + column / 4 * 2);
+  INVERSE_FLOW_HOST_DEVICE Index tap_place(int32_t a, int32_t b) const {
+    return tap_position<Index>(taps_h, taps_w, a, b) * k_steps * output_tiles * kFragmentElements;
+  }
+  template <typename Index>
+  INVERSE_FLOW_HOST_DEVICE Index pair_place(int32_t o, int32_t c) const {
+    const int32_t row = o % kMmaOutputs;
+    const int32_t column = c % kMmaInputs;
+    const int32_t lane = row % 8 * 4 + column % 4;
+    const Index fragment = static_cast<Index>(c / kMmaInputs) * output_tiles + o / kMmaOutputs;
+    return fragment * kFragmentElements + lane * kLaneWeights + row / 8 + column / 4 * 2;
   }
 };
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import json
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable
@@ -20,6 +20,7 @@ import inverse_flow
 from inverse_flow.command.console import console, describe, print_quality, print_table, quiet
 from inverse_flow.command.errors import plain_errors
 from inverse_flow.command.info import format_info
+from inverse_flow.command.main import INTERRUPTED_STATUS
 from inverse_flow.command.run_options import (
     KIND,
     changes_of,
@@ -36,6 +37,7 @@ from inverse_flow.stability import stability_report
 from inverse_flow.training import Stop, checkpoint, figures
 from inverse_flow.training import run as runs
 from inverse_flow.training.config import MAX_SEED
+from inverse_flow.training.files import to_json
 from inverse_flow.training.labels import context_of
 from inverse_flow.training.log import StepReport, TensorBoardLog
 from inverse_flow.training.progress import TrainingProgress
@@ -45,8 +47,8 @@ from inverse_flow.training.samples import NPZ, SampleGrids, draw, save_npz
 from inverse_flow.training.summary import summarize
 from inverse_flow.training.workers import Workers, connect
 
-# Conventional exit status of a program ended by Ctrl-C.
-INTERRUPTED_STATUS = 130
+# More than any machine has; OpenMP ends a program that asks for more than the system can start.
+MOST_THREADS = 1 << 10
 
 # \b keeps click from reflowing the lines that follow it.
 EXAMPLES = {
@@ -128,7 +130,9 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
             callback=usable_device,
             help="Where to compute: cpu, cuda, cuda:1, …",
         ),
-        click.option("--threads", type=click.IntRange(1), help="CPU threads to use.  [default: PyTorch's choice]"),
+        click.option(
+            "--threads", type=click.IntRange(1, MOST_THREADS), help="CPU threads to use.  [default: PyTorch's choice]"
+        ),
     ):
         command = option(command)
     return command
@@ -187,6 +191,8 @@ def train(
                 source_of(options), folder, training, model_of(options), own_device, kind=options["kind"] or KIND,
                 conditional=bool(options["conditional"]), workers=workers, **reading_of(options, training),
             )  # fmt: skip
+        if part_per_process and run.trainer.config.parts is None:
+            raise click.UsageError("--part-per-process trains the parts of --parts")
         describe(run)
         if part_per_process:
             fit_parts(run.trainer)
@@ -200,14 +206,17 @@ def train(
     if stop is Stop.INTERRUPTED:
         if workers.first:
             console.print(f"\nInterrupted at step {run.trainer.step}; the checkpoint is kept. To go on:")
-            console.print(f"  inverse-flow train --out {folder} --resume", highlight=False, soft_wrap=True)
+            # The checkpoint knows the rest.
+            elsewhere = [] if device == "cpu" else ["--device", device]
+            again = ["inverse-flow", "train", "--out", str(folder), "--resume", *elsewhere]
+            console.print(f"  {shlex.join(again)}", soft_wrap=True)
         sys.exit(INTERRUPTED_STATUS)
     if not workers.first:
         return
     summary = runs.finish(run, console.print)
-    print_table(summary, f"after {run.trainer.step} steps in {run.trainer.seconds:.0f} s")
+    print_table(summary, f"after {run.trainer.step} steps in {run.trainer.seconds:.0f} s: {stop.value}")
     names = (runs.SAMPLES_FILE, runs.CURVE_FILE, runs.SUMMARY_FILE, checkpoint.FILE)
-    console.print(f"in {folder}: {', '.join(names)}", highlight=False, soft_wrap=True)
+    console.print(f"in {folder}: {', '.join(names)}", soft_wrap=True)
 
 
 @cli.command(epilog=EXAMPLES["sample"], short_help="Draw samples from a trained flow.")
@@ -245,7 +254,7 @@ def sample(
         else:
             title = "samples" if temperature == 1 else f"samples, temperature {temperature:g}"
             figures.save_samples(out, figures.to_uint8(drawn.images), title=title)
-    console.print(f"{count} samples in {out}", highlight=False, soft_wrap=True)
+    console.print(f"{count} samples in {out}", soft_wrap=True)
 
 
 @cli.command(epilog=EXAMPLES["evaluate"], short_help="Measure a trained flow beside the baseline.")
@@ -281,19 +290,19 @@ def evaluate(
         quality = quality_of(model, data, classes=classes) if with_quality else None
     if as_json:
         told = {**summary.to_dict(), "stability": report.to_list(), "data": data.name}
-        click.echo(json.dumps(told | ({"quality": quality.to_dict()} if quality else {}), indent=2))
+        click.echo(to_json(told | ({"quality": quality.to_dict()} if quality else {})))
     else:
         print_table(summary, f"{source} on {data.name}")
         if quality:
             print_quality(quality)
-        console.print(str(report), highlight=False, markup=False, soft_wrap=True)
+        console.print(str(report), soft_wrap=True)
 
 
 @cli.command(short_help="Print versions and what this build can do.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of lines.")
 def info(as_json: bool) -> None:
     """Print versions, the CPU instruction set in use, the CUDA architectures, and why CUDA is absent."""
-    click.echo(json.dumps(inverse_flow.build_info(), indent=2) if as_json else format_info())
+    click.echo(to_json(inverse_flow.build_info()) if as_json else format_info())
 
 
 def observers(

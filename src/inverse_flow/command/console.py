@@ -14,7 +14,8 @@ from inverse_flow.training import run as runs
 from inverse_flow.training.quality import Quality
 from inverse_flow.training.summary import Summary
 
-console = Console()
+# What is printed are names of the user's: brackets and colons in them are no markup.
+console = Console(markup=False, emoji=False, highlight=False)
 
 
 def describe(run: runs.Run) -> None:
@@ -24,13 +25,10 @@ def describe(run: runs.Run) -> None:
     console.print(
         f"{run.data.name}: {len(trainer.batches.images)} training, {len(trainer.validation_images)} validation and "
         f"{len(run.data.test)} test images of shape {config.image_shape}",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        soft_wrap=True,
+    )
     if run.data.left_out:
-        console.print(
-            "left out, since they cannot be read:\n  " + shortened(run.data.left_out, "\n  "),
-            highlight=False, markup=False, soft_wrap=True,
-        )  # fmt: skip
+        console.print("left out, since they cannot be read:\n  " + shortened(run.data.left_out, "\n  "), soft_wrap=True)
     name = "Inverse-Flow" if isinstance(model, InverseFlow) else type(model).__name__
     names = f" ({shortened(run.data.class_names)})" if run.data.class_names else ""
     classes = f", conditional on {run.classes} classes{names}" if run.classes else ""
@@ -38,15 +36,15 @@ def describe(run: runs.Run) -> None:
     console.print(
         f"{name}: {config.levels} levels of {config.steps} steps, {model.num_parameters:,} parameters"
         f"{classes}{processes}",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        soft_wrap=True,
+    )
 
 
 def print_table(summary: Summary, title: str) -> None:
     """The closing table."""
     table = Table(title=title, show_header=False, caption=f"bits/dim: {summary.protocol}; on {summary.hardware}")
-    table.add_column(no_wrap=True)
-    table.add_column(justify="right")
+    table.add_column(overflow="fold")
+    table.add_column(justify="right", no_wrap=True)  # a narrow terminal may break the names, and no figure
     for name, value in summary.rows():
         table.add_row(name, value)
     console.print(table)

@@ -9,6 +9,7 @@ import click
 import torch
 
 from inverse_flow.command.extra import missing_extra
+from inverse_flow.command.main import INTERRUPTED_STATUS
 
 # How PyTorch's allocator for the CPU, whose errors have no type of their own, begins.
 CPU_OUT_OF_MEMORY = "DefaultCPUAllocator"
@@ -16,11 +17,17 @@ CPU_OUT_OF_MEMORY = "DefaultCPUAllocator"
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Within it, such an error ends the command with status 1 and a line; what is a fault of the program passes."""
+    """Within it, such an error ends the command with status 1 and a line; what is a fault of the program passes.
+
+    Ctrl-C ends it with the status that is usual for that.
+    """
     try:
         yield
     except BrokenPipeError:
         raise  # nobody is left to be told
+    except KeyboardInterrupt:
+        click.echo("\nInterrupted.", err=True)
+        raise SystemExit(INTERRUPTED_STATUS) from None
     except (ModuleNotFoundError, ValueError, FloatingPointError, OSError, MemoryError, RuntimeError) as error:
         message = _told(error)
         if message is None:

@@ -8,9 +8,19 @@ from inverse_flow.command.encoding import print_anywhere
 from inverse_flow.command.extra import missing_extra
 from inverse_flow.command.spinning import spin_moderately
 
+# Conventional exit status of a program ended by Ctrl-C.
+INTERRUPTED_STATUS = 130
+
 
 def main() -> None:
     """Entry point of the console script."""
+    try:
+        _run()
+    except KeyboardInterrupt:  # while modules are loaded, which takes seconds; the commands see to themselves
+        sys.exit(INTERRUPTED_STATUS)
+
+
+def _run() -> None:
     print_anywhere()
     if sys.argv[1:2] == ["train"]:
         spin_moderately()

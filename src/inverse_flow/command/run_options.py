@@ -14,7 +14,7 @@ from inverse_flow.data.load import EMBEDDED, SOURCES
 from inverse_flow.flows.logit import DEFAULT_MARGIN
 from inverse_flow.models import KINDS, FlowConfig
 from inverse_flow.parts import PartsConfig, parse_parts
-from inverse_flow.training import TrainConfig
+from inverse_flow.training import TrainConfig, checkpoint
 from inverse_flow.training import run as runs
 from inverse_flow.training.checkpoint import Checkpoint
 
@@ -126,13 +126,14 @@ def changes_of(options: Mapping[str, Any], content: Checkpoint) -> dict[str, Any
 
 def _told(content: Checkpoint) -> dict[str, Any]:
     """The options that a checkpoint's run was started with."""
-    config, data = content.model.description["config"], runs.source_of(content)
+    model, data = checkpoint.build(content), runs.source_of(content)
+    config = vars(model.config)  # with the defaults of what a checkpoint of an older version does not say
     parts = content.training.parts
     assert parts is None or isinstance(parts, PartsConfig)
     return {
         **TRAINING.told(vars(content.training)),
         **MODEL.told(config),
-        "kind": content.model.description["kind"],
+        "kind": type(model).__name__,
         "logit": config["logit_margin"] is not None,
         **PARTS.told(vars(parts or PartsConfig())),
         "parts": f"{parts.cut}:{parts.count}" if parts else None,
@@ -149,7 +150,10 @@ def _flag(name: str) -> str:
 
 
 def _parts_of(options: Mapping[str, Any]) -> PartsConfig | None:
+    given = PARTS.given(options)
     if options["parts"] is None:
+        if given:
+            raise click.UsageError(f"only --parts have {', '.join(_flag(PARTS.names[name]) for name in given)}")
         return None
     cut, count = parse_parts(options["parts"])
-    return PartsConfig(cut=cut, count=count, **PARTS.given(options))
+    return PartsConfig(cut=cut, count=count, **given)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -37,7 +39,7 @@ class Found(NamedTuple):
 
 def has_images(folder: Path) -> bool:
     """Whether there is an image file in a folder or below it."""
-    return any(_is_picture(path) for path in walk(folder, lambda path, reason: None))
+    return any(_pictures(folder))
 
 
 def load_image_folder(
@@ -63,7 +65,8 @@ def load_image_folder(
     Raises:
         FileNotFoundError: no such folder, or no images in it.
         ValueError: images that cannot be read, all of them named; images of different sizes, when ``size`` is not
-            given; folders of which it is not clear whether they are sets or classes.
+            given; a ``size`` at which memory could not hold them; folders of which it is not clear whether they are
+            sets or classes.
         ModuleNotFoundError: Pillow is not installed.
     """
     folder = Path(folder)
@@ -74,6 +77,8 @@ def load_image_folder(
     if crop and size is None:
         raise ValueError("cropped images need a size, for they differ in it")
     places = _sets(folder)
+    if size is not None:
+        _require_memory(places, size)
     bad: list[str] = []
     found = {part: _read_set(place, size, crop, bad) for part, place in places.items()}
     if bad and not skip_bad_images:
@@ -110,6 +115,21 @@ def _hold_out(sets: dict[str, ImageSet], seed: int) -> list[str]:
     chosen = held_out(everything.labels, count, torch.Generator().manual_seed(seed))
     sets |= {"train": everything[~chosen], "test": everything[chosen]}
     return [f"{len(sets['test'])} of {len(everything)} held out at random, seed {seed}"]
+
+
+def _pictures(folder: Path) -> Iterator[Path]:
+    return filter(_is_picture, walk(folder, lambda path, reason: None))
+
+
+def _require_memory(places: dict[str, Path], size: int) -> None:
+    """Refuses now what the system would end the program for in the midst of reading."""
+    count = sum(1 for place in places.values() for _ in _pictures(place))
+    needed, memory = count * size**2, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise ValueError(
+            f"{count} images of {size} × {size} take at least {needed / 1e9:.0f} GB, and this machine has "
+            f"{memory / 1e9:.0f}: give a smaller size"
+        )
 
 
 def _is_picture(path: Path) -> bool:

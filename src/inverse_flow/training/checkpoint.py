@@ -52,19 +52,25 @@ class DataSource:
     """Where the images of a run come from.
 
     Attributes:
-        source: as :func:`inverse_flow.data.load` takes it; a path is absolute.
+        source: as :func:`inverse_flow.data.load` takes it; a path is absolute. None if it is not known.
         options: its other arguments.
         classes: of a model that is conditional on the labels; 0 for another.
         class_names: of label 0, 1, …; empty where the classes have none.
     """
 
-    source: str
+    source: str | None
     options: Mapping[str, Any] = field(default_factory=dict)
     classes: int = 0
     class_names: tuple[str, ...] = ()
 
     def load(self) -> ImageData:
-        """The images, as :func:`inverse_flow.data.load` finds them now."""
+        """The images, as :func:`inverse_flow.data.load` finds them now.
+
+        Raises:
+            ValueError: the source is not known; as :func:`inverse_flow.data.load`.
+        """
+        if self.source is None:
+            raise ValueError("this checkpoint does not say where its images come from: name them with --data")
         return load_data(self.source, **self.options)
 
 

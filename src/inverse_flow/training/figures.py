@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +57,16 @@ def save_samples(path: Path, samples: Tensor, real: Tensor | None = None, title:
         figure.figimage(grid, left, height - TITLE_HEIGHT - grid.shape[0], origin="upper")
         figure.text((left + grid.shape[1] / 2) / width, 1 - TITLE_HEIGHT / 2 / height, name, ha="center", va="center")
         left += grid.shape[1] + 2 * MARGIN
+    figure.savefig(path, dpi=DPI)
+
+
+def save_rows(path: Path, rows: Mapping[str, Tensor], columns: int = SAMPLE_COLUMNS) -> None:
+    """Rows of images (N, C, H, W) in [0, 1) with their names above, the first ``columns`` of each."""
+    figure = Figure(figsize=(columns, 1.2 * len(rows)), layout="constrained")
+    for axes, (name, images) in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows.items(), strict=True):
+        axes.imshow(tile(to_uint8(images[:columns]), columns), interpolation="nearest")
+        axes.set_title(name, loc="left")
+        axes.set_axis_off()
     figure.savefig(path, dpi=DPI)
 
 

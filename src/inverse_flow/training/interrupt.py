@@ -15,6 +15,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 def deferred_interrupt() -> Iterator[Callable[[], bool]]:
     """Within it, the first Ctrl-C or SIGTERM only makes the yielded function true; a second one interrupts at once.
 
+    A signal that is ignored, as Ctrl-C is by what a shell script runs in the background, stays so.
     SIGTERM is what ``kill``, a batch system or a container sends before it kills. Outside the main thread, where Python
     delivers no signals, nothing changes.
     """
@@ -29,7 +30,8 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         requested = True
 
-    before = {number: signal.signal(number, handle) for number in SIGNALS}
+    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in heard}
     try:
         yield lambda: requested
     finally:

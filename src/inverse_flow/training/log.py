@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TextIO
@@ -54,12 +55,10 @@ COLUMNS = tuple(entry.name for entry in fields(StepReport) if entry.name != "col
 def read_log(path: Path) -> list[StepReport]:
     """The reports in a log; a line cut short by an interruption ends it."""
     reports = []
-    with path.open(newline="", encoding="utf-8") as file:
+    # Bytes that are no text, which a machine without power may leave behind, are no numbers either.
+    with path.open(newline="", encoding="utf-8", errors="replace") as file, suppress(TypeError, ValueError, csv.Error):
         for row in csv.DictReader(file):
-            try:
-                reports.append(_report(row))
-            except (TypeError, ValueError):
-                break
+            reports.append(_report(row))  # noqa: PERF401  (an error keeps what was read before it)
     return reports
 
 

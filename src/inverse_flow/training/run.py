@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from inverse_flow.training import checkpoint, figures
 from inverse_flow.training import log as logs
 from inverse_flow.training.checkpoint import Checkpoint, DataSource
 from inverse_flow.training.config import TrainConfig
-from inverse_flow.training.files import check_folder, replacing, write_text
+from inverse_flow.training.files import check_folder, replacing, to_json, write_text
 from inverse_flow.training.labels import classes_of, context_of
 from inverse_flow.training.method import MethodFactory
 from inverse_flow.training.samples import PICTURED, draw
@@ -119,7 +118,7 @@ def resume(
         changes: values of its :class:`TrainConfig` to replace.
 
     Raises:
-        ValueError: other images than the run began with; a checkpoint without a data source.
+        ValueError: other images than the run began with; no data source, neither here nor in the checkpoint.
         OSError: the folder cannot be written to, or another run uses it.
     """
     if workers.first:
@@ -136,14 +135,16 @@ def resume(
 
 
 def source_of(content: Checkpoint, source: str | None = None) -> DataSource:
-    """Where a checkpoint's data come from, or come from now.
+    """Where a checkpoint's data come from, or come from now; nowhere if its trainer was given images alone.
 
     Raises:
-        ValueError: its trainer was given images without a source.
+        ValueError: its trainer was given contexts too, of which nothing is known.
     """
-    if content.data is None:
-        raise ValueError("this checkpoint does not say where its images come from: train and resume it from Python")
-    return content.data if source is None else replace(content.data, source=checkpoint.absolute(source))
+    channels = content.model.description["config"].get("context_channels", 0)
+    if content.data is None and channels:
+        raise ValueError(f"this checkpoint does not say what the {channels} channels of its context are: use Python")
+    where = content.data or DataSource(None)
+    return where if source is None else replace(where, source=checkpoint.absolute(source))
 
 
 def data_of(content: Checkpoint, source: str | None = None) -> ImageData:
@@ -197,7 +198,7 @@ def finish(run: Run, say: Callable[[str], None] = lambda message: None) -> Summa
         "model": model.config.to_dict(),
         "training": config.to_dict(),
     }
-    write_text(run.folder / SUMMARY_FILE, json.dumps(content, indent=2) + "\n")
+    write_text(run.folder / SUMMARY_FILE, to_json(content) + "\n")
     samples = figures.to_uint8(draw(model, PICTURED, config.seed, classes=run.classes).images)
     with replacing(run.folder / SAMPLES_FILE) as path:
         figures.save_samples(path, samples, run.data.test.images[:PICTURED])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import resource
 import statistics
@@ -40,7 +41,7 @@ class Summary:
 
     Attributes:
         train_bits_per_dim, test_bits_per_dim: of the model, on the unmirrored images, with one draw of noise each.
-        test_standard_error: of ``test_bits_per_dim``, from the spread over the images.
+        test_standard_error: of ``test_bits_per_dim``, from the spread over the images; NaN for a single image.
         importance_samples: k, the draws of noise per image in the importance-weighted bound; 0 if it was not asked for.
         importance_weighted_test_bits_per_dim: that bound; None without it.
         baseline_train_bits_per_dim, baseline_test_bits_per_dim: of independent pixels, fitted to the training images.
@@ -77,9 +78,10 @@ class Summary:
         """Names and values for a table."""
         bound = self.importance_weighted_test_bits_per_dim
         weighted = [] if bound is None else [(f"bits/dim, test, {self.importance_samples} draws", f"{bound:.3f}")]
+        error = f" ± {self.test_standard_error:.3f}" if math.isfinite(self.test_standard_error) else ""
         return [
             ("bits/dim, train", f"{self.train_bits_per_dim:.3f}"),
-            ("bits/dim, test", f"{self.test_bits_per_dim:.3f} ± {self.test_standard_error:.3f}"),
+            ("bits/dim, test", f"{self.test_bits_per_dim:.3f}{error}"),
             *weighted,
             ("bits/dim of independent pixels, train", f"{self.baseline_train_bits_per_dim:.3f}"),
             ("bits/dim of independent pixels, test", f"{self.baseline_test_bits_per_dim:.3f}"),

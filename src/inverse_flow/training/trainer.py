@@ -97,6 +97,8 @@ class Trainer:
             validation = draw_validation(torch.zeros(len(images), dtype=torch.long), config)
         if bool(validation.all()):
             raise ValueError(f"{len(images)} of {len(images)} images for validation leave none to train on")
+        if config.patience is not None and not bool(validation.any()):
+            raise ValueError(f"patience needs images for validation, of {len(images)} none are kept: give validation")
         self.model = model
         self.config = config
         self.folder = folder
