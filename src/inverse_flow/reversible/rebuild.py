@@ -72,11 +72,14 @@ def run(
     stored = rebuilding is None or not torch.is_grad_enabled() or torch.compiler.is_exporting()
     if stored or torch._C._are_functorch_transforms_active():
         return run_links(links, inputs, context)
-    return _run_rebuilding(links, inputs, context, rebuilding)
+    if torch.compiler.is_dynamo_compiling():
+        from inverse_flow.reversible.untraced import run_untraced
+
+        return run_untraced(links, inputs, context, rebuilding)
+    return run_rebuilding(links, inputs, context, rebuilding)
 
 
-@torch.compiler.disable(reason="a chain that rebuilds keeps account of random numbers and buffers, which is not traced")
-def _run_rebuilding(
+def run_rebuilding(
     links: Sequence[Link], inputs: tuple[Tensor, ...], context: Tensor | None, rebuilding: Rebuilding
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     chain = RebuiltChain(elementary(links), inputs[-1].device, rebuilding)
