@@ -69,8 +69,8 @@ def run(
         raise TypeError(f"the context must be a tensor or None, got {type(context).__name__}")
     # The transforms of torch.func want every kind of derivative; rebuilding gives the first one in reverse mode. An
     # exported program consists of operators alone.
-    stored = rebuilding is None or not torch.is_grad_enabled() or torch.compiler.is_exporting()
-    if stored or torch._C._are_functorch_transforms_active():
+    stored = not torch.is_grad_enabled() or torch.compiler.is_exporting()
+    if rebuilding is None or stored or torch._C._are_functorch_transforms_active():
         return run_links(links, inputs, context)
     if torch.compiler.is_dynamo_compiling():
         from inverse_flow.reversible.untraced import run_untraced
@@ -82,6 +82,7 @@ def run(
 def run_rebuilding(
     links: Sequence[Link], inputs: tuple[Tensor, ...], context: Tensor | None, rebuilding: Rebuilding
 ) -> tuple[tuple[Tensor, ...], Tensor]:
+    """:func:`run`, of a chain that is rebuilt; it keeps account of random numbers and buffers, and is not traced."""
     chain = RebuiltChain(elementary(links), inputs[-1].device, rebuilding)
     if not chain.links:
         return run_links(links, inputs, context)
