@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -73,6 +74,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if torch.__version__ >= NEXT_TORCH:
         for category in ("DeprecationWarning", "FutureWarning"):
             config.addinivalue_line("filterwarnings", f"default::{category}")
+    # A program that was started in the background may ignore Ctrl-C, and so would all that the tests start.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(params=DEVICES)
