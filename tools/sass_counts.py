@@ -97,6 +97,7 @@ KERNELS = {
     "tensor-tf32": Kernel("tensor/kernel.cuh", "solve_tensor_kernel<float, true>", (TERM, K_STEP, DIAGONAL)),
     "fold": Kernel("tensor/launch.cuh", "fold_taps_kernel<FoldArguments<float, FragmentTaps>>", (TERM,)),
     "gradient-tensor": Kernel("gradient/tensor.cuh", "weight_gradient_tensor_kernel<float, false>", (TAPS,)),
+    "gradient-tensor-tf32": Kernel("gradient/tensor.cuh", "weight_gradient_tensor_kernel<float, true>", (TAPS,)),
     "block": Kernel("block/kernel.cuh", "solve_kernel<float, 4, true>", (TERM,)),
 }
 

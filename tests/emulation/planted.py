@@ -228,4 +228,24 @@ PLANTED = {
     "lanes: the rows further up are those of this column": Mistake(
         "lanes/kernel.cuh", "(a == 1 ? 0 : S::kPitch)", "(a == 1 || PLANTED ? 0 : S::kPitch)"
     ),
+    "gradient on tensor cores: the loop of one tap fewer": Mistake(
+        "gradient/tensor.cuh",
+        "if (taps < kTaps) return with_taps",
+        "if (taps < kTaps + (PLANTED ? 1 : 0)) return with_taps",
+    ),
+    "gradient on tensor cores: a tap where the one before it stands": Mistake(
+        "gradient/tensor.cuh",
+        "const int tap = plan.tap_bytes[v];",
+        "const int tap = plan.tap_bytes[PLANTED && v > 0 ? v - 1 : v];",
+    ),
+    "gradient on tensor cores: a step that is taken to stay in its row": Mistake(
+        "gradient/tensor.cuh",
+        "= right + positions[pixel + 4];",
+        "= right + (PLANTED ? positions[pixel] + 16 : positions[pixel + 4]);",
+    ),
+    "gradient on tensor cores: a step that is not filled up": Mistake(
+        "gradient/tensor.cuh",
+        "left[output * plan.left_pitch + pixels + item - row * filled] = 0;",
+        "if (!PLANTED) left[output * plan.left_pitch + pixels + item - row * filled] = 0;",
+    ),
 }

@@ -40,6 +40,13 @@ def test_tensor_cores(kernel: tuple[int, int], image: tuple[int, int], transpose
         assert done.facts["gradient_tensor_cores"] == [1]
 
 
+@pytest.mark.parametrize("window", [*((1, taps) for taps in range(1, 10)), (4, 1), (2, 4), (3, 3)])
+def test_every_number_of_taps_has_its_loop(window: tuple[int, int]) -> None:
+    """Rows of 11 pixels end within a step of eight, and the last step is filled up."""
+    case = Case(1, (BOTTOM_RIGHT,), 16, 5, 11, *window, GENERAL, seeds=(1,))
+    assert check_backward(case).facts["gradient_window"] == list(window)
+
+
 @pytest.mark.parametrize("image_type", ["half", "bfloat16"])
 @pytest.mark.parametrize("layout", ["channels_last", "sliced", "expanded"])
 def test_tensor_cores_types_and_layouts(layout: str, image_type: str) -> None:

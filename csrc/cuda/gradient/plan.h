@@ -42,7 +42,8 @@ constexpr int64_t kTensorTilePixels = 256;
 constexpr int64_t kTileBuffers = 2;
 // What a multiprocessor keeps of its shared memory for each block.
 constexpr int64_t kReservedSharedBytes = 1024;
-// Instructions of a warp of the tensor core kernel, counted by hand and unmeasured: see tensor_cycles.
+// Instructions of a warp of the tensor core kernel, unmeasured: see tensor_cycles. Those of a step and of its taps are
+// in the machine code (tools/sass_counts.py: 44 with one tap, 153 with nine); those of a copy were counted by hand.
 constexpr double kStepInstructions = 30;
 constexpr double kTapInstructions = 14;
 constexpr double kCopyInstructions = 6;
@@ -91,6 +92,9 @@ struct GradientPlan {
   int64_t buffer_bytes;
   int64_t positions_offset;
   int64_t shared_bytes;
+  // Tensor cores: where in `right` the value of the window's tap v stands, in bytes from that of the first tap: before
+  // it, so 0 or less.
+  int32_t tap_bytes[kFragmentTaps];
 
   INVERSE_FLOW_HOST_DEVICE int32_t pixels() const { return images * tile_h * tile_w; }
   INVERSE_FLOW_HOST_DEVICE int32_t margin_h() const { return window_h - 1; }
@@ -232,6 +236,10 @@ inline bool lay_out_gradient(GradientPlan& plan, const Shape& shape, int64_t sta
     team_threads = plan.items * 32;
     sums = kFragmentTaps * 4;
     pieces = divide_up(plan.pixels(), kFragmentPixels);
+    for (int32_t v = 0; v < plan.window_h * plan.window_w; ++v) {
+      const int32_t before = v / plan.window_w * plan.right_columns() + v % plan.window_w;
+      plan.tap_bytes[v] = -before * static_cast<int32_t>(sizeof(float));
+    }
   } else {
     plan.items = plan.block_outputs / plan.side * (plan.block_inputs / plan.side) * plan.window_h * plan.window_w;
     team_threads = plan.items;
@@ -251,8 +259,8 @@ inline bool lay_out_gradient(GradientPlan& plan, const Shape& shape, int64_t sta
 }
 
 // Cycles of a multiprocessor that a plan for tensor cores takes, in a rough count that only compares plans. Beside each
-// other: loads from L2 at 64 bytes a cycle, and on four schedulers products at 7 cycles, or the instructions, which
-// were counted by hand in the source: of a warp's step, of a tap of it, and of a copied value.
+// other: loads from L2 at 64 bytes a cycle, and on four schedulers products at 7 cycles, or the instructions of a
+// warp's step, of a tap of it, and of a copied value.
 inline double tensor_cycles(const GradientPlan& plan, const Shape& shape, const DeviceLimits& device) {
   const int64_t splits = splits_wanted(plan, shape, device);
   const int64_t waves = divide_up(plan.blocks() * shape.groups * splits, device.multiprocessors);
