@@ -58,7 +58,7 @@ test-isas: $(done)/package $(done)/dev
 	    print(*info["cpu_isas"][: info["cpu_isas"].index(info["cpu_isa"])])'); do \
 	  echo "tests/ops with $$isa"; \
 	  TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor-$$isa INVERSE_FLOW_CPU_ISA=$$isa \
-	    ATEN_CPU_CAPABILITY=$$(echo $$isa | sed s/portable/default/) $(python) -m pytest -n auto --dist worksteal tests/ops; \
+	    ATEN_CPU_CAPABILITY=$$(echo $$isa | sed s/portable/default/) $(python) -m pytest -n auto --dist worksteal --thorough tests/ops; \
 	done
 
 lint: $(done)/package $(done)/dev
