@@ -125,7 +125,7 @@ def split_flow(flow: Flow, cut: Cut, count: int) -> list[Part]:
         count: of parts.
 
     Raises:
-        ValueError: the flow cannot be cut into so many parts, or has parameters outside its layers.
+        ValueError: the flow cannot be cut into ``count`` parts, or has parameters outside its layers.
     """
     outside = [name for name, _ in flow.named_parameters() if not name.startswith("layers.")]
     if outside:
