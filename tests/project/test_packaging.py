@@ -495,19 +495,6 @@ def test_wheel_in_a_clean_environment(tmp_path: Path, version: str) -> None:
 # -------------------------------------------------------------------------------------- what is installed
 
 
-def test_operator_layer_needs_torch_and_numpy_only() -> None:
-    program = """
-        import sys
-        for name in ("click", "rich", "matplotlib", "PIL"):
-            sys.modules[name] = None
-        import inverse_flow
-        loaded = {name.split(".")[1] for name in sys.modules if name.startswith("inverse_flow.")}
-        assert loaded.isdisjoint({"flows", "models", "data", "training", "cli", "commands"}), loaded
-        import inverse_flow.models
-    """
-    run(sys.executable, "-c", textwrap.dedent(program), folder=ROOT)
-
-
 def test_version_is_told_once() -> None:
     version = inverse_flow.__version__
     assert importlib.metadata.version("inverse-flow") == version
