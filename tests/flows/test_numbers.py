@@ -15,7 +15,7 @@ REQUIRED: dict[str, Any] = {
     "channels": 4, "in_channels": 4, "hidden": 4, "out_channels": 4, "size": (4, 4), "image_shape": (1, 4, 4),
     "classes": 3, "context_channels": 2,
 }  # fmt: skip
-NUMBERS = ("int", "int | None", "Steps")
+NUMBERS = ("int", "int | None", "PerAxis")
 
 
 def cases() -> list[tuple[type[nn.Module], dict[str, Any], str]]:
