@@ -255,10 +255,7 @@ def _check_spline(bins: int, bound: float) -> None:
 
 def _knots(raw: Tensor, bound: float) -> Tensor:
     """K + 1 knots from −B to B, whose distances are in proportion to softmax(raw) but for the least share."""
-    # A coupling's numbers lie channel by channel. torch.softmax would first move them side by side, and is slow over so
-    # few: with its gradient the whole spline took 1.7 times as long.
-    weights = (raw - raw.detach().amax(-1, keepdim=True)).exp()
-    shares = MIN_SHARE + (1 - MIN_SHARE * raw.shape[-1]) * (weights / weights.sum(-1, keepdim=True))
+    shares = MIN_SHARE + (1 - MIN_SHARE * raw.shape[-1]) * torch.softmax(raw, dim=-1)
     inner = bound * (2 * shares[..., :-1].cumsum(-1) - 1)
     ends = torch.full_like(raw[..., :1], bound)
     return torch.cat((-ends, inner, ends), dim=-1)
