@@ -37,7 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def few(items: list[pytest.Item]) -> set[pytest.Item]:
-    """So many of one test's items that each value of each of its parameters is met, as evenly as may be."""
+    """A few of one test's items, in which each value of each of its parameters is met, as evenly as may be."""
     values = {item: {f"{name}={value}" for name, value in item.callspec.params.items()} for item in items}
     met: Counter[str] = Counter()
     chosen = set()

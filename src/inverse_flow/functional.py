@@ -17,7 +17,7 @@ from inverse_flow.ops import autograd, centred, native, views
 from inverse_flow.ops import library as ops
 from inverse_flow.ops.causal import convolve, effective_weight, per_channel
 from inverse_flow.ops.checks import check_arguments
-from inverse_flow.ops.spec import OrderNames, Steps, check_integer, check_number, make_spec
+from inverse_flow.ops.spec import OrderNames, PerAxis, check_integer, check_number, make_spec
 
 __all__ = [
     "causal_conv1d",
@@ -56,7 +56,7 @@ def inverse_conv1d(
     *,
     order: OrderNames = "left",
     groups: int = 1,
-    dilation: Steps = 1,
+    dilation: PerAxis = 1,
     corner: str = "general",
 ) -> Tensor:
     r"""Solves A(w) x + b = y for signals x: the inverse of :func:`causal_conv1d` with the same arguments.
@@ -82,7 +82,7 @@ def inverse_conv2d(
     *,
     order: OrderNames = "top_left",
     groups: int = 1,
-    dilation: Steps = 1,
+    dilation: PerAxis = 1,
     corner: str = "general",
 ) -> Tensor:
     r"""Solves A(w) x + b = y for x: the inverse of :func:`causal_conv2d` with the same arguments.
@@ -134,7 +134,7 @@ def inverse_conv3d(
     *,
     order: OrderNames = "front_top_left",
     groups: int = 1,
-    dilation: Steps = 1,
+    dilation: PerAxis = 1,
     corner: str = "general",
 ) -> Tensor:
     r"""Solves A(w) x + b = y for volumes x: the inverse of :func:`causal_conv3d` with the same arguments.
@@ -188,8 +188,8 @@ def solve_conv2d(
         tolerance: the relative residual ‖y − b − A x‖ / ‖y − b‖ to reach, 1e-5 for float32 and 1e-10 for float64 unless
             given.
         max_iterations: the most for each image.
-        restart: iterations between restarts. Memory is that of so many copies of ``input``, but of no more than there
-            are iterations, or values in an image; few make hard problems slower.
+        restart: iterations between restarts. Memory is that of as many copies of ``input``, but of no more than there
+            are iterations, or values in an image; hard problems are slower with few.
         preconditioned: False leaves the preconditioner out, which kernels need whose centre tap is small beside the
             others: the two solves then grow without bound.
 
@@ -241,7 +241,7 @@ def causal_conv1d(
     *,
     order: OrderNames = "left",
     groups: int = 1,
-    dilation: Steps = 1,
+    dilation: PerAxis = 1,
     corner: str = "general",
 ) -> Tensor:
     r"""Computes A(w) x + b for signals: a convolution padded at one end alone, the side of the order.
@@ -261,7 +261,7 @@ def causal_conv2d(
     *,
     order: OrderNames = "top_left",
     groups: int = 1,
-    dilation: Steps = 1,
+    dilation: PerAxis = 1,
     corner: str = "general",
 ) -> Tensor:
     r"""Computes A(w) x + b: a convolution padded on the side of the order's corner alone.
@@ -283,7 +283,7 @@ def causal_conv3d(
     *,
     order: OrderNames = "front_top_left",
     groups: int = 1,
-    dilation: Steps = 1,
+    dilation: PerAxis = 1,
     corner: str = "general",
 ) -> Tensor:
     r"""Computes A(w) x + b for volumes: a convolution padded on the side of the order's corner alone.
@@ -304,7 +304,7 @@ def _inverse(
     bias: Tensor | None,
     order: OrderNames,
     groups: int,
-    dilation: Steps,
+    dilation: PerAxis,
     corner: str,
 ) -> Tensor:
     spec = make_spec(order, groups, corner, dimensions, ops.allows_tf32(input))
@@ -332,14 +332,14 @@ def _causal(
     bias: Tensor | None,
     order: OrderNames,
     groups: int,
-    dilation: Steps,
+    dilation: PerAxis,
     corner: str,
 ) -> Tensor:
     spec = make_spec(order, groups, corner, dimensions)
     check_arguments(input, weight, bias, groups, dimensions, batched=False)
-    steps = views.steps_within(dilation, input.shape[-dimensions:])
+    distances = views.dilation_within(dilation, input.shape[-dimensions:])
     batch = input if input.dim() == dimensions + 2 else input[None]
-    output = convolve(batch, effective_weight(weight, spec), spec, steps)
+    output = convolve(batch, effective_weight(weight, spec), spec, distances)
     if bias is not None:
         output = output + per_channel(bias.to(output.dtype), output)
     return output if batch is input else output[0]

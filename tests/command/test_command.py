@@ -158,7 +158,7 @@ SMALL = ["--validation", 5, "--batch-size", 10, "--depth", 1, "--hidden", 4, "--
 
 
 def test_everything_at_once(small: Path, tmp_path: Path) -> None:
-    """A conditional model of another kind, trained by parts with learnt noise, and all that is written on the way."""
+    """A conditional model of another kind, trained by parts with learned noise, and all that is written on the way."""
     run = tmp_path / "run"
     flags = ["--model", "FInCFlow", "--levels", 2, "--orders", "alternating", "--conditional", "--memory-efficient"]
     flags += ["--dequantization", "variational", "--bits", 5, "--optimizer", "adamax", "--decay-at", 0.5]

@@ -21,7 +21,7 @@ REQUIRED: dict[str, Any] = {
 }  # fmt: skip
 WRONG: dict[str, tuple[Any, ...]] = {
     "int": (-1, 2.5, 4.0, True, "4", float("inf"), [2]),
-    "Steps": (-1, 2.5, 4.0, True, "4", float("inf"), [2], (2, "2", 2)),
+    "PerAxis": (-1, 2.5, 4.0, True, "4", float("inf"), [2], (2, "2", 2)),
     "float": (-1.0, True, "0.4", float("nan"), [0.4]),
     "tuple": (4, "44", (4, True), (4, 0), (4.0, 4)),
 }

@@ -187,7 +187,7 @@ def test_other_dimensions(dimensions: int) -> None:
 def test_learns_to_deblur() -> None:
     """A small part of the error of zeros, where it starts, on fresh images."""
     loop = LoopNetwork(1, 3, 8, 3)
-    optimiser = torch.optim.Adam(loop.parameters(), 1e-2)
+    optimizer = torch.optim.Adam(loop.parameters(), 1e-2)
 
     def error(batch: int) -> Tensor:
         truth = torch.randn(batch, 1, 8, 8).cumsum(2).cumsum(3) / 8
@@ -197,9 +197,9 @@ def test_learns_to_deblur() -> None:
 
     for _ in range(30):
         loss = error(16)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     with torch.no_grad():
         assert error(64) < 0.3
 

@@ -5,17 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from inverse_flow.flows import FlowLayer, NonFiniteError
-from inverse_flow.flows.base import zero_logdet
+from inverse_flow.flows import NonFiniteError
 from inverse_flow.models import InverseFlow
 from inverse_flow.parts import ByParts, PartsConfig, cache, run_frozen
 from inverse_flow.parts.cache import FrozenOutputs
 from inverse_flow.training import Batches, TrainConfig, Trainer, Workers, checkpoint
 from inverse_flow.training.log import read_log
 
-from ..training.toy import images, losses, run
+from ..training.toy import Fault, images, losses, run
 
 # 16 images to train on: 4 steps an epoch, 12 steps before the finish and 6 in it.
 CONFIG = TrainConfig(
@@ -259,23 +258,6 @@ def test_kept_outputs_are_used() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ errors
-
-
-class Fault(FlowLayer):
-    """The identity, but for a result, or a gradient, that is NaN."""
-
-    def __init__(self, in_gradient: bool) -> None:
-        super().__init__()
-        self.in_gradient = in_gradient
-        self.weight = nn.Parameter(torch.zeros(()))
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if self.in_gradient:  # √w at 0: finite, with an infinite slope
-            return x + self.weight.sqrt(), zero_logdet(x)
-        return x * torch.nan, zero_logdet(x)
-
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return z, zero_logdet(z)
 
 
 @pytest.mark.parametrize(("step", "progress"), [(1, 0.0), (0, 0.9)], ids=["its part", "the finish"])

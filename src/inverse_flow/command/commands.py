@@ -18,10 +18,10 @@ import torch
 from matplotlib.backend_bases import FigureCanvasBase
 
 import inverse_flow
+from inverse_flow.command import INTERRUPTED_STATUS
 from inverse_flow.command.console import console, describe, notes, print_quality, print_table, quiet
 from inverse_flow.command.errors import plain_errors
 from inverse_flow.command.info import format_info
-from inverse_flow.command.main import INTERRUPTED_STATUS
 from inverse_flow.command.run_options import (
     KIND,
     changes_of,

@@ -20,7 +20,7 @@ from inverse_flow.ops.spec import check_integer
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Without a folder of test images, one image in so many is held out.
+# Without a folder of test images one image in this many is held out.
 HELD_OUT = 10
 # What the folders of the sets are called.
 SET_NAMES = {

@@ -142,7 +142,7 @@ def check_images(
 ) -> None:
     """Refuses what is not a batch of floating vectors (B, C), signals (B, C, L), images (B, C, H, W) or volumes
     (B, C, D, H, W), with the expected number of channels; ``spatial`` refuses vectors too, and ``dimensions`` all but
-    those of so many axes.
+    those with this number of axes.
 
     A layer without spatial weights takes all of them. One with a network leaves the choice to the network, whose
     convolutions have a number of dimensions.

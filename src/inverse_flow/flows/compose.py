@@ -133,7 +133,7 @@ class Flow(Bijection):
 
     def inverse(self, latents: Sequence[Tensor], context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Latents to data: (x, log|det ∂x/∂latents|)."""
-        self._check_latents(latents)
+        self.check_latents(latents)
         self._check_context(latents[-1].shape[0], context)
         (x,), logdet = run(self.links(inverse=True), tuple(latents), context, self.rebuilding)
         return x, logdet
@@ -174,7 +174,7 @@ class Flow(Bijection):
         """``n`` samples, without gradient. ``temperature`` scales the standard deviation of the latents; a context
         has one row per sample.
         """
-        return self.inverse(self._sample_latents(n, context, temperature, generator), context)[0]
+        return self.inverse(self.sample_latents(n, context, temperature, generator), context)[0]
 
     def sample_and_log_prob(
         self,
@@ -188,13 +188,14 @@ class Flow(Bijection):
 
         The density is that of ``log_prob``, whatever the temperature of the samples.
         """
-        latents = self._sample_latents(n, context, temperature, generator)
+        latents = self.sample_latents(n, context, temperature, generator)
         x, logdet = self.inverse(latents, context)
         return x, self.base.log_prob(latents, context) - logdet  # type: ignore[operator]
 
-    def _sample_latents(
+    def sample_latents(
         self, n: int, context: Tensor | None, temperature: float, generator: torch.Generator | None
     ) -> tuple[Tensor, ...]:
+        """What :meth:`sample` makes its samples of: ``n`` rows of every latent."""
         if not isinstance(n, torch.SymInt):
             check_integer("the number of samples", n, least=0)
         check_number("the temperature", temperature)
@@ -227,7 +228,8 @@ class Flow(Bijection):
         if isinstance(self.base, StandardNormal):
             self.base.follow(state_dict.values())  # it has nothing that a state_dict could bring
 
-    def _check_latents(self, latents: Sequence[Tensor]) -> None:
+    def check_latents(self, latents: Sequence[Tensor]) -> None:
+        """Refuses latents of other shapes than ``latent_shapes``, or of different batches."""
         given = [tuple(z.shape[1:]) for z in latents]
         if given != list(self.latent_shapes) or any(z.shape[0] != latents[0].shape[0] for z in latents):
             expected = ", ".join(f"(B, {_join(shape)})" for shape in self.latent_shapes)

@@ -28,7 +28,7 @@ def check_dimensions(dimensions: int, least: int = 0) -> int:
 
 
 def convolution(dimensions: int, in_channels: int, out_channels: int, kernel_size: int = 3) -> nn.Module:
-    """A convolution that keeps sizes, over so many axes; of vectors, which have none, a linear layer."""
+    """A convolution over ``dimensions`` axes that keeps their sizes; a linear layer for vectors, which have none."""
     if dimensions == 0:
         return nn.Linear(in_channels, out_channels)
     layer: nn.Module = CONVOLUTIONS[dimensions](in_channels, out_channels, kernel_size, padding=kernel_size // 2)

@@ -143,8 +143,8 @@ class JointFlow(Bijection):
     ) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """Latents of x and of y to data: ((x, y), log|det ∂(x, y)/∂latents|)."""
         of_x, of_y = latents
-        self.own._check_latents(of_x)
-        self.observed._check_latents(of_y)
+        self.own.check_latents(of_x)
+        self.observed.check_latents(of_y)
         if len(of_x[-1]) != len(of_y[-1]):
             raise ValueError(f"x and y have latents of as many examples, got {len(of_x[-1])} and {len(of_y[-1])}")
         self._check_context(len(of_x[-1]), context)
@@ -205,7 +205,7 @@ class JointFlow(Bijection):
     ) -> tuple[Tensor, Tensor]:
         """``n`` samples (x, y), without gradient."""
         of_x, of_y = (
-            flow._sample_latents(n, _of(flow, context), temperature, generator) for flow in (self.own, self.observed)
+            flow.sample_latents(n, _of(flow, context), temperature, generator) for flow in (self.own, self.observed)
         )
         return self.inverse((of_x, of_y), context)[0]
 
@@ -220,7 +220,7 @@ class JointFlow(Bijection):
     ) -> Tensor:
         """Samples of x from the posterior p(x | y), one for each row of ``y``, without gradient."""
         of_y, _ = self.forward_y(y, _of(self.observed, context))
-        of_x = self.own._sample_latents(len(y), _of(self.own, context), temperature, generator)
+        of_x = self.own.sample_latents(len(y), _of(self.own, context), temperature, generator)
         return self.inverse((of_x, of_y), context)[0][0]
 
     def _check_context(self, batch: int, context: Tensor | None) -> None:

@@ -57,7 +57,7 @@ class DataGradient(nn.Module):
 class LoopNetwork(nn.Module):
     """(η, s) after a number of steps s ← s + (∇, 0), (η, s) ← IRIM(η, s), with ∇ the normalised gradient Aᵀ(A η − d).
 
-    η is the estimate of what is sought, d are the data, s is a memory that starts at zero, say. Both halves of a step
+    η is the estimate of what is sought, d are the data, s is a memory, which may start at zero. Both halves of a step
     are invertible, the first one since η is still there to take the gradient of again. So nothing within the loop needs
     to be kept: training takes the memory of one step, whatever their number. Putzky & Welling, "Invert to Learn to
     Invert", NeurIPS 2019 (i-RIM); the NetworkLoop of Orozco et al., "InvertibleNetworks.jl", 2023.

@@ -23,9 +23,9 @@ OrderNames = str | Sequence[str]
 """The name of an order, or one name for each group."""
 
 Orders = tuple[int, ...]
-"""One code per group."""
+"""One code for each group."""
 
-Steps = int | Sequence[int]
+PerAxis = int | Sequence[int]
 """One integer for all axes, or one for each."""
 
 
@@ -140,15 +140,15 @@ def is_integer(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def each_axis(name: str, value: Steps, dimensions: int) -> tuple[int, ...]:
+def each_axis(name: str, value: PerAxis, dimensions: int) -> tuple[int, ...]:
     """``value``, the argument called ``name``, for every axis.
 
     Raises:
         ValueError: it is neither one integer of at least 1 nor one for each axis.
     """
-    steps: Any = (value,) * dimensions if isinstance(value, Integral) else value
-    fits = isinstance(steps, Sequence) and not isinstance(steps, bytes) and len(steps) == dimensions
-    if not fits or any(not is_integer(step) or step < 1 for step in steps):
+    values: Any = (value,) * dimensions if isinstance(value, Integral) else value
+    fits = isinstance(values, Sequence) and not isinstance(values, bytes) and len(values) == dimensions
+    if not fits or any(not is_integer(one) or one < 1 for one in values):
         each = f" or a sequence of {dimensions}, each" if dimensions > 1 else ""
         raise ValueError(f"{name} must be one integer{each} at least 1, got {value!r}")
-    return tuple(map(int, steps))
+    return tuple(map(int, values))

@@ -127,7 +127,7 @@ def split_flow(flow: Flow, cut: Cut, count: int) -> list[Part]:
 
     Raises:
         TypeError: a count that is no integer.
-        ValueError: another cut; the flow cannot be cut into so many parts, or has parameters outside its layers.
+        ValueError: another cut; the flow cannot be cut into ``count`` parts, or has parameters outside its layers.
     """
     check_integer("count", count)
     if cut not in PLACES:

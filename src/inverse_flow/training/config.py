@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from inverse_flow.training.workers import Workers
 
 MAX_BIT_DEPTH = 8
-# If the configuration does not say how many: a tenth of the images, at most so many.
+# Where the configuration does not say how many: a tenth of the images, at most this many.
 MOST_VALIDATION = 100
 # PyTorch's generators take no more.
 MAX_SEED = 2**63 - 1
@@ -47,7 +47,7 @@ class TrainConfig:
     """Everything that decides the losses of a run, and when it ends.
 
     Attributes:
-        steps: the run ends after this many optimiser steps …
+        steps: the run ends after this many optimizer steps …
         minutes: … or after this much time, whichever comes first. Time before a resume counts. None for no limit.
         batch_size: images in a step, over all processes. A smaller training set is one batch.
         optimizer: rule that turns gradients into steps: ``"adam"`` or ``"adamax"`` (Kingma & Ba, 2015).

@@ -16,7 +16,7 @@ MARGIN = 1e-4
 # A float32 number up to 256 can tell this from 1: noise above it would be rounded into the next cell.
 BELOW_ONE = 1 - 2**-15
 # A pair of couplings changes every value once, and leaves the channels in their order.
-STEPS = 4
+COUPLINGS = 4
 HIDDEN = 32
 
 
@@ -58,11 +58,11 @@ class VariationalDequantization(FlowLayer):
     Args:
         image_shape: (C, H, W), H and W even.
         bit_depth: n.
-        steps: couplings in h.
+        couplings: of h.
         hidden: width of their networks.
     """
 
-    def __init__(self, image_shape: Shape, bit_depth: int, *, steps: int = STEPS, hidden: int = HIDDEN) -> None:
+    def __init__(self, image_shape: Shape, bit_depth: int, *, couplings: int = COUPLINGS, hidden: int = HIDDEN) -> None:
         super().__init__()
         self.levels = 2**bit_depth
         self.channels = image_shape[0]
@@ -71,7 +71,7 @@ class VariationalDequantization(FlowLayer):
         self.logit = Logit(MARGIN)
         layers = [
             layer
-            for _ in range(steps)
+            for _ in range(couplings)
             for layer in (
                 AffineCoupling(channels, hidden, context_channels=channels),
                 Permute(range(channels - 1, -1, -1)),

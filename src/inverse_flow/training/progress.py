@@ -53,7 +53,7 @@ class MeasuringProgress:
 
 
 class TrainingProgress:
-    """A bar with loss, bits/dim, images/s and the time left; where there is no terminal, a line an evaluation."""
+    """A bar with loss, bits/dim, images/s and the time left; where there is no terminal, a line for each evaluation."""
 
     def __init__(self, config: TrainConfig, console: Console | None = None) -> None:
         self.config = config
