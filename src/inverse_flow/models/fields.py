@@ -13,25 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import cache
 from types import NoneType, UnionType
-from typing import (
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    Literal,
-    NamedTuple,
-    TypeVar,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from inverse_flow.ops.spec import check_integer, check_number
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-ConfigT = TypeVar("ConfigT", bound="DataclassInstance")
+ConfigT = TypeVar("ConfigT")
 ROLE = re.compile(r":\w+:`~?(?:[\w.]*\.)?(\w+)`")
 
 
@@ -120,7 +106,7 @@ def from_values(config_type: type[ConfigT], values: Mapping[str, Any]) -> Config
     Raises:
         ValueError: a field that does not exist.
     """
-    unknown = sorted(values.keys() - {field.name for field in fields(config_type)})
+    unknown = sorted(values.keys() - fields_of(config_type).keys())
     if unknown:
         raise ValueError(f"{config_type.__name__} has no {either(unknown)}: was it written by a newer version?")
     return config_type(**values)
