@@ -106,7 +106,8 @@ def from_values(config_type: type[ConfigT], values: Mapping[str, Any]) -> Config
     Raises:
         ValueError: a field that does not exist.
     """
-    unknown = sorted(values.keys() - fields_of(config_type).keys())
+    kind: type = config_type
+    unknown = sorted(values.keys() - fields_of(kind).keys())
     if unknown:
         raise ValueError(f"{config_type.__name__} has no {either(unknown)}: was it written by a newer version?")
     return config_type(**values)
