@@ -4,8 +4,8 @@
     python benchmarks/classifier.py --data MNIST/raw --seeds 3 --json benchmarks/results/classifier.json
 
 Both classifiers have the same head, the same batches and as many steps. Accuracy is that of the last weights on the
-test images, which choose nothing; its standard error is that of a share of so many images. The paper reports 97.6 % on
-MNIST.
+test images, which choose nothing; its standard error is that of a share of this number of images. The paper reports
+97.6 % on MNIST.
 """
 
 from __future__ import annotations

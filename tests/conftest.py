@@ -66,7 +66,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes very long or very much memory; run with --slow")
-    config.addinivalue_line("markers", "thorough: takes a minute; run with --thorough")
+    config.addinivalue_line("markers", "thorough: takes long, or is much like others; run with --thorough")
     config.addinivalue_line("markers", "alike: without --thorough, each value of each parameter is met once")
     # Most tests evaluate models that were never trained.
     config.addinivalue_line("filterwarnings", "ignore:ActNorm is not initialised:UserWarning")

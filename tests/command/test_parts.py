@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner, Result
 
 from inverse_flow.command.commands import cli
@@ -62,6 +63,7 @@ def test_parts_that_cannot_be_are_told_in_a_line(tmp_path: Path) -> None:
     assert "limited by --steps, not by --minutes" in " ".join(timed.output.split())
 
 
+@pytest.mark.thorough
 def test_a_part_in_each_process(tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "inverse_flow",

@@ -41,7 +41,7 @@ class PartsConfig:
         learning_rates: learning rates of the parts, as many as there are; the finish has them too. Without them it is
             that of the whole run everywhere.
         cache_epochs: epochs for which the outputs of finished parts are kept in a ``"sequential"`` run. They are
-            computed for all images at once; after so many epochs they are computed again, with other noise and flips.
+            computed for all images at once; after this many epochs they are computed again, with other noise and flips.
             0 computes them anew for every batch.
     """
 
