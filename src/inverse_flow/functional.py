@@ -178,7 +178,8 @@ def solve_conv2d(
 
     The backward pass is the same solve of the transposed system, to the same tolerance; derivatives of every order are
     made of such solves, in forward mode too. Under ``torch.func.vmap`` samples that share a weight are one batch, and
-    those with weights of their own are solved one after the other. GMRES reads values: a GPU is waited for at each iteration, and graphs are not captured.
+    those with weights of their own are solved one after the other. GMRES reads values: a GPU is waited for at each
+    iteration, and graphs are not captured.
 
     Args:
         input: y, of shape (B, C, H, W), or (C, H, W) for one image alone; float32 or float64; any strides.
