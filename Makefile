@@ -31,12 +31,9 @@ export PATH := $(if $(VENV),$(abspath $(VENV))/bin:)$(PATH)
 done := $(if $(VENV),$(VENV),build)/.inverse-flow
 sources := setup.py pyproject.toml MANIFEST.in LICENSE README.md \
     $(shell find csrc src -type f ! -name '*.so' ! -name '*.pyc' ! -path '*.egg-info/*')
-# A GPU that is lent for minutes has no time for the code of others, nor for a wait that never ends.
+# A GPU that is lent for minutes has no time for a wait that never ends.
 ifeq ($(MAKECMDGOALS),gpu-check)
   export NVCC_APPEND_FLAGS := $(NVCC_APPEND_FLAGS) -DINVERSE_FLOW_MOST_POLLS=16777216
-  ifndef TORCH_CUDA_ARCH_LIST
-    export TORCH_CUDA_ARCH_LIST := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | paste -sd ';')
-  endif
 endif
 
 # What the build reads from the environment; see docs/installation.md.
@@ -58,7 +55,7 @@ test-isas: $(done)/package $(done)/dev
 	    print(*info["cpu_isas"][: info["cpu_isas"].index(info["cpu_isa"])])'); do \
 	  echo "tests/ops with $$isa"; \
 	  TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/inductor-$$isa INVERSE_FLOW_CPU_ISA=$$isa \
-	    ATEN_CPU_CAPABILITY=$$(echo $$isa | sed s/portable/default/) $(python) -m pytest -n auto --dist worksteal tests/ops; \
+	    ATEN_CPU_CAPABILITY=$$(echo $$isa | sed s/portable/default/) $(python) -m pytest -n auto --dist worksteal --thorough tests/ops; \
 	done
 
 lint: $(done)/package $(done)/dev
@@ -74,9 +71,10 @@ docs: $(done)/dev
 	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict
 
 # PyTorch brings its own libraries and those of CUDA: they stay out.
+# For the GPUs of other machines, so that of this one must not be seen.
 wheel: $(done)/package $(done)/wheel
 	rm -rf build/lib* build/bdist* build/wheel
-	$(pip) wheel --no-build-isolation --no-deps --wheel-dir build/wheel .
+	CUDA_VISIBLE_DEVICES= $(pip) wheel --no-build-isolation --no-deps --wheel-dir build/wheel .
 	$(python) -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcud*' --wheel-dir dist build/wheel/*.whl
 
 clean:

@@ -135,9 +135,14 @@ def cuda_status(switch: str | None, home: Path | None) -> CudaStatus:
 
 
 def default_archs(home: Path) -> str:
-    """Those of DEFAULT_ARCHS that the toolkit knows: old ones lack the newest, new ones drop the oldest."""
+    """Those of the GPUs that PyTorch sees here, else DEFAULT_ARCHS; as far as the toolkit knows them: old ones lack the
+    newest, new ones drop the oldest."""
     known = ask_nvcc(home, "--list-gpu-arch", r"compute_(\d+)\b")
-    return ";".join(arch for arch in DEFAULT_ARCHS if arch.replace(".", "") in known) + "+PTX"
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    here = sorted({torch.cuda.get_device_capability(gpu) for gpu in gpus})
+    archs = [f"{major}.{minor}" for major, minor in here if f"{major}{minor}" in known]
+    archs = archs or [arch for arch in DEFAULT_ARCHS if arch.replace(".", "") in known]
+    return ";".join(archs) + "+PTX"
 
 
 def memory_gib() -> float:

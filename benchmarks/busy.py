@@ -42,7 +42,7 @@ LOSS_TOLERANCE = 1e-4
 
 
 def train(options: dict[str, Any], seconds: float) -> dict[str, float]:
-    """Images a second over so many seconds of training, and the loss of the last step before them."""
+    """Images per second over this time of training, and the loss of the last step before them."""
     torch.manual_seed(0)
     flow = InverseFlow((1, 28, 28), **options)
     optimizer = torch.optim.Adam(flow.parameters(), 1e-3)
@@ -66,7 +66,7 @@ def train(options: dict[str, Any], seconds: float) -> dict[str, float]:
 
 @contextmanager
 def neighbours(count: int) -> Iterator[None]:
-    """So many busy programs beside what runs in here."""
+    """This number of busy programs beside what runs in here."""
     programs = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(count)]
     try:
         yield

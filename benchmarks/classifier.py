@@ -4,8 +4,8 @@
     python benchmarks/classifier.py --data MNIST/raw --seeds 3 --json benchmarks/results/classifier.json
 
 Both classifiers have the same head, the same batches and as many steps. Accuracy is that of the last weights on the
-test images, which choose nothing; its standard error is that of a share of so many images. The paper reports 97.6 % on
-MNIST.
+test images, which choose nothing; its standard error is that of a share of this number of images. The paper reports
+97.6 % on MNIST.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def main(given: Sequence[str] | None = None) -> int:
     made.add_argument("--batch-size", type=int, default=100)
     made.add_argument("--learning-rate", type=float, default=3e-3, help="the highest of the one cycle")
     made.add_argument("--hidden", type=int, default=256)
-    made.add_argument("--shift", type=int, default=1, help="training images are moved by so many pixels at most")
+    made.add_argument("--shift", type=int, default=1, help="the most pixels by which training images are moved")
     made.add_argument("--seeds", type=int, default=1)
     settings = made.parse_args(given)
     report, data = Report("classifier", settings), load(settings.data)

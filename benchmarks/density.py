@@ -17,7 +17,7 @@ before. The rivals differ from InverseFlow in the layer at the head of a step: s
 the paper's tables:
 
 BPD: bits per dimension of the dequantized images, with the standard error over the test images. NLL: the same in nats
-an image. ST, FT: milliseconds to sample 100 images (with weights prepared once), and to compute the densities of 100.
+per image. ST, FT: milliseconds to sample 100 images (with weights prepared once), and to compute the densities of 100.
 Round trip: the largest error of a pixel on the way to the latents and back.
 
 The variants of an ablation have the same width, levels and steps, so that they differ in the named part alone; a part
@@ -285,7 +285,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     made.add_argument("--hidden", type=int, default=48, help="of an ablation")
     made.add_argument("--seed", type=int, default=0, help="the first one")
     made.add_argument("--seeds", type=int, default=1, help="runs of each model")
-    made.add_argument("--test-images", type=int, help="at most so many; all if not given")
+    made.add_argument("--test-images", type=int, help="the most that are used; all if not given")
     made.add_argument("--out", type=Path, help="folder of the runs; runs/density-PRESET or runs/ablation-PRESET")
     arguments = made.parse_args(given)
     preset, kind = PRESETS[arguments.preset], "ablation" if arguments.ablation else "density"

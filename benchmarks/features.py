@@ -43,7 +43,7 @@ def main(given: Sequence[str] | None = None) -> int:
     made.add_argument("--weight-decay", type=float, default=1e-2)
     made.add_argument("--flip", action="store_true", help="mirror images, as clothes may be and digits may not")
     made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--images", type=int, help="so many of the training images alone")
+    made.add_argument("--images", type=int, help="the number of training images, the first ones; all if not given")
     made.add_argument("--target", type=float, help="the least accuracy to succeed with")
     made.add_argument("--out", type=Path, help="where the weights go, the package unless given")
     settings = made.parse_args(given)

@@ -104,7 +104,7 @@ def time_alternately(
     until the budget is used up, and there are at least ``MIN_ROUNDS`` of them. ``clock`` tells the time on a CPU.
 
     Returns:
-        The seconds per call of each candidate, one entry a round: entries of the same round belong together.
+        The seconds per call of each candidate, one entry per round: entries of the same round belong together.
     """
     repeats = {}
     for name, work in candidates.items():
@@ -178,6 +178,26 @@ def compare(ours: Sequence[float], rival: Sequence[float]) -> dict[str, float]:
         "ratio_fastest": min(ours) / min(rival),
         "rounds": len(paired),
     }
+
+
+def summarise(
+    rows: Sequence[Mapping[str, Any]], names: Sequence[str], also: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Of the rows that agree in ``names``: their number, the geometric mean and the largest of their ratios, and the
+    geometric means of the ratios of the fastest samples and of the columns ``also``."""
+    found = []
+    for key in dict.fromkeys(tuple(row[name] for name in names) for row in rows):
+        members = [row for row in rows if tuple(row[name] for name in names) == key]
+        means = {"mean": "ratio", "fastest": "ratio_fastest", **{name: name for name in also}}
+        entry = dict(zip(names, key, strict=True)) | {"shapes": len(members)}
+        entry |= {name: geometric_mean([row[column] for row in members]) for name, column in means.items()}
+        found.append(entry | {"worst": max(row["ratio"] for row in members)})
+    return found
+
+
+def judged(entry: Mapping[str, Any], aims: Mapping[str, float]) -> str:
+    """Which of the entry's figures are no larger than aimed at, in words."""
+    return ", ".join(f"{name} ≤ {aim} {'kept' if entry[name] <= aim else 'MISSED'}" for name, aim in aims.items())
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:

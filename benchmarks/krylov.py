@@ -153,7 +153,7 @@ def main(given: Sequence[str] | None = None) -> int:
     )
     made.add_argument("--batch", type=int, default=4)
     made.add_argument("--tolerance", type=float, default=1e-8)
-    made.add_argument("--problems", type=int, help="so many of them alone")
+    made.add_argument("--problems", type=int, help="the number of problems, the first ones; all if not given")
     settings = made.parse_args(given)
     report = Report("krylov", settings)
     report.set(restart=RESTART, most_iterations=MOST_ITERATIONS)

@@ -42,14 +42,15 @@ from harness import (
     compare,
     cuda_graph,
     elapsed_seconds,
-    geometric_mean,
+    judged,
     parser,
     relative_error,
     require,
     spread,
+    summarise,
     time_alternately,
 )
-from problems import CHECK_ROUNDINGS, CORNERS, MODES, Case, Operands, check, inverse_conv
+from problems import CHECK_ROUNDINGS, CORNERS, MODES, Case, Operands, corners_that_solve, inverse_conv
 from torch import Tensor
 
 from inverse_flow import InverseConv2d, explain
@@ -185,35 +186,11 @@ def pattern_ms(mode: str, operands: Operands) -> float:
     return 1e3 * min(elapsed_seconds(work, 1, y.device) for _ in range(PATTERN_CALLS))
 
 
-def summarise(rows: Sequence[Mapping[str, Any]], arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Geometric means and worst ratio of each mode and setting, of layers and of large images, with the targets."""
-    found = []
-    names = ("threads", "launch", "tf32", "corner", "set", "mode")
-    for key in dict.fromkeys(tuple(row[name] for name in names) for row in rows):
-        members = [row for row in rows if tuple(row[name] for name in names) == key]
-        entry = dict(zip(names, key, strict=True)) | {
-            "shapes": len(members),
-            "mean": geometric_mean([row["ratio"] for row in members]),
-            "worst": max(row["ratio"] for row in members),
-            "fastest": geometric_mean([row["ratio_fastest"] for row in members]),
-            "of_the_limit": geometric_mean([row["of_the_limit"] for row in members]),
-        }
-        aims = TARGETS.get((arguments.device.type, entry["set"], entry["mode"]), {})
-        if arguments.rival == "convolution":
-            entry["targets"] = ", ".join(
-                f"{name} ≤ {aim} {'kept' if entry[name] <= aim else 'MISSED'}" for name, aim in aims.items()
-            )
-        found.append(entry)
-    return found
-
-
-def corners_that_solve(case: Case, operands: Operands, report: Report, corners: Sequence[str]) -> list[str]:
-    """Those whose solve and gradients pass their check."""
-    found = []
-    for corner in corners:
-        with report.checked(f"{case}, {corner}, {torch.get_num_threads()} threads"):
-            report.add("checks", {"shape": str(case), "corner": corner, **check(operands, corner)})
-            found.append(corner)
+def summary_of(rows: Sequence[Mapping[str, Any]], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Means and worst ratio of each mode and setting, of layers and of large images, with the targets."""
+    found = summarise(rows, ("threads", "launch", "tf32", "corner", "set", "mode"), also=("of_the_limit",))
+    for entry in found if arguments.rival == "convolution" else ():
+        entry["targets"] = judged(entry, TARGETS.get((arguments.device.type, entry["set"], entry["mode"]), {}))
     return found
 
 
@@ -273,7 +250,7 @@ def compare_shapes(report: Report, arguments: argparse.Namespace) -> None:
                     rows.append(row)
                     report.add("rows", row)
                     table.add(row)
-    summary = summarise(rows, arguments)
+    summary = summary_of(rows, arguments)
     report.set(summary=summary)
     print()
     columns = {"mode, set, corner": "{mode}, {shapes} {set}, {corner}", "setting": "{threads}, {launch} {tf32}"}

@@ -177,7 +177,7 @@ def make_sample(name: str, target: float, dtype: torch.dtype, seed: int) -> Samp
 
 
 def solve_in(regime: str) -> Solve:
-    """The solve of this library, on so many images at a time that the CPU chooses the regime."""
+    """The solve of this library, on as many images at a time as make the CPU choose the regime."""
     batch = REGIMES[regime]
 
     def solve(images: Tensor, weight: Tensor, corner: str) -> Tensor:

@@ -362,7 +362,7 @@ def parse_arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     made.add_argument("--decay-at", type=float, default=0.85, help="share of the run after which it falls to a tenth")
     made.add_argument("--average-decay", type=float, default=0.99)
     made.add_argument("--evaluate-every", type=int, default=100)
-    made.add_argument("--test-images", type=int, default=1000, help="at most so many")
+    made.add_argument("--test-images", type=int, default=1000, help="the most that are used")
     made.add_argument("--clock", choices=CLOCKS, default="wall", help="seconds passed, or of processor time")
     made.add_argument("--report", action="store_true", help="write the figures of --json into docs/parts.md")
     settings = made.parse_args(given)

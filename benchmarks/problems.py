@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
 
 import torch
-from harness import Work, relative_error, require
+from harness import Report, Work, relative_error, require
 from torch import Tensor
 
 from inverse_flow import functional, reference
@@ -184,3 +184,13 @@ def check(operands: Operands, corner: str) -> dict[str, float]:
         few, *others = (tensor.detach().double().cpu() for tensor in (y[:2], weight, bias))
         errors["recurrence"] = relative_error(x[:2].cpu(), plain_recurrence(few, *others, corner=corner))
     return require(errors, CHECK_ROUNDINGS * torch.finfo(y.dtype).eps)
+
+
+def corners_that_solve(case: Case, operands: Operands, report: Report, corners: Sequence[str]) -> list[str]:
+    """Those whose solve and gradients pass :func:`check`."""
+    found = []
+    for corner in corners:
+        with report.checked(f"{case}, {corner}, {torch.get_num_threads()} threads"):
+            report.add("checks", {"shape": str(case), "corner": corner, **check(operands, corner)})
+            found.append(corner)
+    return found

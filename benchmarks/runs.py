@@ -25,11 +25,11 @@ from inverse_flow.training.method import MethodFactory
 from inverse_flow.training.metrics import log_probs, standard_error
 from inverse_flow.training.run import Run, resume, start
 
-# The paper's batch: times are those of so many images.
+# The paper's batch: times are those of this many images.
 TIMED_IMAGES = 100
 # A width is a whole number, so that numbers of parameters can be equal only about.
 PARAMETER_MARGIN = 0.05
-# Wider networks than this are no answer to a wish for so many parameters.
+# The widest networks that are tried for a number of parameters.
 MAX_WIDTH = 4096
 # Relative difference allowed between two ways to compute the same images. Prepared weights are joined in float64 and
 # rounded once, so each of some dozens of layers differs by some units in the last place.
@@ -142,7 +142,7 @@ def images_of(data: ImageData, count: int, device: torch.device) -> Tensor:
 
 
 def summary_of(run: Run, model: Flow, test_images: int | None = None) -> dict[str, Any]:
-    """Bits per dimension on the test images with their standard error, nats an image, and what the training took."""
+    """Bits per dimension on the test images with their standard error, nats per image, and what the training took."""
     trainer, device = run.trainer, next(model.parameters()).device
     bit_depth = trainer.config.bit_depth
     found = log_probs(model, run.data.test.images[:test_images], bit_depth)

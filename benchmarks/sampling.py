@@ -67,7 +67,7 @@ TARGETS = (
 NOISE = 0.01
 # Through all the layers and back, rounding is amplified by their condition numbers.
 ROUND_TRIP_TOLERANCE = 1e-3
-# Images a pass in the tables, where 100 large ones at once would need too much memory; and passes a model.
+# Images per pass in the tables, where 100 large ones at once would need too much memory; and passes per model.
 TABLE_PIXELS, LEAST_IMAGES, TABLE_ROUNDS = 100 * 64**2, 10, 3
 
 
@@ -194,7 +194,7 @@ def forward_table(
 def rival_table(
     report: Report, names: Sequence[str], options: dict[str, Any], count: int, device: torch.device, budget: float
 ) -> None:
-    """A line for each model: milliseconds to sample so many images, and for their densities, all in turn.
+    """A line for each model: milliseconds to sample ``count`` images, and for their densities, all in turn.
 
     Raises:
         ArithmeticError: images that are not what goes to the latents and comes back, where they should be.

@@ -82,7 +82,7 @@ def solvers(case: Case, weight: Tensor, left_out: set[str]) -> dict[str, Solve]:
 
 @torch.no_grad()
 def measure(case: Case, device: torch.device, budget: float, left_out: set[str]) -> list[dict[str, Any]]:
-    """One row a rival. Those that turn out too slow join ``left_out``.
+    """One row for each rival. Those that turn out too slow join ``left_out``.
 
     Raises:
         ArithmeticError: one does not solve.
@@ -137,7 +137,7 @@ def image_fits(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def plot(rows: Sequence[dict[str, Any]], fits: dict[str, Any], title: str, path: Path) -> None:
-    """Time over size, a panel a sweep."""
+    """Time over size, a panel for each sweep."""
     names = list(dict.fromkeys(row["sweep"] for row in rows))
     figure = new_figure(4.2 * len(names), 4.2)
     panels = figure.subplots(1, len(names), squeeze=False)[0]

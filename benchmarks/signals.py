@@ -29,13 +29,14 @@ from harness import (
     Table,
     Work,
     compare,
-    geometric_mean,
+    judged,
     parser,
     relative_error,
     require,
+    summarise,
     time_alternately,
 )
-from problems import CHECK_ROUNDINGS, CORNERS, MODES, Operands, Signal, check
+from problems import CHECK_ROUNDINGS, CORNERS, MODES, Operands, Signal, corners_that_solve
 from torch import Tensor
 
 from inverse_flow import explain
@@ -150,24 +151,15 @@ def rows_of(samples: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
     ]
 
 
-def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Geometric mean and worst ratio to each rival, of batches and of each single signal, with the targets."""
-    found = []
-    names = ("threads", "mode", "corner", "rival", "set")
-    for key in dict.fromkeys(tuple(row[name] for name in names) for row in rows):
-        members = [row for row in rows if tuple(row[name] for name in names) == key]
-        entry = dict(zip(names, key, strict=True)) | {
-            "shapes": len(members),
-            "mean": geometric_mean([row["ratio"] for row in members]),
-            "worst": max(row["ratio"] for row in members),
-            "fastest": geometric_mean([row["ratio_fastest"] for row in members]),
-        }
+def summary_of(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Means and worst ratio to each rival, of batches and of each single signal, with the targets."""
+    found = summarise(rows, ("threads", "mode", "corner", "rival", "set"))
+    for entry in found:
         aim = SINGLE_TARGETS.get((entry["set"], entry["rival"]))
         if entry["set"] == "batches" and entry["rival"] == "conv1d":
             aim = BATCH_TARGET
         if aim is not None:
-            entry["targets"] = f"mean ≤ {aim} {'kept' if entry['mean'] <= aim else 'MISSED'}"
-        found.append(entry)
+            entry["targets"] = judged(entry, {"mean": aim})
     return found
 
 
@@ -187,11 +179,7 @@ def compare_shapes(report: Report, arguments: argparse.Namespace) -> None:
         torch.set_num_threads(threads)
         for case in arguments.shapes:
             operands = Operands.make(case, dtype)
-            correct = []
-            for corner in arguments.corner:
-                with report.checked(f"{case}, {corner}, {threads} threads"):
-                    report.add("checks", {"shape": str(case), "corner": corner, **check(operands, corner)})
-                    correct.append(corner)
+            correct = corners_that_solve(case, operands, report, arguments.corner)
             for mode in arguments.mode if correct else ():
                 plan = explain(case.shape, case.window, dtype=dtype, backward=mode != "forward")
                 place = {"shape": str(case), "mode": mode, "threads": threads, "regime": plan.regime}
@@ -204,7 +192,7 @@ def compare_shapes(report: Report, arguments: argparse.Namespace) -> None:
                         rows.append(place | row)
                         report.add("rows", rows[-1])
                         table.add(rows[-1])
-    summary = summarise(rows)
+    summary = summary_of(rows)
     report.set(summary=summary)
     print()
     columns = {"mode, set, corner": "{mode}, {shapes} {set}, {corner}", "threads": "{threads}", "rival": "{rival}"}

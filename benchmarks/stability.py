@@ -187,7 +187,7 @@ def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
 
 def main(given: Sequence[str] | None = None) -> int:
     made = parser(__doc__, plot=True, device=False, threads=1, budget=60)
-    made.add_argument("--cost", type=int, metavar="IMAGES", help="train nothing; time steps with batches of so many")
+    made.add_argument("--cost", type=int, metavar="IMAGES", help="train nothing; time steps with batches of this size")
     made.add_argument("--data", default="embedded", help="as in benchmarks/density.py")
     made.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     made.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))

@@ -109,13 +109,14 @@ def _blocks(inputs: int, outputs: int, count: int) -> nn.ModuleList:
 class Transport(FlowLayer):
     """The flow of dy/dt = v(y, t) from y(1) = 2x − 1, x an image in [0, 1), to the latent y(0), by the midpoint rule.
 
-    log|det dz/dx| = D log 2 − ∫ tr ∂v/∂y dt. The trace is estimated by εᵀ(∂v/∂y)ε with one ε of random signs an image
+    log|det dz/dx| = D log 2 − ∫ tr ∂v/∂y dt. The trace is estimated by εᵀ(∂v/∂y)ε with one ε of random signs per image
     (Hutchinson; Grathwohl et al., "FFJORD", 2019), which is right on average, and the integral by the same rule, with
     steps that grow shorter towards the image: an estimate of the density, neither exact nor a bound.
 
     Args:
         velocity: v.
-        evaluations: of v, two a step; a single one is a step of Euler's rule. The attribute may be changed at any time.
+        evaluations: of v, two per step; a single one is a step of Euler's rule. May be changed at any
+            time.
     """
 
     uses_context = False
@@ -202,7 +203,7 @@ class FlowMatching(ImageFlow):
         *,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        (z,) = self._sample_latents(n, context, temperature, generator)
+        (z,) = self.sample_latents(n, context, temperature, generator)
         return self.transport.images(z)
 
 

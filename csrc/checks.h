@@ -1,5 +1,5 @@
 // Argument checks shared by the backends, and the translation from tensors to the plain structs of params.h.
-// When one fails, the Python layer looks again and gives the friendlier error (src/inverse_flow/_checks.py).
+// When one fails, the Python layer looks again and gives the friendlier error (src/inverse_flow/ops/checks.py).
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -1,6 +1,6 @@
-// Operator schemas, nothing else. `orders` has one entry per group (see Order in params.h), so its length is the
-// number of groups; `corner` is a Corner of params.h. With `allow_tf32` the tensor cores of a GPU may round the factors
-// of float32 products to TF32; the CPU never does.
+// Operator schemas, nothing else. `orders` has one entry per group (see kMirrorColumns in params.h), so its length is
+// the number of groups; `corner` is a Corner of params.h. With `allow_tf32` the tensor cores of a GPU may round the
+// factors of float32 products to TF32; the CPU never does.
 //
 // Each operator has a twin, `_eager`, that does the same (no overload: opcheck takes no operator with two). Python
 // gives the plain one a formula of its derivatives, which exported and compiled programs need; calls of it pass through

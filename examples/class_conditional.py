@@ -15,7 +15,7 @@ SAMPLES_PER_CLASS = 8  # a row of the picture
 TEMPERATURE = 0.7
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--steps", type=int, default=400, help="optimiser steps")
+parser.add_argument("--steps", type=int, default=400, help="optimizer steps")
 parser.add_argument("--output", type=Path, default=Path("class_conditional.png"), help="where the picture goes")
 arguments = parser.parse_args()
 

@@ -26,7 +26,7 @@ NOISE = 0.01  # standard deviation, where white is 1
 TIKHONOV = [10 ** (-power / 2) for power in range(3, 9)]
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--steps", type=int, default=300, help="optimiser steps for the unknown blur")
+parser.add_argument("--steps", type=int, default=300, help="optimizer steps for the unknown blur")
 parser.add_argument("--output", type=Path, default=Path("deblurring.png"), help="where the picture goes")
 arguments = parser.parse_args()
 

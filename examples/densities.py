@@ -15,7 +15,7 @@ EDGE = 3.0  # of the part of the plane that is shown
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--names", nargs="+", choices=TOY_DENSITIES, default=["banana", "two_moons"])
-parser.add_argument("--steps", type=int, default=300, help="optimiser steps of each flow")
+parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each flow")
 parser.add_argument("--output", type=Path, default=Path("densities.png"), help="where the picture goes")
 arguments = parser.parse_args()
 
@@ -27,7 +27,7 @@ def banana(points: Tensor) -> Tensor:
 
 
 def learn(name: str) -> Glow:
-    """A flow of spline couplings, trained on 256 fresh points a step."""
+    """A flow of spline couplings, trained on 256 fresh points per step."""
     flow = Glow((2,), levels=1, steps=4, hidden=32, coupling="spline")
     optimizer = torch.optim.Adam(flow.parameters(), lr=6e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, arguments.steps)
@@ -52,7 +52,7 @@ for row, name in zip(figure.subplots(len(arguments.names), 3, squeeze=False), ar
         nats = -flow.log_prob(test).mean().item()
         density = flow.log_prob(grid).exp().view(160, 160).T
     exact = f", {-banana(test).mean():.3f} by the density itself" if name == "banana" else ""
-    print(f"{name}: {nats:.3f} nats a point on 5000 fresh ones{exact}")
+    print(f"{name}: {nats:.3f} nats per point on 5000 fresh ones{exact}")
     row[0].scatter(*test[:1500].T.numpy(), s=1)
     row[1].imshow(density.numpy(), extent=(-EDGE, EDGE, -EDGE, EDGE), origin="lower")
     row[2].scatter(*flow.sample(1500).T.numpy(), s=1)

@@ -22,7 +22,7 @@ EDGE = (WINDOW - HOLE) // 2  # of the window, on each side of the hole
 SAMPLES = 19  # so that one value in twenty is below them all, and one above, if it is drawn as they are
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--steps", type=int, default=1500, help="optimiser steps")
+parser.add_argument("--steps", type=int, default=1500, help="optimizer steps")
 parser.add_argument("--output", type=Path, default=Path("inpainting.png"), help="where the picture goes")
 arguments = parser.parse_args()
 

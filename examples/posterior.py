@@ -20,7 +20,7 @@ NOISE = 0.5
 A = torch.tensor([[1.0, 0.5, 0.0], [0.0, 1.0, -1.0]])
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--steps", type=int, default=500, help="optimiser steps")
+parser.add_argument("--steps", type=int, default=500, help="optimizer steps")
 parser.add_argument("--output", type=Path, default=Path("posterior.png"), help="where the picture goes")
 arguments = parser.parse_args()
 
@@ -42,7 +42,7 @@ for step in range(arguments.steps):
     optimizer.step()
     schedule.step()
     if step % 100 == 0 or step == arguments.steps - 1:
-        print(f"step {step:4d}: {loss.item():.3f} nats a pair")
+        print(f"step {step:4d}: {loss.item():.3f} nats per pair")
 
 # Exactly: S = (I + AᵀA / σ²)⁻¹, m(y) = S Aᵀ y / σ².
 covariance = torch.linalg.inv(torch.eye(3) + A.T @ A / NOISE**2)

@@ -23,7 +23,7 @@ LEARNED, STATE, CONTEXT = 6, 7, 8
 OBSERVED, SAMPLES, SHOWN = 20, 99, 8
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--steps", type=int, default=300, help="optimiser steps")
+parser.add_argument("--steps", type=int, default=300, help="optimizer steps")
 parser.add_argument("--output", type=Path, default=Path("tomography.png"), help="where the picture goes")
 arguments = parser.parse_args()
 
@@ -82,7 +82,7 @@ for step in range(arguments.steps):
     optimizer.step()
     schedule.step()
     if step % 100 == 0 or step == arguments.steps - 1:
-        print(f"step {step:4d}: {loss.item():.1f} nats an image")
+        print(f"step {step:4d}: {loss.item():.1f} nats per image")
 
 model.eval()
 x, data = draw(200)

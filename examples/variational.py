@@ -18,7 +18,7 @@ STEEPNESS = 10.0
 LOG_NORMALIZER = math.log(2 * math.pi / math.sqrt(STEEPNESS))
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--steps", type=int, default=600, help="optimiser steps")
+parser.add_argument("--steps", type=int, default=600, help="optimizer steps")
 parser.add_argument("--output", type=Path, default=Path("variational.png"), help="where the picture goes")
 arguments = parser.parse_args()
 

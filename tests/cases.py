@@ -88,7 +88,7 @@ class Case:
 
     @property
     def inverse_conv(self) -> Callable[..., Tensor]:
-        """The public function of so many dimensions; likewise the others."""
+        """The public function for this number of dimensions; likewise the others."""
         return getattr(functional, f"inverse_conv{self.dimensions}d")
 
     @property

@@ -37,7 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def few(items: list[pytest.Item]) -> set[pytest.Item]:
-    """So many of one test's items that each value of each of its parameters is met, as evenly as may be."""
+    """A few of one test's items, in which each value of each of its parameters is met, as evenly as may be."""
     values = {item: {f"{name}={value}" for name, value in item.callspec.params.items()} for item in items}
     met: Counter[str] = Counter()
     chosen = set()
@@ -66,7 +66,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes very long or very much memory; run with --slow")
-    config.addinivalue_line("markers", "thorough: takes a minute; run with --thorough")
+    config.addinivalue_line("markers", "thorough: takes long, or is much like others; run with --thorough")
     config.addinivalue_line("markers", "alike: without --thorough, each value of each parameter is met once")
     # Most tests evaluate models that were never trained.
     config.addinivalue_line("filterwarnings", "ignore:ActNorm is not initialised:UserWarning")

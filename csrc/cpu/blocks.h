@@ -8,7 +8,7 @@
 
 namespace inverse_flow::cpu {
 
-// Prepares a signal's weights for blocks of so many steps; the other arguments are as for `prepare`. What it takes to
+// Prepares a signal's weights for blocks of `block` steps; the other arguments are as for `prepare`. What it takes to
 // solve a block is computed in float64 and rounded once, and for float64 itself in about twice the digits. Where a
 // block would magnify roundings more than its sums have digits left, the blocks are of one step.
 template <class T>

@@ -26,12 +26,19 @@ struct LaneBlock {
   using Step = typename EightOf<T>::step;
   using Index = typename EightOf<T>::index;
   int64_t used;
-  Index first{}, last{};
-  int64_t any_first, any_last = 0;  // no lane holds a pixel outside of these steps
-  int64_t all_first = 0, all_last;  // every used lane holds one inside of these
+  Index first, last;
+  int64_t any_first, any_last;  // no lane holds a pixel outside of these steps
+  int64_t all_first, all_last;  // every used lane holds one inside of these
 
+  LaneBlock() = default;
   LaneBlock(const Lanes& lanes, int64_t block, int64_t begin, int64_t steps)
-      : used(smaller(larger(lanes.used - block, 0), 8)), any_first(steps), all_last(steps) {
+      : used(smaller(larger(lanes.used - block, 0), 8)),
+        first{},
+        last{},
+        any_first(steps),
+        any_last(0),
+        all_first(0),
+        all_last(steps) {
     for (int64_t l = 0; l < used; ++l) {
       // Cut to the steps of the call, so that they fit the integers beside a vector's elements.
       const int64_t low = smaller(larger(lanes.first[block + l] - begin, 0), steps);
@@ -120,65 +127,83 @@ INVERSE_FLOW_INLINE void for_pieces(int64_t begin, int64_t from, int64_t to, F f
   }
 }
 
+// Eight lanes of an image tensor that `pack` reads.
+template <class IO, class T>
+struct PackedLanes : LaneBlock<T> {
+  const IO* from[8];
+  const IO* lowest;
+  const IO* highest;
+
+  PackedLanes() = default;
+  PackedLanes(const Image<const IO>& image, const ptrdiff_t* start, const Lanes& lanes, int64_t block, int64_t begin,
+              int64_t steps)
+      : LaneBlock<T>(lanes, block, begin, steps), lowest(image.data + start[block]), highest(lowest) {
+    for (int64_t l = 0; l < 8; ++l) {
+      // An unused lane reads another lane's pixels; they are zeroed below like all that lie outside a lane's range.
+      from[l] = image.data + start[l < this->used ? block + l : block];
+      if (from[l] < lowest) lowest = from[l];
+      if (from[l] > highest) highest = from[l];
+    }
+  }
+
+  // Vectors of eight may run past a row into the next one, but never out of the tensor.
+  bool readable(const Image<const IO>& image, ptrdiff_t offset) const {
+    return offset >= image.begin - lowest && offset + 8 <= image.end - highest;
+  }
+};
+
 // Steps [begin, begin + steps) of an image tensor into the state, minus the bias; zero where a lane holds no pixel.
-// `state` is at step `begin`. A channel's steps are read in one go, so that each cache line is visited once. With
-// `merge` the lanes that hold no pixel keep what is in the state.
+// `state` is at step `begin`. A channel's steps are read in one go, so that each cache line is visited once; and of all
+// lanes, so that the lines of the state are filled while they are in the L1 cache. With `merge` the lanes that hold no
+// pixel keep what is in the state.
 template <class IO, class T>
 static __attribute__((noinline)) void pack(const Image<const IO>& image, const ptrdiff_t* start, const Lanes& lanes,
                                            int64_t channels, int64_t begin, int64_t steps, const T* bias, T* state,
                                            ptrdiff_t channel_state, ptrdiff_t step_state, bool merge = false) {
   const ptrdiff_t step_stride = image.stride.column;
   const ptrdiff_t channel_stride = image.stride.channel;
-  for (int64_t block = 0; block < lanes.count; block += 8) {
-    const LaneBlock<T> held(lanes, block, begin, steps);
-    const IO* from[8];
-    const IO* lowest = image.data + start[block];
-    const IO* highest = lowest;
-    for (int64_t l = 0; l < 8; ++l) {
-      // An unused lane reads another lane's pixels; they are zeroed below like all that lie outside a lane's range.
-      from[l] = image.data + start[l < held.used ? block + l : block];
-      if (from[l] < lowest) lowest = from[l];
-      if (from[l] > highest) highest = from[l];
+  const int64_t blocks = lanes.count / 8;
+  PackedLanes<IO, T> block_of[kMaxLanes / 8];
+  for (int64_t b = 0; b < blocks; ++b) block_of[b] = {image, start, lanes, 8 * b, begin, steps};
+  const auto put = [&](int64_t b, int64_t s, int64_t c, Eight<T> value) {
+    if (bias) value -= bias[c];
+    T* const to = state + s * step_state + c * channel_state + 8 * b;
+    const auto mask = block_of[b].mask(s);
+    value = masked<T>(value, mask);
+    store8(to, merge ? value + masked<T>(load8(to), ~mask) : value);
+  };
+  const auto gather = [&](int64_t b, int64_t s, int64_t c) {
+    const PackedLanes<IO, T>& held = block_of[b];
+    IO values[8] = {};
+    for (int64_t l = 0; l < held.used; ++l) {
+      if (held.holds(l, s)) values[l] = held.from[l][c * channel_stride + (begin + s) * step_stride];
     }
-    // Vectors of eight may run past a row into the next one, but never out of the tensor.
-    const auto readable = [&](ptrdiff_t offset) {
-      return offset >= image.begin - lowest && offset + 8 <= image.end - highest;
-    };
-    const auto put = [&](int64_t s, int64_t c, Eight<T> value) {
-      if (bias) value -= bias[c];
-      T* const to = state + s * step_state + c * channel_state + block;
-      const auto mask = held.mask(s);
-      value = masked<T>(value, mask);
-      store8(to, merge ? value + masked<T>(load8(to), ~mask) : value);
-    };
-    const auto gather = [&](int64_t s, int64_t c) {
-      IO values[8] = {};
-      for (int64_t l = 0; l < held.used; ++l) {
-        if (held.holds(l, s)) values[l] = from[l][c * channel_stride + (begin + s) * step_stride];
-      }
-      return load8(values);
-    };
-    if (step_stride == 1 || step_stride == -1) {
-      for (int64_t c = 0; c < channels; ++c) {
-        // A mirrored row is read from its other end.
-        const auto offset_of = [&](int64_t piece) {
-          return c * channel_stride + (step_stride == 1 ? begin + piece : -(begin + piece + 7));
-        };
+    return load8(values);
+  };
+  if (step_stride == 1 || step_stride == -1) {
+    for (int64_t c = 0; c < channels; ++c) {
+      // A mirrored row is read from its other end.
+      const auto offset_of = [&](int64_t piece) {
+        return c * channel_stride + (step_stride == 1 ? begin + piece : -(begin + piece + 7));
+      };
+      for (int64_t b = 0; b < blocks; ++b) {
+        const PackedLanes<IO, T>& held = block_of[b];
+        const auto readable = [&](int64_t piece) { return held.readable(image, offset_of(piece)); };
         auto whole = held.whole(begin);
         if (merge && held.used < 8) whole.count = 0;
-        for (; whole.count > 0 && !readable(offset_of(whole.first)); --whole.count) whole.first += 8;
-        while (whole.count > 0 && !readable(offset_of(whole.end() - 8))) --whole.count;
+        for (; whole.count > 0 && !readable(whole.first); --whole.count) whole.first += 8;
+        while (whole.count > 0 && !readable(whole.end() - 8)) --whole.count;
         const auto pack_piece = [&](int64_t piece) INVERSE_FLOW_INLINED {
           const int64_t count = smaller(8, steps - piece);
           if (held.nowhere(piece, piece + count)) {
-            for (int64_t s = piece; !merge && s < piece + count; ++s) put(s, c, Eight<T>{});
-          } else if (readable(offset_of(piece))) {
+            for (int64_t s = piece; !merge && s < piece + count; ++s) put(b, s, c, Eight<T>{});
+          } else if (readable(piece)) {
             Eight<T> rows[8];
-            for (int64_t l = 0; l < 8; ++l) rows[l] = load8(from[l] + offset_of(piece));
+            for (int64_t l = 0; l < 8; ++l) rows[l] = load8(held.from[l] + offset_of(piece));
             transpose8<T>(rows);
-            for (int64_t s = 0; s < count; ++s) put(piece + s, c, rows[step_stride == 1 ? s : 7 - s]);
+            for (int64_t s = 0; s < count; ++s) put(b, piece + s, c, rows[step_stride == 1 ? s : 7 - s]);
           } else {
-            for (int64_t s = piece; s < piece + count; ++s) put(s, c, gather(s, c));
+            for (int64_t s = piece; s < piece + count; ++s) put(b, s, c, gather(b, s, c));
           }
         };
         if (whole.count == 0) {
@@ -186,23 +211,26 @@ static __attribute__((noinline)) void pack(const Image<const IO>& image, const p
           continue;
         }
         for_pieces(begin, 0, whole.first, pack_piece);
-        pack_whole(from, offset_of(whole.first), step_stride, bias ? bias[c] : T(0), held.mask(whole.first),
-                   state + whole.first * step_state + c * channel_state + block, step_state, whole.count);
+        pack_whole(held.from, offset_of(whole.first), step_stride, bias ? bias[c] : T(0), held.mask(whole.first),
+                   state + whole.first * step_state + c * channel_state + 8 * b, step_state, whole.count);
         for_pieces(begin, whole.end(), steps, pack_piece);
       }
-      continue;
     }
+    return;
+  }
+  for (int64_t b = 0; b < blocks; ++b) {
+    const PackedLanes<IO, T>& held = block_of[b];
     for (int64_t s = 0; s < steps; ++s) {
       int64_t c = 0;
       // Channels last: eight channels of eight lanes.
-      while (channel_stride == 1 && c + 8 <= channels && readable((begin + s) * step_stride + c)) {
+      while (channel_stride == 1 && c + 8 <= channels && held.readable(image, (begin + s) * step_stride + c)) {
         Eight<T> rows[8];
-        for (int64_t l = 0; l < 8; ++l) rows[l] = load8(from[l] + (begin + s) * step_stride + c);
+        for (int64_t l = 0; l < 8; ++l) rows[l] = load8(held.from[l] + (begin + s) * step_stride + c);
         transpose8<T>(rows);
-        for (int64_t k = 0; k < 8; ++k) put(s, c + k, rows[k]);
+        for (int64_t k = 0; k < 8; ++k) put(b, s, c + k, rows[k]);
         c += 8;
       }
-      for (; c < channels; ++c) put(s, c, gather(s, c));
+      for (; c < channels; ++c) put(b, s, c, gather(b, s, c));
     }
   }
 }
@@ -230,15 +258,18 @@ static __attribute__((noinline)) void unpack(const Image<IO>& image, const ptrdi
                                              ptrdiff_t channel_state, ptrdiff_t step_state) {
   const ptrdiff_t step_stride = image.stride.column;
   const ptrdiff_t channel_stride = image.stride.channel;
-  for (int64_t block = 0; block < lanes.used; block += 8) {
-    const LaneBlock<T> held(lanes, block, begin, steps);
-    if (step_stride == 1 || step_stride == -1) {
-      const auto whole = held.whole(begin);
-      for (int64_t c = 0; c < channels; ++c) {
-        const auto place = [&](int64_t piece) {
-          return image.data + c * channel_stride + (step_stride == 1 ? begin + piece : -(begin + piece + 7));
-        };
-        const T* const channel = state + c * channel_state + block;
+  const int64_t blocks = (lanes.used + 7) / 8;
+  LaneBlock<T> block_of[kMaxLanes / 8];
+  for (int64_t b = 0; b < blocks; ++b) block_of[b] = {lanes, 8 * b, begin, steps};
+  if (step_stride == 1 || step_stride == -1) {
+    for (int64_t c = 0; c < channels; ++c) {
+      const auto place = [&](int64_t piece) {
+        return image.data + c * channel_stride + (step_stride == 1 ? begin + piece : -(begin + piece + 7));
+      };
+      for (int64_t b = 0; b < blocks; ++b) {
+        const LaneBlock<T>& held = block_of[b];
+        const auto whole = held.whole(begin);
+        const T* const channel = state + c * channel_state + 8 * b;
         const auto unpack_piece = [&](int64_t piece) INVERSE_FLOW_INLINED {
           const int64_t count = smaller(8, steps - piece);
           if (held.nowhere(piece, piece + count)) return;
@@ -249,7 +280,7 @@ static __attribute__((noinline)) void unpack(const Image<IO>& image, const ptrdi
             const int64_t low = larger(held.first[l] - piece, 0);
             const int64_t high = smaller(held.last[l] - piece, count);
             if (low >= high) continue;
-            IO* const row = place(piece) + start[block + l];
+            IO* const row = place(piece) + start[8 * b + l];
             if (step_stride == 1) {
               store_some<T>(row, rows[l], low, high - low);
             } else {
@@ -262,21 +293,24 @@ static __attribute__((noinline)) void unpack(const Image<IO>& image, const ptrdi
           continue;
         }
         for_pieces(begin, 0, whole.first, unpack_piece);
-        unpack_whole(place(whole.first), start + block, held.used, step_stride, channel + whole.first * step_state,
+        unpack_whole(place(whole.first), start + 8 * b, held.used, step_stride, channel + whole.first * step_state,
                      step_state, whole.count);
         for_pieces(begin, whole.end(), steps, unpack_piece);
       }
-      continue;
     }
+    return;
+  }
+  for (int64_t b = 0; b < blocks; ++b) {
+    const LaneBlock<T>& held = block_of[b];
     for (int64_t s = 0; s < steps; ++s) {
-      const T* from = state + s * step_state + block;
+      const T* from = state + s * step_state + 8 * b;
       int64_t c = 0;
       for (; channel_stride == 1 && c + 8 <= channels; c += 8) {
         Eight<T> rows[8];
         for (int64_t k = 0; k < 8; ++k) rows[k] = load8(from + (c + k) * channel_state);
         transpose8<T>(rows);
         for (int64_t l = 0; l < held.used; ++l) {
-          if (held.holds(l, s)) store8(image.data + start[block + l] + (begin + s) * step_stride + c, rows[l]);
+          if (held.holds(l, s)) store8(image.data + start[8 * b + l] + (begin + s) * step_stride + c, rows[l]);
         }
       }
       for (; c < channels; ++c) {
@@ -284,7 +318,7 @@ static __attribute__((noinline)) void unpack(const Image<IO>& image, const ptrdi
         store8(values, load8(from + c * channel_state));
         for (int64_t l = 0; l < held.used; ++l) {
           if (held.holds(l, s)) {
-            image.data[start[block + l] + c * channel_stride + (begin + s) * step_stride] = values[l];
+            image.data[start[8 * b + l] + c * channel_stride + (begin + s) * step_stride] = values[l];
           }
         }
       }

@@ -21,9 +21,9 @@ struct Plan {
   RowsPlan rows;        // of rows as lanes
   OutputsPlan outputs;  // of outputs as lanes
   int64_t lanes;        // of the widest line
-  int64_t
-      units;     // narrowest lines that hold the images of a group, bands of an image, or pieces of the batch (outputs)
-  int64_t jobs;  // what the threads share: bands (rows), or ranges of neighbouring units (images, outputs)
+  // Of a group, the narrowest lines that hold its images, or the pieces of the batch (outputs); of an image, its bands.
+  int64_t units;
+  int64_t jobs;     // what the threads share: bands (rows), or ranges of neighbouring units (images, outputs)
   int64_t workers;  // threads that have a job
   int64_t sets;     // partial sums of the gradients that are kept apart
   int64_t cost;     // estimate of the busiest thread's time, in steps of a line of one vector
@@ -47,12 +47,12 @@ struct Plan {
 // Whether `threads` that share an image can sweep joined bands. The band that a thread joins to its line begins a
 // period after the one before it, and a stretch and a band behind the band above it, which is another thread's; that
 // one waits in turn for the band above, and so on around to this very thread. With a period as long as all these delays
-// together somebody is always ahead of who waits for him.
+// together some thread is always ahead of the one that waits for it.
 inline bool joined_lines_fit(const Shape& shape, int64_t band, int64_t stretch, int64_t threads) {
   return band_period(shape) >= threads * (stretch + band);
 }
 
-// How an image is swept by bands of so many rows. Long stretches are packed in long runs, which the hardware prefetches
+// How an image is swept by bands of `band` rows. Long stretches are packed in long runs, which the hardware prefetches
 // (see slab_bytes), but `threads` that share an image each start a band and a stretch after the one above.
 inline RowsPlan plan_rows(const Shape& shape, bool with_gradient, int64_t band, int64_t state_bytes, int64_t threads) {
   const int64_t steps = band_steps(shape, band);
@@ -80,7 +80,7 @@ inline RowsPlan plan_rows(const Shape& shape, bool with_gradient, int64_t band, 
 // Multiply-adds of vectors that take about as long as planning, and waking the threads, once more.
 constexpr int64_t kPartCost = 1 << 15;
 
-// The widest line that so many units of min_lanes images fill: what they leave is left to narrower ones.
+// The widest line that `units` units of min_lanes images fill: what they leave is left to narrower ones.
 inline int64_t line_lanes(int64_t units, int64_t min_lanes, int64_t max_lanes) {
   int64_t lanes = min_lanes;
   while (2 * lanes <= std::min(units * min_lanes, max_lanes)) lanes *= 2;
@@ -88,12 +88,12 @@ inline int64_t line_lanes(int64_t units, int64_t min_lanes, int64_t max_lanes) {
 }
 
 // Costs with outputs as lanes are counted in multiply-adds of a vector. Packing and unpacking a value takes about as
-// long as so many; a block waits for the one before it, since it reads what that one stored, and sums it.
+// long as kOutputsPacking of them; a block waits for the one before it, since it reads what that one stored.
 constexpr int64_t kImagesPacking = 1;
 constexpr int64_t kOutputsPacking = 3;
 constexpr int64_t kBlockWait = 48;
 
-// What a unit of so many signals costs with outputs as lanes.
+// What a unit of `signals` signals costs with outputs as lanes.
 inline int64_t outputs_cost(const Shape& shape, int64_t block, int64_t signals, int64_t lanes) {
   const int64_t columns = (shape.kernel_w - 1 + block) * shape.channels;
   const int64_t vectors = pieces(block * shape.channels, lanes);
@@ -112,8 +112,8 @@ inline int64_t images_cost(const Shape& shape, int64_t line, int64_t lanes) {
   return shape.channels * (products + kImagesPacking * line);
 }
 
-// A step of so many channels takes longer than it takes a thread to learn that another one has done it, and with the
-// gradient one of half as many.
+// With this many channels, or half as many with the gradient, a step takes longer than a thread needs to learn that
+// another one has done it.
 constexpr int64_t kBandChannels = 12;
 
 template <class IO, class T>

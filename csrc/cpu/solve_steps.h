@@ -56,7 +56,7 @@ INVERSE_FLOW_INLINE void multiply_unit_triangular(Sums<T, kOut, kLanes>& sum, co
 }
 
 // low and high += sum over input channels of w * source, for two blocks at once: a line of one vector has six
-// accumulators a block, and a multiply-add takes as long as eight of them are started in.
+// accumulators per block, and eight multiply-adds can start before the first one is done.
 template <class T, int kLanes, int kLow, int kHigh>
 INVERSE_FLOW_INLINE void add_products_of_two(Sums<T, kLow, kLanes>& low, Sums<T, kHigh, kLanes>& high, const T* source,
                                              ptrdiff_t channel_stride, int64_t in_channels, const T* w_low,

@@ -56,8 +56,8 @@ struct Weights {
   // triangular one the inverses of the blocks on the diagonal, and -M elsewhere, since blocks are substituted.
   const T* corner;
   const T* bias;  // one per channel, or null
-  // Of outputs as lanes instead of taps and corner: what the outputs of a block of so many steps, [step][channel], are
-  // of the (kernel_w - 1) * channels values of x in front of it and, behind those, of the block's own y - bias. In
+  // Of outputs as lanes instead of taps and corner: what the outputs of a block of block_steps steps, [step][channel],
+  // are of the (kernel_w - 1) * channels values of x in front of it and, behind those, of the block's own y - bias. In
   // tiles of at most kTileVectors vectors of outputs, the last vector filled up with zeros: [tile][input][output of the
   // tile]. Several steps at once sum larger products than one after the other would, and do so in float64.
   const T* step;        // of blocks of one step, else null

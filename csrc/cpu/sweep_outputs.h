@@ -22,8 +22,7 @@ INVERSE_FLOW_INLINE WideVector<T> from_lane(int64_t first) {
   return (WideVector<T>)(lane >= bound);
 }
 
-// A multiply-add takes as long as eight of them are started in: few sums are cut into parts, which are added in the
-// end.
+// Eight multiply-adds can start before the first one is done: few sums are cut into parts, which are added in the end.
 template <int kSignals, int kVectors>
 constexpr int kSumParts = kSignals * kVectors < 4 ? 4 / (kSignals * kVectors) : 1;
 

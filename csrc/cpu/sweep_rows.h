@@ -1,7 +1,7 @@
 // Rows as lanes: stretch after stretch of a line of bands.
 // Included by sweep_impl.h alone, inside its namespace and under its target pragma.
 
-// Steps with lanes that hold no pixel are solved so many at a time at most.
+// The most steps with lanes that hold no pixel that are solved at a time.
 constexpr int64_t kMaskedSteps = 32;
 
 // Steps whose outer products are summed at a time: what a block of channels needs of them for the taps of a plane stays
@@ -346,7 +346,7 @@ class RowsSweep {
     }
   }
 
-  // So many lanes from first_lane on.
+  // kCount lanes from first_lane on.
   template <int kCount>
   void solve_lanes(int64_t begin, int64_t end, const Run& run, int64_t first_lane, T* state) const {
     if (run.masked) mask_lanes<kCount>(begin, end, first_lane);

@@ -22,7 +22,7 @@ from inverse_flow.ops.bijection import Bijection
 from inverse_flow.ops.causal import corner_taps, effective_weight, limit_row_sums, with_corner_taps, without_autocast
 from inverse_flow.ops.checks import FLOAT_DTYPES, shape_of_images
 from inverse_flow.ops.library import allows_tf32
-from inverse_flow.ops.spec import ORDERS, OrderNames, Steps, check_integer, each_axis, make_spec
+from inverse_flow.ops.spec import ORDERS, OrderNames, PerAxis, check_integer, check_number, each_axis, make_spec
 from inverse_flow.ops.views import solve_backward
 
 __all__ = ["InverseConv1d", "InverseConv2d", "InverseConv3d", "InverseConvNd"]
@@ -35,22 +35,23 @@ INITIAL_GAIN = 0.1
 
 class InverseConvNd(Bijection):
     """What :class:`InverseConv1d`, :class:`InverseConv2d` and :class:`InverseConv3d` have in common: all but the number
-    of axes of an image, ``dimensions``, and the functions of that number."""
+    of axes of an image, ``dimensions``, and the functions for that number, ``solve`` and ``convolve``, which are called
+    with a weight, a bias and the layer's ``arguments``."""
 
     uses_context = False
     dimensions: int
-    _solve: Callable[..., Tensor]
-    _convolve: Callable[..., Tensor]
+    solve: Callable[..., Tensor]
+    convolve: Callable[..., Tensor]
     sign: Tensor
     permutation: Tensor
 
     def __init__(
         self,
         channels: int,
-        kernel_size: Steps = 3,
+        kernel_size: PerAxis = 3,
         *,
         groups: int = 1,
-        dilation: Steps = 1,
+        dilation: PerAxis = 1,
         order: OrderNames | None = None,
         corner: str = "unit_triangular",
         bias: bool = True,
@@ -69,8 +70,10 @@ class InverseConvNd(Bijection):
             raise ValueError(f"channels ({channels}) must be divisible by groups ({groups})")
         if corner not in ("identity", "unit_triangular", "plu"):
             raise ValueError(f"corner must be identity, unit_triangular or plu, got {corner!r}")
-        if max_row_sum is not None and not 0 < max_row_sum < 1:
-            raise ValueError(f"max_row_sum must be between 0 and 1, or None, got {max_row_sum!r}")
+        if max_row_sum is not None:
+            check_number("max_row_sum", max_row_sum)
+            if not 0 < max_row_sum < 1:
+                raise ValueError(f"max_row_sum must be between 0 and 1, or None, got {max_row_sum!r}")
         if dtype is not None and dtype not in FLOAT_DTYPES:
             raise TypeError(f"dtype must be float32, float64, bfloat16 or float16, got {dtype}")
 
@@ -82,7 +85,7 @@ class InverseConvNd(Bijection):
         # A "plu" corner is multiplied out first, and all of the product is read.
         read = "general" if corner == "plu" else corner
         self.spec = make_spec(order, groups, read, self.dimensions)
-        self._arguments: dict[str, Any] = {
+        self.arguments: dict[str, Any] = {
             "order": self.order, "groups": groups, "corner": read,
             "dilation": self.dilation if max(self.dilation) > 1 else 1,
         }  # fmt: skip
@@ -115,13 +118,13 @@ class InverseConvNd(Bijection):
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Data to latent: (z, log|det ∂z/∂x|), the solve. ``context`` is not used."""
         self._check_batch(x)
-        z = self._solve(x, self._weight(), self.bias, **self._arguments)
+        z = self.solve(x, self._weight(), self.bias, **self.arguments)
         return z, self.log_det(x, inverse=True)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Latent to data: (x, log|det ∂x/∂z|), a plain convolution. ``context`` is not used."""
         self._check_batch(z)
-        x = self._convolve(z, self._weight(), self.bias, **self._arguments)
+        x = self.convolve(z, self._weight(), self.bias, **self.arguments)
         return x, self.log_det(z)
 
     def backward_from_output(
@@ -131,7 +134,7 @@ class InverseConvNd(Bijection):
         ∂x = A(w)⁻ᵀ ∂z. For :mod:`inverse_flow.reversible`."""
         with torch.enable_grad():
             weight, log_det = self._weight(), self.log_det(z, inverse=True)
-        x = self._convolve(z, weight, self.bias, **self._arguments)
+        x = self.convolve(z, weight, self.bias, **self.arguments)
         spec = self.spec._replace(allow_tf32=allows_tf32(z))
         grad_x, grad_weight, grad_bias = solve_backward(grad_z, z, weight, spec, self.dilation)
         backpropagate([weight, self.bias, log_det], [grad_weight, grad_bias, grad_logdet])
@@ -191,8 +194,8 @@ class InverseConv1d(InverseConvNd):
     """
 
     dimensions = 1
-    _solve = staticmethod(inverse_conv1d)
-    _convolve = staticmethod(causal_conv1d)
+    solve = staticmethod(inverse_conv1d)
+    convolve = staticmethod(causal_conv1d)
 
 
 class InverseConv2d(InverseConvNd):
@@ -211,7 +214,7 @@ class InverseConv2d(InverseConvNd):
             ``"bottom_right"``, or a sequence of one name for each group. Four groups with the four orders are the
             layer of the paper's experiments.
         corner: the kind of M. ``"unit_triangular"``: unit lower triangular, log-det 0; ``"identity"``: M = I,
-            log-det 0; ``"plu"``: M = P·L·(U + diag(s)) with P fixed, L, U and log|s| learnt, the sign of s fixed,
+            log-det 0; ``"plu"``: M = P·L·(U + diag(s)) with P fixed, L, U and log|s| learned, the sign of s fixed,
             and log-det −H·W·Σ log|s|.
         bias: learn b, of shape (C,), initialised to 0.
         max_row_sum: κ, 0 < κ < 1: each row of the folded taps W′_δ = M⁻¹ W_δ is scaled by min(1, κ / s_o), where s_o is
@@ -237,8 +240,8 @@ class InverseConv2d(InverseConvNd):
     """
 
     dimensions = 2
-    _solve = staticmethod(inverse_conv2d)
-    _convolve = staticmethod(causal_conv2d)
+    solve = staticmethod(inverse_conv2d)
+    convolve = staticmethod(causal_conv2d)
 
 
 class InverseConv3d(InverseConvNd):
@@ -252,5 +255,5 @@ class InverseConv3d(InverseConvNd):
     """
 
     dimensions = 3
-    _solve = staticmethod(inverse_conv3d)
-    _convolve = staticmethod(causal_conv3d)
+    solve = staticmethod(inverse_conv3d)
+    convolve = staticmethod(causal_conv3d)

@@ -1,5 +1,7 @@
 """Slow, obvious solves to test the fast one against. Plain PyTorch, differentiable, any floating dtype and device.
 
+In half precision the recurrence is one in float32, rounded once, as that of the fast one is.
+
 Never an oracle: the paper's released code, whose gradients and inverses are wrong (see docs/mathematics.md).
 """
 
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from inverse_flow.ops.causal import corner_index, effective_weight, mirrored, per_channel, tap
 from inverse_flow.ops.checks import check_arguments
-from inverse_flow.ops.spec import ORDERS, OrderNames, Steps, each_axis, make_spec
+from inverse_flow.ops.spec import ORDERS, OrderNames, PerAxis, each_axis, make_spec
 
 __all__ = [
     "dense_matrix",
@@ -31,7 +33,7 @@ def dense_matrix(
     *sizes: int,
     order: OrderNames | None = None,
     groups: int = 1,
-    dilation: Steps = 1,
+    dilation: PerAxis = 1,
     corner: str = "general",
 ) -> Tensor:
     """The matrix of A(w) on images of ``dense_matrix(weight, height, width)``, or on signals or volumes.
@@ -44,7 +46,7 @@ def dense_matrix(
     """
     dimensions = len(sizes)
     spec = make_spec(ORDERS[dimensions][0] if order is None else order, groups, corner, dimensions)
-    steps = each_axis("dilation", dilation, dimensions)
+    distances = each_axis("dilation", dilation, dimensions)
     weight = effective_weight(weight, spec)
     channels, kernel = weight.shape[1], weight.shape[2:]
     blocks = []
@@ -52,9 +54,9 @@ def dense_matrix(
         block = weight.new_zeros(channels * math.prod(sizes), channels * math.prod(sizes))
         for place in product(*map(range, kernel)):
             matrix = tap(window, place)
-            for size, index, corner_place, step in zip(sizes, place, corner_index(code, kernel), steps, strict=True):
+            for size, index, corner_place, d in zip(sizes, place, corner_index(code, kernel), distances, strict=True):
                 # An output pixel reads the input pixel so far behind it: ones on one diagonal.
-                behind = (index - corner_place) * step
+                behind = (index - corner_place) * d
                 matrix = torch.kron(matrix, weight.new_ones(size, size).tril(behind).triu(behind))
             block = block + matrix
         blocks.append(block)
@@ -68,7 +70,7 @@ def _dense(
     bias: Tensor | None,
     order: OrderNames,
     groups: int,
-    dilation: Steps,
+    dilation: PerAxis,
     corner: str,
 ) -> Tensor:
     """A dense solve in float64."""
@@ -88,24 +90,25 @@ def _recurrence(
     bias: Tensor | None,
     order: OrderNames,
     groups: int,
-    dilation: Steps,
+    dilation: PerAxis,
     corner: str,
 ) -> Tensor:
     """One pixel after the other."""
     spec = make_spec(order, groups, corner, dimensions)
     check_arguments(input, weight, bias, groups, dimensions)
-    steps = each_axis("dilation", dilation, dimensions)
-    weight = effective_weight(weight, spec).to(input.dtype)
+    distances = each_axis("dilation", dilation, dimensions)
+    dtype, state = input.dtype, torch.promote_types(input.dtype, torch.float32)
+    input, weight = input.to(state), effective_weight(weight, spec).to(state)
     if bias is not None:
-        input = input - per_channel(bias.to(input.dtype), input)
+        input = input - per_channel(bias.to(state), input)
     channels = weight.shape[1]
     groups_of = zip(input.split(channels, 1), weight.split(channels), spec.orders, strict=True)
-    return torch.cat([_sweep(images, window, code, steps) for images, window, code in groups_of], 1)
+    return torch.cat([_sweep(images, window, code, distances) for images, window, code in groups_of], 1).to(dtype)
 
 
-def _sweep(input: Tensor, weight: Tensor, order: int, steps: tuple[int, ...]) -> Tensor:
+def _sweep(input: Tensor, weight: Tensor, order: int, dilation: tuple[int, ...]) -> Tensor:
     """One group: mirrors the image and the taps so that the order is the first one, and sweeps in raster order."""
-    flips = [axis for axis, backwards in enumerate(mirrored(order, len(steps)), 2) if backwards]
+    flips = [axis for axis, backwards in enumerate(mirrored(order, len(dilation)), 2) if backwards]
     input, weight = input.flip(flips), weight.flip(flips)
     kernel, sizes = weight.shape[2:], input.shape[2:]
     # The offsets to the pixels that are read, the pixel itself first, and the taps there.
@@ -115,7 +118,7 @@ def _sweep(input: Tensor, weight: Tensor, order: int, steps: tuple[int, ...]) ->
     for pixel in product(*map(range, sizes)):
         right = tap(input, pixel)
         for offset, values in zip(offsets[1:], taps[1:], strict=True):
-            source = tuple(p - q * step for p, q, step in zip(pixel, offset, steps, strict=True))
+            source = tuple(p - q * d for p, q, d in zip(pixel, offset, dilation, strict=True))
             if source in pixels:
                 right = right - pixels[source] @ values
         pixels[pixel] = torch.linalg.solve(taps[0].mT, right.mT).mT
@@ -129,11 +132,11 @@ def inverse_conv1d(
     *,
     order: OrderNames = "left",
     groups: int = 1,
-    dilation: Steps = 1,
+    dilation: PerAxis = 1,
     corner: str = "general",
 ) -> Tensor:
     """:func:`inverse_flow.functional.inverse_conv1d` as the plain recurrence, one pixel after the other, in the
-    dtype of ``input``: what rounding alone costs. Same arguments and errors."""
+    dtype of ``input``, float32 at least: what rounding alone costs. Same arguments and errors."""
     return _recurrence(1, input, weight, bias, order, groups, dilation, corner)
 
 
@@ -144,7 +147,7 @@ def inverse_conv1d_dense(
     *,
     order: OrderNames = "left",
     groups: int = 1,
-    dilation: Steps = 1,
+    dilation: PerAxis = 1,
     corner: str = "general",
 ) -> Tensor:
     """:func:`inverse_flow.functional.inverse_conv1d` as a dense solve in float64: the oracle. Returns float64."""
@@ -158,11 +161,11 @@ def inverse_conv2d(
     *,
     order: OrderNames = "top_left",
     groups: int = 1,
-    dilation: Steps = 1,
+    dilation: PerAxis = 1,
     corner: str = "general",
 ) -> Tensor:
     """:func:`inverse_flow.functional.inverse_conv2d` as the plain recurrence, one pixel after the other, in the
-    dtype of ``input``: what rounding alone costs. Same arguments and errors."""
+    dtype of ``input``, float32 at least: what rounding alone costs. Same arguments and errors."""
     return _recurrence(2, input, weight, bias, order, groups, dilation, corner)
 
 
@@ -173,7 +176,7 @@ def inverse_conv2d_dense(
     *,
     order: OrderNames = "top_left",
     groups: int = 1,
-    dilation: Steps = 1,
+    dilation: PerAxis = 1,
     corner: str = "general",
 ) -> Tensor:
     """:func:`inverse_flow.functional.inverse_conv2d` as a dense solve in float64: the oracle. Returns float64."""
@@ -187,11 +190,11 @@ def inverse_conv3d(
     *,
     order: OrderNames = "front_top_left",
     groups: int = 1,
-    dilation: Steps = 1,
+    dilation: PerAxis = 1,
     corner: str = "general",
 ) -> Tensor:
     """:func:`inverse_flow.functional.inverse_conv3d` as the plain recurrence, one pixel after the other, in the
-    dtype of ``input``: what rounding alone costs. Same arguments and errors."""
+    dtype of ``input``, float32 at least: what rounding alone costs. Same arguments and errors."""
     return _recurrence(3, input, weight, bias, order, groups, dilation, corner)
 
 
@@ -202,7 +205,7 @@ def inverse_conv3d_dense(
     *,
     order: OrderNames = "front_top_left",
     groups: int = 1,
-    dilation: Steps = 1,
+    dilation: PerAxis = 1,
     corner: str = "general",
 ) -> Tensor:
     """:func:`inverse_flow.functional.inverse_conv3d` as a dense solve in float64: the oracle. Returns float64."""

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from inverse_flow.conv import InverseConvNd
-from inverse_flow.ops.causal import corner_index, corner_taps, effective_weight, folded_taps, with_corner_taps
+from inverse_flow.ops.causal import corner_index, corner_taps, folded_taps, with_corner_taps
+from inverse_flow.ops.spec import check_integer, check_number
 
 __all__ = ["LayerStability", "Limited", "StabilityReport", "gains", "limit_gain_", "stability_report"]
 
@@ -44,9 +45,9 @@ LARGE_GROWTH = 1.5
 
 # How close to its limit a gain counts as on it: rounding the taps to float32 moves a gain of 100 by less.
 ON_THE_LIMIT = 1e-5
-# Newton's steps to a γ: at most so many, until one is as small as this.
+# Newton's steps to a γ: at most the first number, until one is as small as the second.
 MOST_STEPS, SMALL_STEP = 100, 1e-14
-# Impulse responses of so many bytes are computed at a time.
+# Impulse responses are computed as many at a time as fit this memory.
 CHUNK_BYTES = 64 * 2**20
 
 ADVICE = "give its layers one by one"
@@ -108,7 +109,7 @@ class StabilityReport:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """One sentence per layer that has some."""
+        """One sentence for each layer that has any."""
         return tuple(
             f"{_name(layer.path)} has {' and '.join(layer.warnings)}" for layer in self.layers if layer.warnings
         )
@@ -220,6 +221,7 @@ def limit_gain_(
         TypeError: a layer whose weight is no parameter, but computed from others.
         FloatingPointError: a layer with weights that are not finite.
     """
+    check_number("limit", limit)
     if not limit > 0:
         raise ValueError(f"limit must be above 0, got {limit}")
     damped = []
@@ -249,7 +251,7 @@ def limit_gain_(
 
 def _weight(layer: InverseConvNd) -> Tensor:
     """The weight of A as the layer's solve reads it, in float64."""
-    return effective_weight(layer._weight().detach().double(), layer.spec)
+    return layer.complete_weight().detach().double()
 
 
 def _stability(path: str, layer: InverseConvNd, sizes: Sizes) -> LayerStability:
@@ -289,7 +291,7 @@ def _response(layer: InverseConvNd, weight: Tensor, sizes: Sizes, *, solve: bool
     members, pixels = channels // groups, math.prod(sizes)
     device = weight.device
     starts = torch.tensor([_flat(_start(order, sizes), sizes) for order in layer.spec.orders], device=device)
-    operator, arguments = layer._solve if solve else layer._convolve, {**layer._arguments, "dilation": 1}
+    operator, arguments = layer.solve if solve else layer.convolve, {**layer.arguments, "dilation": 1}
     total = weight.new_zeros(channels, *sizes)
     for inputs in torch.arange(members, device=device).split(max(1, CHUNK_BYTES // (8 * channels * pixels))):
         impulses = weight.new_zeros(len(inputs), groups, members, pixels)
@@ -395,6 +397,8 @@ def _layers(
     model: nn.Module, image_size: int | Sequence[int], context: Tensor | None
 ) -> list[tuple[str, InverseConvNd, Sizes]]:
     """The inverse convolutions with their paths, and the sizes of image that they see."""
+    for size in image_size if isinstance(image_size, Sequence) else [image_size]:
+        check_integer("image_size", size)
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     if isinstance(model, InverseConvNd):
         return [("", model, _sizes_of(model, image_size))]
@@ -414,16 +418,16 @@ def _layers(
 
 def _sizes_of(layer: InverseConvNd, image_size: int | Sequence[int]) -> Sizes:
     axes = layer.dimensions
-    given = (image_size,) * axes if isinstance(image_size, int) else tuple(image_size)
+    given = tuple(map(int, image_size if isinstance(image_size, Sequence) else (image_size,) * axes))
     sizes = given[1:] if len(given) == axes + 1 and given[0] == layer.channels else given
-    if len(sizes) != axes or min(sizes) < 1:
-        raise ValueError(f"image_size must be {axes} sizes of at least 1 for {layer}, got {image_size!r}")
+    if len(sizes) != axes:
+        raise ValueError(f"image_size must be {axes} sizes for {layer}, got {image_size!r}")
     return sizes
 
 
 def _example_shape(model: nn.Module, image_size: int | Sequence[int]) -> Sizes:
     event: Any = getattr(model, "event_shape", None)
-    if isinstance(image_size, int):
+    if not isinstance(image_size, Sequence):
         if event is None:
             raise ValueError(f"image_size must be the shape of an example, such as (C, H, W), got {image_size}")
         return (event[0], *(image_size,) * (len(event) - 1))

@@ -23,7 +23,7 @@ def test_every_text_is_printed_in_every_encoding(encoding: str, monkeypatch: pyt
     assert printed == expected.encode(encoding, "replace").decode(encoding)
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+@pytest.mark.parametrize("encoding", ["ascii", pytest.param("latin-1", marks=pytest.mark.thorough)])
 def test_the_command_speaks_it(encoding: str) -> None:
     told = subprocess.run(
         [sys.executable, "-m", "inverse_flow", "train", "--help"],

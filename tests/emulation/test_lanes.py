@@ -81,32 +81,29 @@ def test_bands(channels: int, height: int, width: int, taps: int, transposed: bo
     assert done.facts["tiles"] == [1, 1]
 
 
-def test_more_bands_than_warps() -> None:
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("channels", "height", "width", "threads"),
+    [(8, 33, 9, 256), (5, 13, 13, 64), (6, 70, 13, 64), (2, 70, 9, 32), (12, 9, 7, 64)],
+)
+def test_more_bands_than_warps(channels: int, height: int, width: int, threads: int, transposed: bool) -> None:
     """An image is not cut where its warps can take one band after the other, and none of them has to wait for that."""
-    for channels, height, width, threads in (
-        (8, 33, 9, 256),
-        (5, 13, 13, 64),
-        (6, 70, 13, 64),
-        (2, 70, 9, 32),
-        (12, 9, 7, 64),
-    ):
-        options = {"threads_per_block": threads, "shared_bytes": 227 * 1024}
-        for transposed in (False, True):
-            case = lanes_case(
-                2, (BOTTOM_RIGHT, TOP_LEFT), channels, height, width, 3, 3, GENERAL, transposed, **options
-            )
-            done = check(case)
-            assert (done.facts["tiles"], done.facts["threads"]) == ([1, 1], [threads])
-            assert done.facts["bands"] == [-(-height // rows_of_band(channels))]
-            assert done.facts["bands"][0] > threads // 32
-        # A wider one would wait.
-        facts = plans(case.but(width=62))
-        assert facts["tiles"] != [1, 1]
-    # So are tiles.
+    options = {"threads_per_block": threads, "shared_bytes": 227 * 1024}
+    case = lanes_case(2, (BOTTOM_RIGHT, TOP_LEFT), channels, height, width, 3, 3, GENERAL, transposed, **options)
+    done = check(case)
+    assert (done.facts["tiles"], done.facts["threads"]) == ([1, 1], [threads])
+    assert done.facts["bands"] == [-(-height // rows_of_band(channels))]
+    assert done.facts["bands"][0] > threads // 32
+    # A wider one would wait.
+    facts = plans(case.but(width=62))
+    assert facts["tiles"] != [1, 1]
+
+
+def test_more_bands_of_tiles_than_warps() -> None:
     case = lanes_case(1, (BOTTOM_LEFT,), 9, 20, 5, 3, 3, GENERAL, threads_per_block=64, shared_bytes=8100)
     done = check(case)
     assert (done.facts["tiles"], done.facts["bands"], done.facts["threads"]) == ([2, 1], [5], [64])
-    # But none so high that a warp would have to wait.
+    # None is so high that a warp would have to wait.
     done = check(lanes_case(1, (TOP_LEFT,), 12, 9, 33, 3, 3, IDENTITY, threads_per_block=64))
     assert (done.facts["tiles"], done.facts["bands"]) == ([3, 9], [2])
     # Two bands of 17 rows: the lower one starts 3 phases of 8 steps later, of 32 and one it would be 5.

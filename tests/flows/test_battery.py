@@ -228,7 +228,7 @@ CASES = {
 }
 
 
-# Some layers give several tensors: they are compared, and differentiated, as one vector an example.
+# Some layers give several tensors: they are compared, and differentiated, as one vector per example.
 
 
 def flat(value: Any) -> Tensor:

@@ -39,7 +39,7 @@ class BothWays(nn.Module):
 
 
 def arguments(case: Case, batch: int, factor: int) -> tuple[Tensor, ...]:
-    """Images so many times as large as those of the case, of a layer for images of any size."""
+    """Images ``factor`` times as high and as wide as those of the case, where its layer takes images of any size."""
     channels, *sizes = case.shape
     if case in [CASES[name] for name in ONE_SIZE]:
         factor = 1
@@ -68,22 +68,16 @@ def check(captured: Any, module: nn.Module, case: Case, *, grad: bool = True) ->
         torch.testing.assert_close(gradients(captured, inputs), gradients(module, inputs), rtol=1e-4, atol=1e-4)
 
 
-cases = pytest.mark.parametrize("case", [CASES[name] for name in NAMES], ids=NAMES)
-
-
-@cases
-def test_compiled_whole(case: Case) -> None:
+@pytest.mark.alike
+@pytest.mark.parametrize("how", ["compiled", "exported", "exported strictly"])
+@pytest.mark.parametrize("case", [CASES[name] for name in NAMES], ids=NAMES)
+def test_captured_for_any_sizes_and_trained_afterwards(case: Case, how: str) -> None:
     torch.compiler.reset()
     module = BothWays(case.layer(torch.float32))
-    check(torch.compile(module, fullgraph=True, dynamic=True, backend="eager"), module, case, grad=False)
-
-
-@cases
-@pytest.mark.alike
-@pytest.mark.parametrize("strict", [False, True])
-def test_exported_for_any_sizes_and_trained_afterwards(case: Case, strict: bool) -> None:
-    module = BothWays(case.layer(torch.float32))
-    inputs = arguments(case, 3, 2)
+    if how == "compiled":
+        check(torch.compile(module, fullgraph=True, dynamic=True, backend="eager"), module, case, grad=False)
+        return
+    inputs, strict = arguments(case, 3, 2), how == "exported strictly"
     sizes = [{0: AUTO, **dict.fromkeys(range(2, x.dim()), AUTO)} for x in inputs]
     program = torch.export.export(module, inputs, dynamic_shapes=tuple(sizes), strict=strict)
     check(program.module(), module, case)

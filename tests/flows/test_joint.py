@@ -135,13 +135,13 @@ def test_rebuilding_gives_the_same_gradients(make: Callable[..., JointFlow]) -> 
 def test_learns_the_posterior_of_a_linear_gaussian() -> None:
     """x ~ N(0, 1), y = x + 0.5 ε: x given y is N(0.8 y, 0.2)."""
     flow = JointFlow(*(Flow([ActNorm(1), ActNorm(1)], (1,)) for _ in range(2)), 16)
-    optimiser = torch.optim.Adam(flow.parameters(), 2e-2)
+    optimizer = torch.optim.Adam(flow.parameters(), 2e-2)
     for _ in range(150):
         x = torch.randn(256, 1)
         loss = -flow.log_prob(x, x + 0.5 * torch.randn(256, 1)).mean()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     for value in (-1.0, 1.0):
         drawn = flow.eval().sample_given(torch.full((4000, 1), value))
         assert abs(drawn.mean() - 0.8 * value) < 0.15

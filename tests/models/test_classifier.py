@@ -18,7 +18,7 @@ def test_sixteen_parameters() -> None:
     assert control.num_parameters == model.num_parameters - 16
 
 
-def test_all_that_is_counted_is_read_and_learnt() -> None:
+def test_all_that_is_counted_is_read_and_learned() -> None:
     model = InverseConvClassifier((1, 6, 6), hidden=5, dropout=0.0)
     model(torch.randn(4, 1, 6, 6)).square().sum().backward()
     moving = sum(int((layer.weight.grad != 0).sum()) for layer in model.inverse_convs)

@@ -39,14 +39,14 @@ def test_a_model_trains(kind: str, shape: tuple[int, ...]) -> None:
     flow = model(kind, shape)
     # A vector has few values, and so little to gain in a step.
     vectors = len(shape) == 1
-    optimiser = torch.optim.Adam(flow.parameters(), 2e-2 if vectors else 3e-3)
+    optimizer = torch.optim.Adam(flow.parameters(), 2e-2 if vectors else 3e-3)
     x = data(shape, 64 if vectors else 8)
     losses = []
     for _ in range(20 if vectors else 8):
         loss = -flow.log_prob(x).mean()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 1
     latents, log_det = flow.eval()(x)

@@ -133,10 +133,11 @@ def test_a_compiled_layer_with_any_sizes(corner: str, direction: str) -> None:
         assert_same(compiled, module, list(module.parameters()), torch.randn(shape, requires_grad=True))
 
 
-@pytest.mark.alike
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-@pytest.mark.parametrize("corner", ["unit_triangular", "plu"])
-@pytest.mark.parametrize("direction", ["forward", "inverse"])
+@pytest.mark.parametrize(
+    ("corner", "direction"),
+    [("plu", "forward"), *(pytest.param(*layer, marks=pytest.mark.thorough) for layer in LAYERS[2:5])],
+)
 def test_a_layer_compiled_by_inductor(corner: str, direction: str) -> None:
     module = Direction(corner, direction)
     compiled = torch.compile(module, fullgraph=True)
@@ -169,8 +170,9 @@ OTHERS = {
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of torch.export itself
-@pytest.mark.parametrize("direction", ["forward", "inverse"])
-@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.alike
+@pytest.mark.parametrize("direction", ["inverse", "forward"])
+@pytest.mark.parametrize("other", ["dilated images", "signals", "volumes"])
 def test_other_layers_are_compiled_and_exported(other: str, direction: str) -> None:
     make, sizes = OTHERS[other]
     module = Direction("", direction, make())

@@ -117,7 +117,7 @@ def test_the_closed_form_of_the_backward_pass(corner: str, other: str) -> None:
 
 
 @CORNER
-def test_log_det_is_differentiable_where_it_is_learnt(corner: str) -> None:
+def test_log_det_is_differentiable_where_it_is_learned(corner: str) -> None:
     layer = randomised(InverseConv2d(3, corner=corner))
     _, log_det = layer(torch.randn(4, 3, 5, 6))
     assert log_det.requires_grad == (corner == "plu")
@@ -286,7 +286,7 @@ def test_a_subclass_and_a_sequence_of_layers_train() -> None:
     """Eight layers fitted by maximum likelihood: the loss falls, and everything stays finite."""
     torch.manual_seed(0)
     layers = nn.ModuleList(InverseConv2d(4, order=ORDERS[i % 4], corner=CORNERS[i % 3]) for i in range(8))
-    optimiser = torch.optim.Adam(layers.parameters(), 5e-3)
+    optimizer = torch.optim.Adam(layers.parameters(), 5e-3)
     mixing = 0.7 * torch.eye(4) + 0.3 * torch.ones(4, 4)
     losses = []
     for _ in range(60):
@@ -296,9 +296,9 @@ def test_a_subclass_and_a_sequence_of_layers_train() -> None:
             x, log_det = layer(x)
             total = total + log_det
         loss = (x.square().sum((1, 2, 3)) / 2 - total).mean()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item())
     # The best log-likelihood a linear flow can reach, up to the Gaussian's constant.
     ideal = 144 / 2 + 36 * (torch.linalg.slogdet(2 * mixing).logabsdet)

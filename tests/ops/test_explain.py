@@ -1,5 +1,5 @@
 """``explain`` says what the kernels do: plans of both backends, their text, and errors for bad input. That the plan
-for a GPU is the one that is launched is held against the emulator in emulation/test_emulation.py."""
+for a GPU is the one that is launched is held against the emulator in emulation/test_plans.py."""
 
 from __future__ import annotations
 

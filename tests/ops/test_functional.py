@@ -45,6 +45,8 @@ TRANSPOSED = pytest.mark.parametrize("transposed", [False, True], ids=["plain", 
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
+@pytest.mark.alike
+@pytest.mark.alike
 @DTYPE
 @TRANSPOSED
 @pytest.mark.parametrize("case", SHAPES, ids=str)

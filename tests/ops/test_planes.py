@@ -80,7 +80,7 @@ def test_the_backward_pass_in_half_precision(dtype: torch.dtype, weight_dtype: t
 
 
 def test_a_plane_is_solved_after_those_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One solve a plane, and in the order of each run of groups."""
+    """One solve per plane, and in the order of each run of groups."""
     seen: list[Tensor] = []
     operator = ops.solve
     monkeypatch.setattr(ops, "solve", lambda images, *rest: seen.append(images) or operator(images, *rest))

@@ -1,21 +1,20 @@
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from inverse_flow.flows import FlowLayer, NonFiniteError
-from inverse_flow.flows.base import zero_logdet
+from inverse_flow.flows import NonFiniteError
 from inverse_flow.models import InverseFlow
-from inverse_flow.parts import ByParts, PartsConfig, cache, run_frozen
+from inverse_flow.parts import ByParts, PartsConfig, run_frozen
 from inverse_flow.parts.cache import FrozenOutputs
 from inverse_flow.training import Batches, TrainConfig, Trainer, Workers, checkpoint
 from inverse_flow.training.log import read_log
 
-from ..training.toy import images, losses, run
+from ..training.toy import Fault, images, losses, run
 
 # 16 images to train on: 4 steps an epoch, 12 steps before the finish and 6 in it.
 CONFIG = TrainConfig(
@@ -66,30 +65,43 @@ def test_the_bits_per_dimension_fall(parts: PartsConfig) -> None:
     assert sum(bits[-10:]) / 10 < sum(bits[:10]) / 10 - 1
 
 
+@cache
+def uncut(parts: PartsConfig) -> tuple[Trainer, list[Any]]:
+    """A run that is not cut, once for all that are compared with it."""
+    trainer = Trainer(model(), images(), config(parts))
+    return trainer, losses(run(trainer))
+
+
 @pytest.mark.alike
 @pytest.mark.parametrize("parts", SCHEDULES.values(), ids=SCHEDULES)
 @pytest.mark.parametrize("cut", [1, 7, 10, 14])
 def test_a_run_cut_anywhere_and_resumed_is_the_uncut_run(tmp_path: Path, cut: int, parts: PartsConfig) -> None:
     """Cut in the first round, in the second and at its second drawing of kept outputs, and in the finish."""
-    uncut = Trainer(model(), images(), config(parts))
-    expected = losses(run(uncut))
+    whole, expected = uncut(parts)
     first = losses(run(Trainer(model(), images(), config(parts), tmp_path), interrupt_at=cut))
     torch.manual_seed(99)
     resumed = Trainer.resume(checkpoint.load(tmp_path), images(), tmp_path)
     assert isinstance(resumed.method, ByParts)
     assert first + losses(run(resumed)) == expected
-    for name, value in uncut.result().state_dict().items():
+    for name, value in whole.result().state_dict().items():
         assert torch.equal(resumed.result().state_dict()[name], value), name
     assert losses(read_log(tmp_path / "log.csv")) == expected
 
 
-@pytest.mark.parametrize("forgotten", ["optimizer", "steps", "round"])
-def test_the_resume_test_can_fail(tmp_path: Path, forgotten: str) -> None:
-    """Whatever of the state is forgotten, the losses differ: the comparison above is sharp enough to see it."""
+@pytest.fixture(scope="module")
+def cut_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], Path]:
+    """The losses of a run, and the folder of the same run, cut after its first step with new kept outputs."""
     settings = config(PartsConfig("blocks", 2, "sequential", cache_epochs=2), warmup_steps=10)
-    expected = losses(run(Trainer(model(), images(), settings)))
-    run(Trainer(model(), images(), settings, tmp_path), interrupt_at=7)
-    content = checkpoint.load(tmp_path)
+    folder = tmp_path_factory.mktemp("cut")
+    run(Trainer(model(), images(), settings, folder), interrupt_at=7)
+    return losses(run(Trainer(model(), images(), settings))), folder
+
+
+@pytest.mark.parametrize("forgotten", ["optimizer", "steps", "round"])
+def test_the_resume_test_can_fail(cut_run: tuple[list[Any], Path], forgotten: str) -> None:
+    """Whatever of the state is forgotten, the losses differ: the comparison above is sharp enough to see it."""
+    expected, folder = cut_run
+    content = checkpoint.load(folder)
     kept = content.progress.method
     assert kept["steps"] == [6, 1]
     assert kept["round"] == [1, 1]
@@ -234,13 +246,13 @@ def test_another_draw_has_other_noise_and_flips_and_the_same_draw_the_same() -> 
 
 def test_outputs_are_computed_once_in_so_many_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[int] = []
-    make = cache.FrozenOutputs.__init__
+    make = FrozenOutputs.__init__
 
     def spy(self: FrozenOutputs, parts: Any, batches: Any, config: Any, draw: int) -> None:
         drawn.append(draw)
         make(self, parts, batches, config, draw)
 
-    monkeypatch.setattr(cache.FrozenOutputs, "__init__", spy)
+    monkeypatch.setattr(FrozenOutputs, "__init__", spy)
     # Epochs of 4 steps; the second part has the steps from 14 to 27, in epochs 3 to 6.
     parts = PartsConfig("blocks", 2, "sequential", cache_epochs=2)
     run(Trainer(model(), images(), config(parts, steps=42)))
@@ -259,23 +271,6 @@ def test_kept_outputs_are_used() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ errors
-
-
-class Fault(FlowLayer):
-    """The identity, but for a result, or a gradient, that is NaN."""
-
-    def __init__(self, in_gradient: bool) -> None:
-        super().__init__()
-        self.in_gradient = in_gradient
-        self.weight = nn.Parameter(torch.zeros(()))
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if self.in_gradient:  # √w at 0: finite, with an infinite slope
-            return x + self.weight.sqrt(), zero_logdet(x)
-        return x * torch.nan, zero_logdet(x)
-
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return z, zero_logdet(z)
 
 
 @pytest.mark.parametrize(("step", "progress"), [(1, 0.0), (0, 0.9)], ids=["its part", "the finish"])

@@ -45,7 +45,13 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+# These start a process for each measurement.
+SEVERAL_PROCESSES = ("busy", "compiling")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.thorough) if name in SEVERAL_PROCESSES else name for name in RUNS]
+)
 def test_every_script_runs(scripts: Any, name: str, source: str, tmp_path: Path) -> None:
     scripts.memory.normflows = None  # optional, and slow to build
     for library in ("nflows", "FrEIA") if name == "foreign" else ():
@@ -140,14 +146,14 @@ def test_rivals_take_turns(scripts: Any, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_wrong_corner_is_not_timed(scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = scripts.layer.check
+    right = scripts.problems.check
 
     def check(operands: Any, corner: str) -> dict[str, float]:
         if corner == "general":
             raise ArithmeticError("wrong")
         return dict(right(operands, corner))
 
-    monkeypatch.setattr(scripts.layer, "check", check)
+    monkeypatch.setattr(scripts.problems, "check", check)
     given = ["--shapes", "1x2x3", "--threads", "1", "--budget", "0", "--mode", "forward"]
     assert scripts.layer.main([*given, "--json", str(tmp_path / "layer.json")]) == 1
     content = json.loads((tmp_path / "layer.json").read_text())

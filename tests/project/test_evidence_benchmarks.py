@@ -189,11 +189,11 @@ def test_self_normalizing_follows_its_inverse(scripts: Any) -> None:
     error = (layer.back.convolve(z.detach()) - x).square().sum()
     found, wanted = (torch.autograd.grad(v, layer.back.weight)[0] for v in (logdet.sum(), -0.5 * error))
     torch.testing.assert_close(found, wanted)
-    optimiser = torch.optim.Adam(layer.back.parameters(), 3e-2)
+    optimizer = torch.optim.Adam(layer.back.parameters(), 3e-2)
     for _ in range(300):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         (-layer(torch.randn(16, 2, 3, 3, dtype=torch.float64))[1]).sum().backward()
-        optimiser.step()
+        optimizer.step()
     with torch.no_grad():
         torch.testing.assert_close(layer.inverse(layer(x)[0])[0], x, rtol=0, atol=0.05)
 

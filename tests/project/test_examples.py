@@ -81,7 +81,7 @@ def test_the_amortised_posterior_nears_the_exact_one(tmp_path: Path) -> None:
 
 def test_the_posterior_of_tomography_nears_the_exact_one(tmp_path: Path) -> None:
     printed = run("tomography.py", "--steps", 15, "--output", tmp_path / "tomography.png")
-    nats = numbers(r"(-?[\d.]+) nats an image", printed)
+    nats = numbers(r"(-?[\d.]+) nats per image", printed)
     assert nats[-1] < nats[0] - 20
     # The flow, still far off, is no closer to the truth than the exact posterior.
     (divergence,) = numbers(r"divergence from the exact posterior: ([\d.]+)", printed)

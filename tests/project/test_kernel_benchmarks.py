@@ -108,7 +108,7 @@ def test_the_summary_says_which_targets_are_kept(scripts: Any) -> None:
     same["of_the_limit"] = 0.5
     ratios = {"forward": (0.4, 1.6), "forward+backward": (0.5, 1.0)}
     rows = [same | {"mode": mode, "ratio": r, "ratio_fastest": r} for mode, pair in ratios.items() for r in pair]
-    forward, both = scripts.layer.summarise(rows, arguments)
+    forward, both = scripts.layer.summary_of(rows, arguments)
     assert (forward["mean"], forward["worst"]) == pytest.approx((0.8, 1.6))
     assert forward["targets"] == "mean ≤ 1.0 kept, worst ≤ 1.5 MISSED"
     assert both["targets"] == "mean ≤ 0.9 kept"

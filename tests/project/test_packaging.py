@@ -317,6 +317,28 @@ def test_default_architectures(run_setup: RunSetup, tmp_path: Path, archs: str, 
     assert result["environment"]["TORCH_CUDA_ARCH_LIST"] == expected
 
 
+@pytest.mark.parametrize(
+    ("gpus", "expected"),
+    [
+        ([(9, 0)], "9.0+PTX"),
+        ([(9, 0), (8, 0), (9, 0)], "8.0;9.0+PTX"),
+        # One that is too new for the toolkit compiles the PTX of what is older.
+        ([(13, 0)], "8.0;8.6;8.9;9.0+PTX"),
+    ],
+)
+def test_architectures_of_the_gpus_that_are_there(
+    run_setup: RunSetup, tmp_path: Path, gpus: list[tuple[int, int]], expected: str
+) -> None:
+    prelude = f"""
+{CUDA_TORCH}
+torch.cuda.is_available = lambda: True
+torch.cuda.device_count = lambda: {len(gpus)}
+torch.cuda.get_device_capability = {gpus}.__getitem__
+"""
+    result = run_setup(prelude, CUDA_HOME=str(toolkit(tmp_path / "cuda", archs="80 86 89 90"))).result()
+    assert result["environment"]["TORCH_CUDA_ARCH_LIST"] == expected
+
+
 def test_architectures_of_the_user(run_setup: RunSetup, tmp_path: Path) -> None:
     home = str(toolkit(tmp_path / "cuda"))
     result = run_setup(CUDA_TORCH, CUDA_HOME=home, TORCH_CUDA_ARCH_LIST="9.0").result()
@@ -493,19 +515,6 @@ def test_wheel_in_a_clean_environment(tmp_path: Path, version: str) -> None:
 
 
 # -------------------------------------------------------------------------------------- what is installed
-
-
-def test_operator_layer_needs_torch_and_numpy_only() -> None:
-    program = """
-        import sys
-        for name in ("click", "rich", "matplotlib", "PIL"):
-            sys.modules[name] = None
-        import inverse_flow
-        loaded = {name.split(".")[1] for name in sys.modules if name.startswith("inverse_flow.")}
-        assert loaded.isdisjoint({"flows", "models", "data", "training", "cli", "commands"}), loaded
-        import inverse_flow.models
-    """
-    run(sys.executable, "-c", textwrap.dedent(program), folder=ROOT)
 
 
 def test_version_is_told_once() -> None:

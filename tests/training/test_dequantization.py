@@ -73,7 +73,7 @@ def test_a_uniform_model_needs_the_bit_depth_and_what_the_noise_falls_short_of_i
     assert bits[2] == pytest.approx(3, abs=2e-3)
 
 
-def test_learnt_noise_closes_most_of_the_gap_of_uniform_noise() -> None:
+def test_learned_noise_closes_most_of_the_gap_of_uniform_noise() -> None:
     """A logistic that is narrow against a cell: −log₂ of the cell's mass is known, uniform noise is far above it."""
     torch.manual_seed(0)
     scale, shift, cell, bit_depth = 30.0, 0.55, 2, 2
@@ -96,9 +96,9 @@ def test_learnt_noise_closes_most_of_the_gap_of_uniform_noise() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    learnt = bits()
+    learned = bits()
     assert uniform - exact > 0.5
-    assert -0.02 < learnt - exact < 0.2 * (uniform - exact)
+    assert -0.02 < learned - exact < 0.2 * (uniform - exact)
 
 
 def test_it_is_put_in_front_once() -> None:

@@ -85,7 +85,7 @@ def test_the_kernel_distance_is_unbiased() -> None:
 
 @pytest.mark.parametrize("kinds", [1, 2, 5])
 def test_the_vendi_score_counts_kinds(kinds: int) -> None:
-    """Images of so many kinds that have nothing in common count as so many, however long the features."""
+    """Images of n kinds that have nothing in common count as n, however long the features."""
     features = torch.eye(6)[torch.arange(60) % kinds] * torch.arange(1, 61)[:, None]
     assert vendi(features) == pytest.approx(kinds)
     assert vendi_score(features).error < 0.1 * kinds

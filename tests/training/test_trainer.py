@@ -30,7 +30,7 @@ from inverse_flow.training import trainer as trainer_module
 from inverse_flow.training.gains import naming_largest_gain
 from inverse_flow.training.log import read_log
 
-from .toy import images, losses, run
+from .toy import Fault, images, losses, run
 
 CONFIG = TrainConfig(
     steps=12, batch_size=4, learning_rate=3e-3, warmup_steps=5, flip=True, validation=5, evaluate_every=4
@@ -102,7 +102,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
 
 
 def test_the_resume_test_can_fail(tmp_path: Path) -> None:
-    """Without the optimiser's state the losses differ: the comparison above is sharp enough to see it."""
+    """Without the optimizer's state the losses differ: the comparison above is sharp enough to see it."""
     expected = losses(run(Trainer(model(), images(), CONFIG)))
     run(Trainer(model(), images(), replace(CONFIG, steps=6), tmp_path))
     content = checkpoint.load(tmp_path)
@@ -289,23 +289,6 @@ def test_the_gradient_is_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
     reports = run(Trainer(model(), images(), replace(CONFIG, max_grad_norm=0.01)))
     assert max(seen) <= 0.0101
     assert max(report.grad_norm for report in reports) > 0.02
-
-
-class Fault(FlowLayer):
-    """The identity, but for a loss, or a gradient, that is NaN."""
-
-    def __init__(self, in_gradient: bool) -> None:
-        super().__init__()
-        self.in_gradient = in_gradient
-        self.weight = nn.Parameter(torch.zeros(()))
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if self.in_gradient:  # √w at 0: finite, with an infinite slope
-            return x + self.weight.sqrt(), zero_logdet(x)
-        return x * torch.nan, zero_logdet(x)
-
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return z, zero_logdet(z)
 
 
 def test_a_loss_that_is_not_finite_names_its_layer() -> None:

@@ -1,4 +1,4 @@
-"""Small images, runs and bases that the tests of training and of the parts share."""
+"""Small images, runs, a faulty layer and bases that the tests of training and of the parts share."""
 
 import os
 import signal
@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from inverse_flow.flows import FlowLayer
+from inverse_flow.flows.base import zero_logdet
 from inverse_flow.training import StepReport, Trainer
 
 
@@ -45,6 +47,23 @@ def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"},
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
+
+
+class Fault(FlowLayer):
+    """The identity, but for a loss, or a gradient, that is NaN."""
+
+    def __init__(self, in_gradient: bool) -> None:
+        super().__init__()
+        self.in_gradient = in_gradient
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if self.in_gradient:  # √w at 0: finite, with an infinite slope
+            return x + self.weight.sqrt(), zero_logdet(x)
+        return x * torch.nan, zero_logdet(x)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return z, zero_logdet(z)
 
 
 class UniformBase(nn.Module):

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import click
 import torch
 
+from inverse_flow.command import INTERRUPTED_STATUS
 from inverse_flow.command.extra import missing_extra
-from inverse_flow.command.main import INTERRUPTED_STATUS
 
 # How PyTorch's allocator for the CPU, whose errors have no type of their own, begins.
 CPU_OUT_OF_MEMORY = "DefaultCPUAllocator"

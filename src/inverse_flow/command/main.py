@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import sys
 
+from inverse_flow.command import INTERRUPTED_STATUS
 from inverse_flow.command.encoding import print_anywhere
 from inverse_flow.command.extra import missing_extra
 from inverse_flow.command.spinning import spin_moderately
-
-# Conventional exit status of a program ended by Ctrl-C.
-INTERRUPTED_STATUS = 130
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from inverse_flow.reversible.layer import Shape, input_shape, output_shape
 __all__ = [
     "FlowLayer",
     "Shape",
+    "check_dtype",
     "check_floating",
     "check_images",
     "count_pixels",
@@ -123,6 +124,14 @@ def check_floating(layer: nn.Module, x: Tensor) -> None:
         raise TypeError(f"{name} expects floating-point images, got {x.dtype}; dequantize or convert them first")
 
 
+def check_dtype(network: nn.Module, x: Tensor) -> None:
+    """Refuses what is not a tensor of a network's own dtype, unless autocast chooses one for both."""
+    check_floating(network, x)
+    dtype = next(network.parameters()).dtype
+    if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"{type(network).__name__} is in {dtype}, got {x.dtype}: convert one of them")
+
+
 def check_images(
     layer: nn.Module,
     x: Tensor,
@@ -133,7 +142,7 @@ def check_images(
 ) -> None:
     """Refuses what is not a batch of floating vectors (B, C), signals (B, C, L), images (B, C, H, W) or volumes
     (B, C, D, H, W), with the expected number of channels; ``spatial`` refuses vectors too, and ``dimensions`` all but
-    those of so many axes.
+    those with this number of axes.
 
     A layer without spatial weights takes all of them. One with a network leaves the choice to the network, whose
     convolutions have a number of dimensions.

@@ -13,7 +13,7 @@ from inverse_flow.flows.base import FlowLayer, Shape, check_floating, input_shap
 from inverse_flow.flows.flattened import Flattened
 from inverse_flow.flows.prior import StandardNormal
 from inverse_flow.ops.bijection import Bijection
-from inverse_flow.ops.spec import check_integer
+from inverse_flow.ops.spec import check_integer, check_number
 from inverse_flow.reversible.chain import Link, links_of
 from inverse_flow.reversible.layer import call_layer, check_layers, splits_off_latent, uses_context
 from inverse_flow.reversible.rebuild import Rebuilding, run
@@ -133,7 +133,7 @@ class Flow(Bijection):
 
     def inverse(self, latents: Sequence[Tensor], context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Latents to data: (x, log|det ∂x/∂latents|)."""
-        self._check_latents(latents)
+        self.check_latents(latents)
         self._check_context(latents[-1].shape[0], context)
         (x,), logdet = run(self.links(inverse=True), tuple(latents), context, self.rebuilding)
         return x, logdet
@@ -174,7 +174,7 @@ class Flow(Bijection):
         """``n`` samples, without gradient. ``temperature`` scales the standard deviation of the latents; a context
         has one row per sample.
         """
-        return self.inverse(self._sample_latents(n, context, temperature, generator), context)[0]
+        return self.inverse(self.sample_latents(n, context, temperature, generator), context)[0]
 
     def sample_and_log_prob(
         self,
@@ -188,17 +188,17 @@ class Flow(Bijection):
 
         The density is that of ``log_prob``, whatever the temperature of the samples.
         """
-        latents = self._sample_latents(n, context, temperature, generator)
+        latents = self.sample_latents(n, context, temperature, generator)
         x, logdet = self.inverse(latents, context)
         return x, self.base.log_prob(latents, context) - logdet  # type: ignore[operator]
 
-    def _sample_latents(
+    def sample_latents(
         self, n: int, context: Tensor | None, temperature: float, generator: torch.Generator | None
     ) -> tuple[Tensor, ...]:
-        if not isinstance(n, int | torch.SymInt):
-            raise TypeError(f"the number of samples is an integer, got {n!r}")
-        if n < 0:
-            raise ValueError(f"the number of samples must be at least 0, got {n}")
+        """What :meth:`sample` makes its samples of: ``n`` rows of every latent."""
+        if not isinstance(n, torch.SymInt):
+            check_integer("the number of samples", n, least=0)
+        check_number("the temperature", temperature)
         if not (math.isfinite(temperature) and temperature >= 0):
             raise ValueError(f"the temperature must be a finite number of at least 0, got {temperature}")
         self._check_context(n, context)
@@ -228,7 +228,8 @@ class Flow(Bijection):
         if isinstance(self.base, StandardNormal):
             self.base.follow(state_dict.values())  # it has nothing that a state_dict could bring
 
-    def _check_latents(self, latents: Sequence[Tensor]) -> None:
+    def check_latents(self, latents: Sequence[Tensor]) -> None:
+        """Refuses latents of other shapes than ``latent_shapes``, or of different batches."""
         given = [tuple(z.shape[1:]) for z in latents]
         if given != list(self.latent_shapes) or any(z.shape[0] != latents[0].shape[0] for z in latents):
             expected = ", ".join(f"(B, {_join(shape)})" for shape in self.latent_shapes)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inverse_flow.flows.base import check_dtype
 from inverse_flow.ops.checks import shape_of_images
 from inverse_flow.ops.spec import check_integer
 
@@ -27,7 +28,7 @@ def check_dimensions(dimensions: int, least: int = 0) -> int:
 
 
 def convolution(dimensions: int, in_channels: int, out_channels: int, kernel_size: int = 3) -> nn.Module:
-    """A convolution that keeps sizes, over so many axes; of vectors, which have none, a linear layer."""
+    """A convolution over ``dimensions`` axes that keeps their sizes; a linear layer for vectors, which have none."""
     if dimensions == 0:
         return nn.Linear(in_channels, out_channels)
     layer: nn.Module = CONVOLUTIONS[dimensions](in_channels, out_channels, kernel_size, padding=kernel_size // 2)
@@ -71,6 +72,7 @@ class _Conditioner(nn.Module, ABC):
         return self.context_channels > 0
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        check_dtype(self, x)
         if x.dim() != self.dimensions + 2:
             raise ValueError(
                 f"this network was built with dimensions={self.dimensions}, for {shape_of_images(self.dimensions)}, "

@@ -25,7 +25,7 @@ def _sum(grad: Tensor, more: Tensor | None) -> Tensor:
     return grad if more is None else grad + more
 
 
-class _Coupling(FlowLayer):
+class ChannelCoupling(FlowLayer):
     """Splits the channels, x = (x₁, x₂), and changes x₂ as the conditioner of x₁ says; x₁ goes through untouched."""
 
     parameters_per_value: int
@@ -75,7 +75,7 @@ class _Coupling(FlowLayer):
         return x[:, : self.kept], x[:, self.kept :]
 
 
-class AdditiveCoupling(_Coupling):
+class AdditiveCoupling(ChannelCoupling):
     """z₁ = x₁, z₂ = x₂ + t(x₁); log-determinant 0 (Dinh, Krueger & Bengio, "NICE", 2014).
 
     Args:
@@ -113,7 +113,7 @@ class AdditiveCoupling(_Coupling):
         return torch.cat((z1, x2), dim=1), torch.cat((_sum(grad_z1, z1.grad), grad_z2), dim=1)
 
 
-class AffineCoupling(_Coupling):
+class AffineCoupling(ChannelCoupling):
     """z₁ = x₁, z₂ = x₂ · exp(s(x₁)) + t(x₁); log-determinant Σ s (Dinh, Sohl-Dickstein & Bengio, "Real NVP", 2016).
 
     s is a function of the conditioner's raw output r, ``scale``. Each is 0 at r = 0:

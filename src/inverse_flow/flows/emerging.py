@@ -13,7 +13,7 @@ from inverse_flow.flows.base import FlowLayer, check_images, expand_logdet, logd
 from inverse_flow.flows.compose import Compose, Reverse
 from inverse_flow.flows.conditioner import check_dimensions
 from inverse_flow.ops.causal import CONVOLUTIONS, tap
-from inverse_flow.ops.spec import ORDERS, Steps, check_integer, each_axis
+from inverse_flow.ops.spec import ORDERS, PerAxis, check_integer, each_axis
 
 INVERSE_CONVS: dict[int, type[InverseConvNd]] = {1: InverseConv1d, 2: InverseConv2d, 3: InverseConv3d}
 
@@ -41,7 +41,7 @@ class EmergingConv(Compose):
     def __init__(
         self,
         channels: int,
-        kernel_size: Steps = 3,
+        kernel_size: PerAxis = 3,
         *,
         corner: str = "plu",
         bias: bool = True,
@@ -86,7 +86,7 @@ class PeriodicConv(FlowLayer):
     def __init__(
         self,
         channels: int,
-        kernel_size: Steps = 3,
+        kernel_size: PerAxis = 3,
         *,
         dimensions: int = 2,
         device: torch.device | str | None = None,

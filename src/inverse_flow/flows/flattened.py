@@ -12,7 +12,7 @@ from inverse_flow.reversible.layer import uses_context
 
 
 class Flattened(FlowLayer):
-    """A flow's bijection onto one vector an example: (B, *event_shape) → (B, D), D the size of an event.
+    """A flow's bijection onto one vector per example: (B, *event_shape) → (B, D), D the size of an event.
 
     The latents of all scales stand side by side in the order in which they split off; the log-determinant is the
     flow's. The flow's base is left out, as other libraries bring one of their own. The parameters are the flow's.

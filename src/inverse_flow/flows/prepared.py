@@ -117,7 +117,7 @@ class _FixedInverseConv(FlowLayer):
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         layer = self.layer
-        x = layer._convolve(z, self.weight, layer.bias, **{**layer._arguments, "corner": "general"})
+        x = layer.convolve(z, self.weight, layer.bias, **{**layer.arguments, "corner": "general"})
         return x, layer.log_det(z)
 
 

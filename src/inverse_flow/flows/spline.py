@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inverse_flow.flows.base import FlowLayer, check_images, logdet_dtype, sum_example
-from inverse_flow.flows.coupling import _Coupling
-from inverse_flow.ops.spec import check_integer
+from inverse_flow.flows.coupling import ChannelCoupling
+from inverse_flow.ops.spec import check_integer, check_number
 
 SplineKind: TypeAlias = Literal["rational_quadratic", "linear"]
 
@@ -180,7 +180,7 @@ class SplineActivation(FlowLayer):
         return z.to(x.dtype).contiguous(), sum_example(log_slope)
 
 
-class SplineCoupling(_Coupling):
+class SplineCoupling(ChannelCoupling):
     """z₁ = x₁, z₂ = f(x₂), f a rational-quadratic spline whose numbers come from x₁; log-determinant Σ log f′(x₂).
 
     Each value of x₂ has a spline of its own, the identity outside [−B, B]. Durkan et al., "Neural Spline Flows", 2019,
@@ -249,6 +249,7 @@ def _check_spline(bins: int, bound: float) -> None:
     check_integer("bins", bins)
     if not 2 <= bins < 1 / MIN_SHARE:
         raise ValueError(f"a spline needs 2 to {round(1 / MIN_SHARE) - 1} bins, got {bins}")
+    check_number("bound", bound)
     if not (bound > 0 and math.isfinite(bound)):
         raise ValueError(f"the bound of a spline must be a finite number above 0, got {bound}")
 

@@ -18,7 +18,7 @@ import torch
 from inverse_flow import _C
 from inverse_flow.ops.checks import FLOAT_DTYPES, shape_of_images
 from inverse_flow.ops.library import switches_allow_tf32
-from inverse_flow.ops.spec import AXES, ORDERS, OrderNames, Steps, check_integer, each_axis, make_spec
+from inverse_flow.ops.spec import AXES, ORDERS, OrderNames, PerAxis, check_integer, each_axis, make_spec
 
 __all__ = ["H200", "Facts", "GpuProperties", "Plan", "Problem", "explain"]
 
@@ -30,10 +30,10 @@ class GpuProperties:
     """The limits of a GPU that its plans depend on.
 
     Attributes:
-        name: What the GPU is called.
-        multiprocessors: Its streaming multiprocessors.
-        shared_bytes: The most shared memory that a block may ask for.
-        threads_per_block: The most threads of a block.
+        name: what the GPU is called.
+        multiprocessors: its streaming multiprocessors.
+        shared_bytes: the most shared memory that a block may ask for.
+        threads_per_block: the most threads of a block.
     """
 
     name: str
@@ -48,9 +48,8 @@ class GpuProperties:
             raise ValueError(f"threads_per_block must be a multiple of 32, got {self.threads_per_block}")
 
     def __str__(self) -> str:
-        return (
-            f"{self.name}: {self.multiprocessors} multiprocessors, {_bytes(self.shared_bytes)} of shared memory a block"
-        )
+        shared = f"{_bytes(self.shared_bytes)} of shared memory per block"
+        return f"{self.name}: {self.multiprocessors} multiprocessors, {shared}"
 
     @classmethod
     def of(cls, device: torch.device | str = "cuda") -> GpuProperties:
@@ -61,7 +60,7 @@ class GpuProperties:
 
 
 # NVIDIA H200 data sheet (132 multiprocessors); CUDA C++ Programming Guide, technical specifications for compute
-# capability 9.0 (227 KiB of shared memory a block).
+# capability 9.0 (227 KiB of shared memory per block).
 H200 = GpuProperties("NVIDIA H200", 132, 227 * KIB)
 
 
@@ -130,53 +129,53 @@ class Plan(Facts):
     """How a CPU or a GPU would do it: facts to print, or to read by name. What a device does not know is absent.
 
     Attributes:
-        problem: What is asked.
-        gpu: The limits that the plan was made for; None on a CPU.
-        regime: How the work is cut up. On a CPU "images as lanes", "rows as lanes" or, for signals, which are images of
+        problem: what is asked.
+        gpu: the limits that the plan was made for; None on a CPU.
+        regime: how the work is cut up. On a CPU "images as lanes", "rows as lanes" or, for signals, which are images of
             one row, "outputs as lanes". On a GPU "images in a block"
             (whole images), "tiles" (an image is cut up), "tensor cores" (whole images, or a ring of their diagonals),
             each with where the folded weights are; or "rows as lanes", whole images or tiles, with the weights in
             registers. "nothing to do" for an empty batch, of which there is little else to say.
-        threads: On a CPU those that PyTorch has, on a GPU those of a block.
-        steps: Steps that follow each other in a unit of work (CPU) or in a block: pixels, columns, or anti-diagonals;
+        threads: on a CPU those that PyTorch has, on a GPU those of a block.
+        steps: steps that follow each other in a unit of work (CPU) or in a block: pixels, columns, or anti-diagonals;
             with rows as lanes some more, since a row starts behind the one above it.
-        scratch_bytes: Memory beside inputs, outputs and gradients; on a CPU also beside a prepared copy of the weight.
+        scratch_bytes: memory beside inputs, outputs and gradients; on a CPU also beside a prepared copy of the weight.
 
         isa: CPU, as the next five: the instruction set in use.
-        workers: Threads that have work.
-        lanes: Pixels that are solved at once, most: images of a batch, or rows of a band; or the outputs of a block of
+        workers: threads that have work.
+        lanes: pixels that are solved at once, most: images of a batch, or rows of a band; or the outputs of a block of
             steps, of all channels.
-        units: Pieces of work: eights of the batch times groups, or bands of all images and groups; with outputs as
+        units: pieces of work: eights of the batch times groups, or bands of all images and groups; with outputs as
             lanes the signals that are swept together.
-        joined: Whether a thread that is through with a band's first row goes on with the next band's.
-        block: Steps that are solved at once with outputs as lanes; fewer where the recurrence grows too fast for it.
-        rest: The same facts of the last images of a batch, and their ``batch``, where fewer than fill a vector are
+        joined: whether a thread that is through with a band's first row goes on with the next band's.
+        block: steps that are solved at once with outputs as lanes; fewer where the recurrence grows too fast for it.
+        rest: the same facts of the last images of a batch, and their ``batch``, where fewer than fill a vector are
             swept apart; else None.
 
         tile: GPU, as all that follow: rows and columns that a block keeps in shared memory.
-        tiles: Tiles of an image, downwards and to the right.
-        images: Whole images of a block; with rows as lanes ``images_per_warp`` of them side by side.
-        pack: Channels that are read and written together.
-        channel_threads: Threads of a pixel; 0 on tensor cores.
-        diagonal_threads: Pixels of an anti-diagonal that are solved at once; 0 on tensor cores.
-        bands: With rows as lanes the bands of rows of a tile, each swept by a warp, in ``phases``; else 0.
-        blocks: Blocks of the largest launch of the solve.
-        shared_bytes: Shared memory of a block of the solve.
-        weights_in_shared: Whether the folded weights are in shared memory; else they are read through the L2 cache.
-        folded_bytes: Size of the folded weights of all groups.
-        fold_launches: Launches, for each chunk of groups, that fold the corner before the solve, of ``fold_blocks``; 0
+        tiles: tiles of an image, downwards and to the right.
+        images: whole images of a block; with rows as lanes ``images_per_warp`` of them side by side.
+        pack: channels that are read and written together.
+        channel_threads: threads of a pixel; 0 on tensor cores.
+        diagonal_threads: pixels of an anti-diagonal that are solved at once; 0 on tensor cores.
+        bands: with rows as lanes the bands of rows of a tile, each swept by a warp, in ``phases``; else 0.
+        blocks: blocks of the largest launch of the solve.
+        shared_bytes: shared memory of a block of the solve.
+        weights_in_shared: whether the folded weights are in shared memory; else they are read through the L2 cache.
+        folded_bytes: size of the folded weights of all groups.
+        fold_launches: launches, for each chunk of groups, that fold the corner before the solve, of ``fold_blocks``; 0
             if every block does it for itself.
-        launches: Launches in all, those of the gradient included.
-        planes: Of a volume, whose planes are solved one after the other; in ``convolutions``, PyTorch's own, each takes
+        launches: launches in all, those of the gradient included.
+        planes: of a volume, whose planes are solved one after the other; in ``convolutions``, PyTorch's own, each takes
             up those before it, and a backward pass has its sums. ``launches`` are those of all planes without the
             convolutions', and everything else is said of one plane.
-        tf32: Whether tensor cores multiply once, in TF32, as PyTorch's switches allow it now; else three times, which
+        tf32: whether tensor cores multiply once, in TF32, as PyTorch's switches allow it now; else three times, which
             is as exact as float32. ``products`` says the same of what they multiply.
-        tensor: On tensor cores, how they solve one anti-diagonal, else None: ``output_tiles`` of 16 channels;
-            ``k_steps`` of 8 input channels a tap; ``resident_steps``, of all taps, whose weights are in shared memory;
-            ``splits``, the warps that share a job (a tile of outputs, up to four of pixels); ``job_warps``, the jobs at
-            a time; ``finish_warps``, which add up, load and store meanwhile; ``whole_images``, or a ring.
-        gradient: Of a backward pass, the sums of weight and bias behind the transposed solve, else None: on
+        tensor: on tensor cores, how they solve one anti-diagonal, else None: ``output_tiles`` of 16 channels;
+            ``k_steps`` of 8 input channels per tap; ``resident_steps``, of all taps, whose weights are in shared
+            memory; ``splits``, the warps that share a job (a tile of outputs, up to four of pixels); ``job_warps``, the
+            jobs at a time; ``finish_warps``, which add up, load and store meanwhile; ``whole_images``, or a ring.
+        gradient: of a backward pass, the sums of weight and bias behind the transposed solve, else None: on
             ``tensor_cores`` or not; of a block the ``channels``, outputs and inputs, whose pairs it accumulates, the
             ``window`` of taps, and the ``images`` and the ``tile`` of pixels in shared memory at a time, which
             ``teams`` share; ``tiles`` of the whole batch; ``splits``, the blocks that share the pixels of a window,
@@ -198,7 +197,7 @@ def explain(
     *,
     groups: int = 1,
     order: OrderNames | None = None,
-    dilation: Steps = 1,
+    dilation: PerAxis = 1,
     corner: str = "general",
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
@@ -214,25 +213,25 @@ def explain(
 
     Args:
         shape: (B, C, H, W) of the images, (B, C, L) of signals, or (B, C, D, H, W) of volumes.
-        kernel: Kernel size, an integer or one for each axis, or the shape (C, C / groups, kH, kW) of the weight.
-        groups: As for the solve.
-        order: As for the solve.
-        dilation: As for the solve. The plan is that of the residue classes, which are images of their own.
-        corner: As for the solve: "general", "unit_triangular" or "identity".
-        dtype: Of the images.
+        kernel: kernel size, an integer or one for each axis, or the shape (C, C / groups, kH, kW) of the weight.
+        groups: as for the solve.
+        order: as for the solve.
+        dilation: as for the solve. The plan is that of the residue classes, which are images of their own.
+        corner: as for the solve: "general", "unit_triangular" or "identity".
+        dtype: of the images.
         device: "cpu" or "cuda". No GPU is needed for "cuda".
         threads: CPU threads; by default those of PyTorch.
-        gpu: Limits of the GPU; by default those of this machine's GPU, or of an NVIDIA H200 where there is none.
-        backward: Explain the backward pass: the transposed solve, and the gradients of weight and bias.
+        gpu: limits of the GPU; by default those of this machine's GPU, or of an NVIDIA H200 where there is none.
+        backward: explain the backward pass: the transposed solve, and the gradients of weight and bias.
 
     Returns:
         A plan to print or to read.
 
     Raises:
-        TypeError: A size is not an integer, or the dtype is not one the solve takes.
-        ValueError: A size, ``order``, ``corner`` or ``device`` is not possible, or an argument belongs to the other
+        TypeError: a size is not an integer, or the dtype is not one the solve takes.
+        ValueError: a size, ``order``, ``corner`` or ``device`` is not possible, or an argument belongs to the other
             device.
-        RuntimeError: A pixel has more channels in a group than fit the GPU's shared memory.
+        RuntimeError: a pixel has more channels in a group than fit the GPU's shared memory.
     """
     batch, channels, *sizes = _check_shape(shape)
     dimensions = len(sizes)

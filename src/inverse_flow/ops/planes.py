@@ -5,7 +5,7 @@ With the planes of a volume as :math:`x_d`, and :math:`A_r` the two-dimensional 
 
 .. math:: x_d = A_0^{-1}\Big(y_d - b - \sum_{r \ge 1} A_r x_{d-r}\Big)
 
-is a solve of images a plane, and one convolution before it, of all planes that it reads stacked as channels. The
+is one solve of images per plane, and one convolution before it, of all planes that it reads stacked as channels. The
 binding calls these operators (csrc/cuda/binding.cpp), so that programs see one solve and not the planes.
 """
 

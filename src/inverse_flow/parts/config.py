@@ -41,7 +41,7 @@ class PartsConfig:
         learning_rates: learning rates of the parts, as many as there are; the finish has them too. Without them it is
             that of the whole run everywhere.
         cache_epochs: epochs for which the outputs of finished parts are kept in a ``"sequential"`` run. They are
-            computed for all images at once; after so many epochs they are computed again, with other noise and flips.
+            computed for all images at once; after this many epochs they are computed again, with other noise and flips.
             0 computes them anew for every batch.
     """
 
@@ -54,8 +54,6 @@ class PartsConfig:
     cache_epochs: Annotated[int, Bounds(0)] = 0
 
     def __post_init__(self) -> None:
-        # A config read back from JSON has lists; equal runs must have equal configs.
-        object.__setattr__(self, "learning_rates", tuple(self.learning_rates))
         check(self)
         if self.learning_rates and len(self.learning_rates) != self.count:
             raise ValueError(f"{self.count} parts need as many learning rates, got {len(self.learning_rates)}")

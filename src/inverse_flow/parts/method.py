@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,7 @@ from inverse_flow.flows import Flow
 from inverse_flow.parts.cache import FrozenOutputs
 from inverse_flow.parts.split import Carried, Part, run_frozen, split_flow, truncated_log_prob
 from inverse_flow.training import Batches, StepResult, TrainConfig, Workers, bits_per_dim
-from inverse_flow.training.method import Density, autocast, explain_loss, make_optimizer, update
+from inverse_flow.training.method import EndToEnd, autocast, explain_loss, make_optimizer, update
 
 if TYPE_CHECKING:
     from inverse_flow.parts.config import PartsConfig
@@ -90,7 +90,7 @@ class ByParts:
             raise ValueError("turns of an epoch and kept outputs need the batches: make ByParts with batches=…")
         rates = self.settings.learning_rates or [config.learning_rate] * len(self.parts)
         self.densities = [workers.parallel(PartDensity(part)) for part in self.parts]
-        self._whole: nn.Module | None = None  # for the finish, made when that begins
+        self._finish: EndToEnd | None = None  # made when it begins
         named = [part.named_parameters() for part in self.parts]
         self.optimizer = make_optimizer([parameter for _, parameter in named[0]], config, rates[0])
         for group, rate in zip(named[1:], rates[1:], strict=True):
@@ -109,14 +109,17 @@ class ByParts:
         turn = self.settings.turn_of(step, epoch, progress)
         if turn is None:
             self._outputs = None
-            return self._train_end_to_end(images, context, step, rate_factor)
+            if self._finish is None:
+                self._finish = EndToEnd(self.model, self.config, self.workers, self.optimizer)
+            result = self._finish.step(images, context, step=step, progress=progress, rate_factor=rate_factor)
+            return replace(result, columns={"part": ALL_PARTS})
         carried = self._input_of(turn[0], images, context, step, epoch)
         norms = []
         for k in turn:
-            result = self.train_part(k, carried, context, step=step, rate_factor=rate_factor)
-            carried = result.carried
-            norms.append(result.grad_norm)
-        return self.report(result.log_prob, math.hypot(*norms), ALL_PARTS if len(turn) > 1 else k + 1)
+            of_part = self.train_part(k, carried, context, step=step, rate_factor=rate_factor)
+            carried = of_part.carried
+            norms.append(of_part.grad_norm)
+        return self.report(of_part.log_prob, math.hypot(*norms), ALL_PARTS if len(turn) > 1 else k + 1)
 
     def train_part(
         self, k: int, carried: Carried, context: Tensor | None = None, *, step: int, rate_factor: float
@@ -135,7 +138,8 @@ class ByParts:
         if not torch.isfinite(bits):
             explain_loss(lambda: part(carried, context), step, bits.item())
         warmth = min(1.0, (self.steps[k] + 1) / max(1, self.config.warmup_steps))
-        norm = self._update(bits, part.named_parameters(), step, min(rate_factor, warmth))
+        rate_factor = min(rate_factor, warmth)
+        norm = update(self.optimizer, bits, part.named_parameters(), self.config, step=step, rate_factor=rate_factor)
         self.steps[k] += 1
         return PartResult(result.detach(), log_prob.detach(), norm)
 
@@ -162,20 +166,6 @@ class ByParts:
             self._outputs = FrozenOutputs(self.parts[:k], self.batches, self.config, draw)
         rows = self.workers.share(self.batches.rows(step))
         return self._outputs(rows).map(lambda values: values.to(images.device))
-
-    def _train_end_to_end(self, images: Tensor, context: Tensor | None, step: int, rate_factor: float) -> StepResult:
-        if self._whole is None:
-            self._whole = self.workers.parallel(Density(self.model))
-        with autocast(self.config, images.device):
-            log_prob = self._whole(images, context).mean()
-        bits = self._bits(log_prob)
-        if not torch.isfinite(bits):
-            explain_loss(lambda: self.model.log_prob(images, context), step, bits.item())
-        norm = self._update(bits, list(self.model.named_parameters()), step, rate_factor)
-        return self.report(log_prob.detach(), norm, ALL_PARTS)
-
-    def _update(self, bits: Tensor, named: list[tuple[str, nn.Parameter]], step: int, rate_factor: float) -> float:
-        return update(self.optimizer, bits, named, self.config, step=step, rate_factor=rate_factor)
 
     def _bits(self, log_prob: Tensor) -> Tensor:
         return bits_per_dim(log_prob, self.model.event_shape, self.config.bit_depth)

@@ -115,7 +115,7 @@ def _step(trainer: Trainer, method: ByParts, line: _Line, step: int) -> float:
 
 
 class _Line:
-    """The way from each process to the next. A batch is one message: D values and a log-determinant an image."""
+    """The way from each process to the next. A batch is one message: D values and a log-determinant per image."""
 
     def __init__(self, parts: Sequence[Part], rank: int, count: int, event_shape: Shape) -> None:
         self.rank = rank

@@ -95,7 +95,7 @@ class ReversibleSequential(Row):
             rebuilding cannot pile up beyond it; None for none.
         tolerance: the relative error of rebuilding up to which gradients are trusted; None for √ε of the dtype, half
             of the digits. Rebuilt values are compared with the true ones at every anchor and at the chain's input,
-            which is one reduction each, and on a GPU one synchronisation a backward pass. ``math.inf`` compares
+            which is one reduction each, and on a GPU one synchronisation per backward pass. ``math.inf`` compares
             nothing.
 
     Raises:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from inverse_flow.flows import AffineCoupling, Compose, Flow, FlowLayer, Logit, Permute, Squeeze
 from inverse_flow.flows.base import Shape, check_images, logdet_dtype, sum_example
+from inverse_flow.ops.spec import check_integer
 from inverse_flow.training.config import MAX_BIT_DEPTH, TrainConfig
 
 # Share of a cell that no noise falls into, at each of its ends, so that the logit of the noise is finite.
@@ -15,12 +16,15 @@ MARGIN = 1e-4
 # A float32 number up to 256 can tell this from 1: noise above it would be rounded into the next cell.
 BELOW_ONE = 1 - 2**-15
 # A pair of couplings changes every value once, and leaves the channels in their order.
-STEPS = 4
+COUPLINGS = 4
 HIDDEN = 32
 
 
 def quantize(images: Tensor, bit_depth: int = MAX_BIT_DEPTH) -> Tensor:
     """The upper ``bit_depth`` bits of uint8 images, as integers 0 … 2ⁿ − 1 in uint8."""
+    check_integer("bit_depth", bit_depth)
+    if bit_depth > MAX_BIT_DEPTH:
+        raise ValueError(f"bit_depth must be at most {MAX_BIT_DEPTH}, got {bit_depth}")
     return images >> (MAX_BIT_DEPTH - bit_depth)
 
 
@@ -54,11 +58,11 @@ class VariationalDequantization(FlowLayer):
     Args:
         image_shape: (C, H, W), H and W even.
         bit_depth: n.
-        steps: couplings in h.
+        couplings: of h.
         hidden: width of their networks.
     """
 
-    def __init__(self, image_shape: Shape, bit_depth: int, *, steps: int = STEPS, hidden: int = HIDDEN) -> None:
+    def __init__(self, image_shape: Shape, bit_depth: int, *, couplings: int = COUPLINGS, hidden: int = HIDDEN) -> None:
         super().__init__()
         self.levels = 2**bit_depth
         self.channels = image_shape[0]
@@ -67,7 +71,7 @@ class VariationalDequantization(FlowLayer):
         self.logit = Logit(MARGIN)
         layers = [
             layer
-            for _ in range(steps)
+            for _ in range(couplings)
             for layer in (
                 AffineCoupling(channels, hidden, context_channels=channels),
                 Permute(range(channels - 1, -1, -1)),

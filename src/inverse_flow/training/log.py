@@ -20,7 +20,7 @@ BOARD_SCALARS = ("loss", "bits_per_dim", "grad_norm", "learning_rate", "images_p
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimiser step.
+    """One optimizer step.
 
     Attributes:
         step: counted from 1.
@@ -84,7 +84,7 @@ class CsvLog:
 
 
 def _write(file: TextIO, reports: Iterable[StepReport], columns: list[str] | None = None) -> list[str] | None:
-    """Writes a line a report; before the first one of a file, which has no ``columns`` yet, their names."""
+    """Writes one line per report; before the first one of a file, which has no ``columns`` yet, their names."""
     for report in reports:
         row = asdict(report)
         row |= row.pop("columns")

@@ -5,7 +5,7 @@ validation, logs and checkpoints. What happens between a batch and the changed w
 ``method(model, config, workers)`` from the trainer's model, its :class:`TrainConfig` and its :class:`Workers`. A method
 owns its optimizers. The default is :class:`EndToEnd`.
 
-A method has more things to hand: :meth:`Workers.parallel` around the module whose output it differentiates,
+What a method can use: :meth:`Workers.parallel` around the module whose output it differentiates,
 :func:`autocast` for the precision of the configuration, :func:`make_optimizer` for its optimizer, :func:`update`, which
 is everything from gradients to changed weights, and :func:`explain_loss` for a loss that is not finite.
 """
@@ -93,14 +93,23 @@ class Density(nn.Module):
 
 
 class EndToEnd:
-    """The gradient of the mean bits per dimension through all the layers at once, one optimizer for all weights."""
+    """The gradient of the mean bits per dimension through all the layers at once, one optimizer for all weights.
 
-    def __init__(self, model: Flow, config: TrainConfig, workers: Workers) -> None:
+    Args:
+        model: to train.
+        config: of the run.
+        workers: that train together: each computes the gradient of its share of a batch.
+        optimizer: of a method that goes on end to end; None for a new one.
+    """
+
+    def __init__(
+        self, model: Flow, config: TrainConfig, workers: Workers, optimizer: torch.optim.Optimizer | None = None
+    ) -> None:
         self.model = model
         self.config = config
         self.workers = workers
         self.density = workers.parallel(Density(model))
-        self.optimizer = make_optimizer(model.parameters(), config)
+        self.optimizer = make_optimizer(model.parameters(), config) if optimizer is None else optimizer
 
     def step(
         self, images: Tensor, context: Tensor | None = None, *, step: int, progress: float, rate_factor: float

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from inverse_flow.training.quality.value import Value, mean_of
 
-# A real image's ball reaches to its so manieth neighbour.
+# k: the ball of an image reaches to its k-th neighbour.
 NEIGHBOURS = 5
 # Rows of a matrix of distances at a time.
 ROWS = 1000
