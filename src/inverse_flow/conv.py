@@ -22,7 +22,7 @@ from inverse_flow.ops.bijection import Bijection
 from inverse_flow.ops.causal import corner_taps, effective_weight, limit_row_sums, with_corner_taps, without_autocast
 from inverse_flow.ops.checks import FLOAT_DTYPES, shape_of_images
 from inverse_flow.ops.library import allows_tf32
-from inverse_flow.ops.spec import ORDERS, OrderNames, PerAxis, check_integer, each_axis, make_spec
+from inverse_flow.ops.spec import ORDERS, OrderNames, PerAxis, check_integer, check_number, each_axis, make_spec
 from inverse_flow.ops.views import solve_backward
 
 __all__ = ["InverseConv1d", "InverseConv2d", "InverseConv3d", "InverseConvNd"]
@@ -70,8 +70,10 @@ class InverseConvNd(Bijection):
             raise ValueError(f"channels ({channels}) must be divisible by groups ({groups})")
         if corner not in ("identity", "unit_triangular", "plu"):
             raise ValueError(f"corner must be identity, unit_triangular or plu, got {corner!r}")
-        if max_row_sum is not None and not 0 < max_row_sum < 1:
-            raise ValueError(f"max_row_sum must be between 0 and 1, or None, got {max_row_sum!r}")
+        if max_row_sum is not None:
+            check_number("max_row_sum", max_row_sum)
+            if not 0 < max_row_sum < 1:
+                raise ValueError(f"max_row_sum must be between 0 and 1, or None, got {max_row_sum!r}")
         if dtype is not None and dtype not in FLOAT_DTYPES:
             raise TypeError(f"dtype must be float32, float64, bfloat16 or float16, got {dtype}")
 

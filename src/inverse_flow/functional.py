@@ -8,17 +8,16 @@ AISTATS 2025 (arXiv 2410.14634).
 from __future__ import annotations
 
 import math
-from numbers import Real
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from inverse_flow.ops import centred, native, views
+from inverse_flow.ops import autograd, centred, native, views
 from inverse_flow.ops import library as ops
 from inverse_flow.ops.causal import convolve, effective_weight, per_channel
 from inverse_flow.ops.checks import check_arguments
-from inverse_flow.ops.spec import OrderNames, PerAxis, check_integer, make_spec
+from inverse_flow.ops.spec import OrderNames, PerAxis, check_integer, check_number, make_spec
 
 __all__ = [
     "causal_conv1d",
@@ -178,7 +177,9 @@ def solve_conv2d(
     solution of (AᵀA + λI) x = Aᵀ(y − b), which is unique for every kernel. The residual is that of this equation.
 
     The backward pass is the same solve of the transposed system, to the same tolerance; derivatives of every order are
-    made of such solves. GMRES reads values: a GPU is waited for at each iteration, and graphs are not captured.
+    made of such solves, in forward mode too. Under ``torch.func.vmap`` samples that share a weight are one batch, and
+    those with weights of their own are solved one after the other. GMRES reads values: a GPU is waited for at each
+    iteration, and graphs are not captured.
 
     Args:
         input: y, of shape (B, C, H, W), or (C, H, W) for one image alone; float32 or float64; any strides.
@@ -189,8 +190,8 @@ def solve_conv2d(
         tolerance: the relative residual ‖y − b − A x‖ / ‖y − b‖ to reach, 1e-5 for float32 and 1e-10 for float64 unless
             given.
         max_iterations: the most for each image.
-        restart: iterations between restarts. Memory is that of as many copies of ``input``; hard problems are slower
-            with few.
+        restart: iterations between restarts. Memory is that of as many copies of ``input``, but of no more than there
+            are iterations, or values in an image; hard problems are slower with few.
         preconditioned: False leaves the preconditioner out, which kernels need whose centre tap is small beside the
             others: the two solves then grow without bound.
 
@@ -200,9 +201,11 @@ def solve_conv2d(
     Raises:
         TypeError: an argument is not a tensor, or neither float32 nor float64; a number of another kind.
         ValueError: shapes, dtypes or ``groups`` do not fit; a kernel of even size; ``tikhonov`` or ``tolerance`` below
-            0, ``max_iterations`` or ``restart`` below 1; the centre tap is singular and the preconditioner asked for.
+            0, ``max_iterations`` or ``restart`` below 1; values, or gradients, that are not finite; the centre tap is
+            singular and the preconditioner asked for.
         RuntimeError: the tensors lie on different devices, or on the meta device, which has no values.
         torch.linalg.LinAlgError: an image did not reach the tolerance, here or in the backward pass.
+        NotImplementedError: forward mode inside forward mode, as :func:`inverse_conv2d`.
     """
     for name, value in {"groups": groups, "max_iterations": max_iterations, "restart": restart}.items():
         check_integer(name, value)
@@ -216,18 +219,19 @@ def solve_conv2d(
         raise ValueError(f"a kernel must have odd sizes, so that it has a centre, got {tuple(weight.shape[2:])}")
     chosen = TOLERANCES[input.dtype] if tolerance is None else tolerance
     for name, number in {"tikhonov": tikhonov, "tolerance": chosen}.items():
-        if not isinstance(number, Real):  # no gradient reaches a tensor
-            raise TypeError(f"{name} must be a number, got {type(number).__name__}")
+        check_number(name, number)
     if not 0 <= tikhonov < math.inf:
         raise ValueError(f"tikhonov must be at least 0 and finite, got {tikhonov}")
     if not 0 <= chosen < 1:
         raise ValueError(f"tolerance must be at least 0 and below 1, got {tolerance}")
+    autograd.in_forward_mode()
     images = input if input.dim() == 4 else input[None]
     if bias is not None:
         images = images - per_channel(bias, images)
     if tikhonov:
         images = centred.convolve(images, centred.transpose(weight, groups), groups)
-    system = centred.System(groups, float(tikhonov), preconditioned, chosen, max_iterations, restart)
+    given = "input" if bias is None else "input − bias"
+    system = centred.System(groups, float(tikhonov), preconditioned, chosen, max_iterations, restart, given=given)
     x, iterations, residual = centred.Solve.apply(images, weight, system)
     return Solution(x if input.dim() == 4 else x[0], iterations, residual, chosen)
 

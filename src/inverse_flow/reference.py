@@ -1,5 +1,7 @@
 """Slow, obvious solves to test the fast one against. Plain PyTorch, differentiable, any floating dtype and device.
 
+In half precision the recurrence is one in float32, rounded once, as that of the fast one is.
+
 Never an oracle: the paper's released code, whose gradients and inverses are wrong (see docs/mathematics.md).
 """
 
@@ -95,12 +97,13 @@ def _recurrence(
     spec = make_spec(order, groups, corner, dimensions)
     check_arguments(input, weight, bias, groups, dimensions)
     distances = each_axis("dilation", dilation, dimensions)
-    weight = effective_weight(weight, spec).to(input.dtype)
+    dtype, state = input.dtype, torch.promote_types(input.dtype, torch.float32)
+    input, weight = input.to(state), effective_weight(weight, spec).to(state)
     if bias is not None:
-        input = input - per_channel(bias.to(input.dtype), input)
+        input = input - per_channel(bias.to(state), input)
     channels = weight.shape[1]
     groups_of = zip(input.split(channels, 1), weight.split(channels), spec.orders, strict=True)
-    return torch.cat([_sweep(images, window, code, distances) for images, window, code in groups_of], 1)
+    return torch.cat([_sweep(images, window, code, distances) for images, window, code in groups_of], 1).to(dtype)
 
 
 def _sweep(input: Tensor, weight: Tensor, order: int, dilation: tuple[int, ...]) -> Tensor:
@@ -133,7 +136,7 @@ def inverse_conv1d(
     corner: str = "general",
 ) -> Tensor:
     """:func:`inverse_flow.functional.inverse_conv1d` as the plain recurrence, one pixel after the other, in the
-    dtype of ``input``: what rounding alone costs. Same arguments and errors."""
+    dtype of ``input``, float32 at least: what rounding alone costs. Same arguments and errors."""
     return _recurrence(1, input, weight, bias, order, groups, dilation, corner)
 
 
@@ -162,7 +165,7 @@ def inverse_conv2d(
     corner: str = "general",
 ) -> Tensor:
     """:func:`inverse_flow.functional.inverse_conv2d` as the plain recurrence, one pixel after the other, in the
-    dtype of ``input``: what rounding alone costs. Same arguments and errors."""
+    dtype of ``input``, float32 at least: what rounding alone costs. Same arguments and errors."""
     return _recurrence(2, input, weight, bias, order, groups, dilation, corner)
 
 
@@ -191,7 +194,7 @@ def inverse_conv3d(
     corner: str = "general",
 ) -> Tensor:
     """:func:`inverse_flow.functional.inverse_conv3d` as the plain recurrence, one pixel after the other, in the
-    dtype of ``input``: what rounding alone costs. Same arguments and errors."""
+    dtype of ``input``, float32 at least: what rounding alone costs. Same arguments and errors."""
     return _recurrence(3, input, weight, bias, order, groups, dilation, corner)
 
 

@@ -32,6 +32,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from inverse_flow.conv import InverseConvNd
 from inverse_flow.ops.causal import corner_index, corner_taps, folded_taps, with_corner_taps
+from inverse_flow.ops.spec import check_integer, check_number
 
 __all__ = ["LayerStability", "Limited", "StabilityReport", "gains", "limit_gain_", "stability_report"]
 
@@ -220,6 +221,7 @@ def limit_gain_(
         TypeError: a layer whose weight is no parameter, but computed from others.
         FloatingPointError: a layer with weights that are not finite.
     """
+    check_number("limit", limit)
     if not limit > 0:
         raise ValueError(f"limit must be above 0, got {limit}")
     damped = []
@@ -395,6 +397,8 @@ def _layers(
     model: nn.Module, image_size: int | Sequence[int], context: Tensor | None
 ) -> list[tuple[str, InverseConvNd, Sizes]]:
     """The inverse convolutions with their paths, and the sizes of image that they see."""
+    for size in image_size if isinstance(image_size, Sequence) else [image_size]:
+        check_integer("image_size", size)
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     if isinstance(model, InverseConvNd):
         return [("", model, _sizes_of(model, image_size))]
@@ -414,16 +418,16 @@ def _layers(
 
 def _sizes_of(layer: InverseConvNd, image_size: int | Sequence[int]) -> Sizes:
     axes = layer.dimensions
-    given = (image_size,) * axes if isinstance(image_size, int) else tuple(image_size)
+    given = tuple(map(int, image_size if isinstance(image_size, Sequence) else (image_size,) * axes))
     sizes = given[1:] if len(given) == axes + 1 and given[0] == layer.channels else given
-    if len(sizes) != axes or min(sizes) < 1:
-        raise ValueError(f"image_size must be {axes} sizes of at least 1 for {layer}, got {image_size!r}")
+    if len(sizes) != axes:
+        raise ValueError(f"image_size must be {axes} sizes for {layer}, got {image_size!r}")
     return sizes
 
 
 def _example_shape(model: nn.Module, image_size: int | Sequence[int]) -> Sizes:
     event: Any = getattr(model, "event_shape", None)
-    if isinstance(image_size, int):
+    if not isinstance(image_size, Sequence):
         if event is None:
             raise ValueError(f"image_size must be the shape of an example, such as (C, H, W), got {image_size}")
         return (event[0], *(image_size,) * (len(event) - 1))

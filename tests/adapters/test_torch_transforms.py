@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal, Transform, TransformedDistribution
 
-from inverse_flow import InverseConv2d
+from inverse_flow import InverseConv1d, InverseConv2d
 from inverse_flow.adapters import to_torch_transform
-from inverse_flow.flows import AffineCoupling, Compose, Flow, Permute, Split, Squeeze
+from inverse_flow.flows import AffineCoupling, Compose, Flow, Permute, Split, Squeeze, Woodbury
 from inverse_flow.models import ConditionalFlow, Glow, InverseFlow, LabelContext
 
 from ..flows.test_battery import CASES, CONTEXT_CHANNELS, Case
@@ -170,6 +170,7 @@ def test_copies(copied: Any) -> None:
 
 def test_event_dim_is_found() -> None:
     layers = {
+        2: (InverseConv1d(2), Woodbury(2, (4,))),
         3: (InverseConv2d(2), Compose(InverseConv2d(2)), AffineCoupling(2, 3)),
         4: (AffineCoupling(2, 3, dimensions=3), Glow((1, 4, 4, 4), 1, 1, 2)),
     }
@@ -185,7 +186,14 @@ def test_errors() -> None:
         to_torch_transform(Split(2))
     with pytest.raises(ValueError, match=r"events of this flow are \(1, 4, 4\), of event_dim 3, got 1"):
         to_torch_transform(Glow((1, 4, 4), 1, 1, 2), event_dim=1)
-    with pytest.raises(ValueError, match=r"context_dim=1 dimensions, got shape \(\)"):
+    with pytest.raises(ValueError, match=r"one context has 1 dimensions here, got the shape \(\)"):
         to_torch_transform(InverseConv2d(2), torch.tensor(1.0))
+    with pytest.raises(TypeError, match="contexts are tensors, got int"):
+        to_torch_transform(InverseConv2d(2), 1)
+    with pytest.raises(TypeError, match="examples are tensors, got list"):
+        to_torch_transform(InverseConv2d(2))([1.0])
+    for name, wrong in (("event_dim", True), ("event_dim", 0), ("context_dim", "1"), ("context_dim", -1)):
+        with pytest.raises((TypeError, ValueError), match=f"{name} must be .*, got {wrong!r}"):
+            to_torch_transform(InverseConv2d(2), **{name: wrong})
     with pytest.raises(ValueError, match=r"one example has 3 dimensions here, got the shape \(2, 3\)"):
         to_torch_transform(InverseConv2d(2))(torch.randn(2, 3))

@@ -186,7 +186,7 @@ def test_everything_at_once(small: Path, tmp_path: Path) -> None:
         assert setting in words
     evaluated = call("evaluate", run, "--importance-samples", 3, "--json")
     assert evaluated.exit_code == 0, evaluated.output
-    figures = json.loads(evaluated.output)
+    figures = json.loads(evaluated.stdout)
     assert figures["importance_samples"] == 3
     assert figures["importance_weighted_test_bits_per_dim"] < figures["test_bits_per_dim"]
     sampled = call("sample", run, "--count", 4, "--out", tmp_path / "some.npz")
@@ -237,7 +237,7 @@ def test_evaluate_agrees_with_the_training_run(trained: Path) -> None:
     summary = json.loads((trained / "summary.json").read_text())
     result = call("evaluate", trained, "--json")
     assert result.exit_code == 0, result.output
-    evaluated = json.loads(result.output)
+    evaluated = json.loads(result.stdout)
     for name in ("train_bits_per_dim", "test_bits_per_dim", "baseline_test_bits_per_dim", "parameters"):
         assert evaluated[name] == pytest.approx(summary[name], rel=1e-6)
     (layer,) = evaluated["stability"]
@@ -254,7 +254,7 @@ def test_evaluate_judges_samples(trained: Path) -> None:
     assert told.exit_code == 0, told.output
     for part in ("quality of 200 samples", "Fréchet distance", "Not FID"):
         assert part in told.output
-    figures = json.loads(call("evaluate", trained, "--importance-samples", 0, "--quality", "--json").output)["quality"]
+    figures = json.loads(call("evaluate", trained, "--importance-samples", 0, "--quality", "--json").stdout)["quality"]
     assert (figures["classifier"], figures["images"]) == ("fashion-mnist", 200)
     samples, floor = (
         figures["figures"]["classifier"][whose]["Fréchet distance"]["value"] for whose in ("samples", "floor")
@@ -295,7 +295,7 @@ def test_info_prints_the_build() -> None:
         assert name.replace("_", " ") in text
         if isinstance(value, str) and value:
             assert value in text
-    assert json.loads(call("info", "--json").output) == inverse_flow.build_info()
+    assert json.loads(call("info", "--json").stdout) == inverse_flow.build_info()
 
 
 def test_info_shows_empty_values() -> None:

@@ -46,7 +46,7 @@ def test_brackets_are_no_markup(images: Path, tmp_path: Path) -> None:
     assert measured.exit_code == 0, measured.output
     assert NAME in " ".join(measured.output.split())
     printed = call("evaluate", folder, "--importance-samples", 0, "--json")
-    for text in (printed.output, (folder / "summary.json").read_text()):
+    for text in (printed.stdout, (folder / "summary.json").read_text()):
         assert json.loads(text, parse_constant=pytest.fail)["test_standard_error"] is None
 
 

@@ -37,6 +37,17 @@ def test_a_run_by_parts_and_its_resume(tmp_path: Path) -> None:
     assert "--parts is blocks:2" in " ".join(refused.output.split())
 
 
+def test_samples_before_the_turn_of_a_later_part(tmp_path: Path) -> None:
+    """Its layers are not initialised yet, as is to be expected; warnings are errors here."""
+    for arguments in (["--fresh"], ["--resume", "--steps", 4]):
+        result = call(
+            "train", "--out", tmp_path, "--steps", 3, *TINY, "--parts", "blocks:2", "--schedule", "sequential",
+            "--finish", 0, "--sample-every", 1, *arguments,
+        )  # fmt: skip
+        assert result.exit_code == 0, result.output
+        assert "Warning" not in result.output
+
+
 def test_parts_that_cannot_be_are_told_in_a_line(tmp_path: Path) -> None:
     for value, message in (("across", '"blocks:n" or "across:n"'), ("blocks:3", "by blocks into 1 to 2 parts, got 3")):
         result = call("train", "--out", tmp_path, "--parts", value, *TINY)

@@ -75,7 +75,7 @@ def test_errors_say_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "3.png").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match=r"1 of the images .*\n.*3.png: it is damaged, or no .png file"):
         load(tmp_path, size=4)
-    with pytest.raises(ValueError, match="size of images must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="size must be at least 1, got 0"):
         load(tmp_path, size=0)
     with pytest.raises(ValueError, match="cropped images need a size"):
         load(tmp_path, crop=True)

@@ -96,6 +96,10 @@ def _around(weight: Tensor) -> tuple[int, ...]:
 
 
 def test_errors_say_what_was_given() -> None:
+    with pytest.raises(TypeError, match=r"ConvNet is in torch\.float32, got torch\.float16: convert one of them"):
+        ConvNet(1, 2, 1)(torch.zeros(1, 1, 2, 2, dtype=torch.float16))
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # which chooses the dtype by itself
+        ConvNet(1, 2, 1)(torch.zeros(1, 1, 2, 2, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="hidden must be at least 1, got 0"):
         ResNet(1, 0, 1)
     with pytest.raises(ValueError, match="blocks must be at least 1, got 0"):

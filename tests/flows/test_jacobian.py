@@ -231,6 +231,10 @@ def test_errors_say_what_was_given() -> None:
         jvp(layer, x, x[..., 1:])
     with pytest.raises(ValueError, match=r"the cotangent must have the shape of the result, \(1, 2, 3, 3\), got"):
         vjp(layer, x, (x, x))
+    with pytest.raises(TypeError, match="the tangent must be a tensor, or a sequence of them, got float"):
+        jvp(layer, x, 1.0)
+    with pytest.raises(TypeError, match=r"the tangent must be torch\.float32 as x is, got torch\.float64"):
+        jvp(layer, x, x.double())
     with pytest.raises(ValueError, match="ActNorm has no parameter 'weight'"):
         jvp(layer, x, x, parameter_tangents={"weight": x})
     with pytest.raises(ValueError, match=r"tangent of bias must have the shape of the parameter, \(2,\), got \(3,\)"):

@@ -141,6 +141,10 @@ def test_errors_say_what_was_given() -> None:
         HaarSqueeze().inverse(torch.zeros(1, 4, 1, 2, 2))
     with pytest.raises(ValueError, match="got 'wavelet'"):
         HaarSqueeze("wavelet")
+    with pytest.raises(TypeError, match="wavelet must be a name or the taps of a filter, got 2"):
+        WaveletSqueeze(2)
+    with pytest.raises(TypeError, match="each tap of the wavelet must be a number, got '1'"):
+        WaveletSqueeze(["1", "1"])
 
 
 @pytest.mark.parametrize("name", ["bior1.3", "bior1.5", "rbio2.2", "dmey"])

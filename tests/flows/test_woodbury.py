@@ -64,5 +64,5 @@ def test_a_singular_one_is_no_error_in_either_direction() -> None:
 
 
 def test_a_size_that_is_a_number_is_refused() -> None:
-    with pytest.raises(TypeError, match="size must be a tuple, got 8"):
+    with pytest.raises(TypeError, match=r"size must be .* got 8"):
         Woodbury(4, 8)  # type: ignore[arg-type]

@@ -192,6 +192,10 @@ def test_a_summary_in_each_form() -> None:
     torch.testing.assert_close(vector(observation), SummaryNet(3, 5)(observation).mean((2, 3)))
 
 
+NEWER = of_labels().config.to_dict()
+NEWER["summary"]["colour"] = 1
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -210,12 +214,20 @@ def test_a_summary_in_each_form() -> None:
         (lambda: SummaryNet(1, 0), ValueError, "context_channels must be at least 1, got 0"),
         (lambda: SummaryNet(1, 1, form="list"), ValueError, "got 'list'"),
         (lambda: SummaryNet(1, 1, dimensions=4), ValueError, "2 .* or 3 .*, got 4"),
-        (lambda: LabelContext(2, 1, (3, 0)), ValueError, r"\(D, H, W\), each at least 1, got \(3, 0\)"),
+        (lambda: LabelContext(2, 1, (3, 0)), ValueError, "size must be at least 1, got 0"),
+        (lambda: LabelContext(2, 1, (3, 1, 1, 1)), ValueError, r"\(D, H, W\), .* got \(3, 1, 1, 1\)"),
+        (lambda: SummaryNet(1, 1)([1.0]), TypeError, "SummaryNet expects a tensor, got list"),
+        (lambda: SummaryNet(1, 1)(draw(1, 1, 4, 4).double()), TypeError, "is in torch.float32, got torch.float64"),
         (lambda: LabelContext(0, 1), ValueError, "classes must be at least 1, got 0"),
         (
             lambda: models.build({"kind": "ConditionalFlow", "config": {"kind": "X", "summary_kind": "LabelContext"}}),
             ValueError,
             "unknown kind 'X'; known: InverseFlow",
+        ),
+        (
+            lambda: models.build({"kind": "ConditionalFlow", "config": NEWER}),
+            ValueError,
+            "LabelConfig has no colour: was it written by a newer version",
         ),
     ],
 )

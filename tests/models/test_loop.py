@@ -157,6 +157,24 @@ def test_memory_does_not_grow_with_the_steps() -> None:
     assert kept(8, False) > 3 * kept(2, False)
 
 
+@pytest.mark.parametrize("operator", [blur, linked])
+def test_under_transforms_of_functions(operator: Callable[[Tensor], Tensor]) -> None:
+    loop, (eta, state, data) = network(2), inputs(operator)
+    change = torch.randn_like(eta)
+
+    def run(x: Tensor, s: Tensor, d: Tensor) -> Tensor:
+        return loop(x, s, d, operator)[1]
+
+    alone = torch.vmap(lambda *given: run(*(one[None] for one in given))[0])(eta, state, data)
+    torch.testing.assert_close(alone, run(eta, state, data))
+    _, forwards = torch.func.jvp(lambda x: run(x, state, data), (eta,), (change,))
+    step = 1e-6
+    differences = (run(eta + step * change, state, data) - run(eta - step * change, state, data)) / (2 * step)
+    torch.testing.assert_close(forwards, differences, rtol=1e-5, atol=1e-6)
+    backwards = torch.func.grad(lambda x: (run(x, state, data) * state).sum())(eta)
+    torch.testing.assert_close((backwards * change).sum(), (forwards * state).sum())
+
+
 @pytest.mark.parametrize("dimensions", [0, 1, 3])
 def test_other_dimensions(dimensions: int) -> None:
     loop = LoopNetwork(2, 3, 4, 2, dimensions=dimensions)
@@ -187,11 +205,8 @@ def test_learns_to_deblur() -> None:
 
 
 def test_errors_say_what_was_given() -> None:
-    for arguments in ((2, 1), (0, 1)):
-        with pytest.raises(ValueError, match="at least one step, and a state of at least as many channels"):
-            LoopNetwork(*arguments)
-    with pytest.raises(ValueError, match="got 0 steps"):
-        LoopNetwork(1, 1, steps=0)
+    with pytest.raises(ValueError, match="state_channels must be at least 2, got 1"):
+        LoopNetwork(2, 1)
     loop = network()
     eta, state, data = inputs(blur)
     with pytest.raises(TypeError, match=r"state must be torch\.float64 as eta is, got torch\.float32"):
@@ -206,6 +221,16 @@ def test_errors_say_what_was_given() -> None:
         ValueError, match=r"makes \(2, 1, 4, 4\) of eta \(2, 1, 6, 6\), and the data are \(2, 1, 6, 6\)"
     ):
         loop(eta, state, eta, blur)
+    with pytest.raises(ValueError, match=r"eta must be \(B, 1, …\), got \(\)"):
+        loop(eta[0, 0, 0, 0], state, data, blur)
+    with pytest.raises(TypeError, match="LoopNetwork expects a tensor, got NoneType"):
+        loop(eta, state, None, blur)
+    with pytest.raises(TypeError, match="the operator is a function of eta, got NoneType"):
+        loop(eta, state, data, None)
+    with pytest.raises(TypeError, match="the operator makes a tensor of eta, got list"):
+        loop(eta, state, data, lambda x: [x])
+    with pytest.raises(ValueError, match="of eta what autograd cannot follow"):
+        loop(eta, state, data, lambda x: blur(x.detach()))
     weight = Learned().weight
     with pytest.raises(ValueError, match="the operator is a function with tensors that need gradients"):
         loop(eta, state, data.expand(-1, 2, -1, -1), lambda x: F.conv2d(x, weight))

@@ -183,7 +183,7 @@ def test_build_makes_what_describe_described() -> None:
         ({"squeeze": "fourier"}, "got 'fourier'"),
         ({"masks": "stripes"}, "got 'stripes'"),
         ({"conditioner": "unet"}, "got 'unet'"),
-        ({"max_row_sum": 1.0}, "max_row_sum must be .* above 0 and below 1, got 1.0"),
+        ({"max_row_sum": 1.0}, "max_row_sum must be above 0 and below 1, got 1.0"),
         ({"inverse_conv": "none", "max_row_sum": 0.5}, "max_row_sum=0.5 bounds inverse convolutions"),
         ({"blocks": 0}, "blocks must be at least 1, got 0"),
         ({"masks": "checkerboard", "coupling": "spline", "orders": "alternating"}, "need an .* coupling, got 'spline'"),

@@ -47,6 +47,8 @@ FUNCTIONS = [
         ({"dilation": 0}, ValueError, r"dilation must be one integer or a sequence of 2, each at least 1, got 0"),
         ({"dilation": (1, 2, 3)}, ValueError, r"dilation must be .*, got \(1, 2, 3\)"),
         ({"dilation": 1.5}, ValueError, "dilation must be .*, got 1.5"),
+        ({"dilation": True}, ValueError, "dilation must be .*, got True"),
+        ({"dilation": 1.0}, ValueError, "dilation must be .*, got 1.0"),
         ({"input": Y[:, :0]}, ValueError, r"at least one channel and one pixel, got shape \(2, 0, 3, 3\)"),
         ({"input": Y[:, :, :0]}, ValueError, r"at least one channel and one pixel, got shape \(2, 4, 0, 3\)"),
         ({"input": Y[..., :0]}, ValueError, r"at least one channel and one pixel, got shape \(2, 4, 3, 0\)"),

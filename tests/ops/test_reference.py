@@ -85,12 +85,16 @@ def test_both_are_differentiable(case: Case, kind: str) -> None:
     assert gradcheck(lambda *t: getattr(case, kind)(*t, **case.arguments), tensors)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dtypes(dtype: torch.dtype) -> None:
-    input, weight, bias = Case(2, 3, 3, 3).tensors(dtype)
-    assert reference.inverse_conv2d_dense(input, weight, bias).dtype == torch.float64
-    if dtype == torch.float32:
-        assert reference.inverse_conv2d(input, weight, bias).dtype == dtype
+@pytest.mark.parametrize("corner", CORNERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes(dtype: torch.dtype, corner: str) -> None:
+    case = Case(2, 4, 3, 3, groups=2, order=("top_left", "bottom_right"), corner=corner)
+    input, weight, bias = case.tensors(dtype)
+    assert case.dense(input, weight, bias, **case.arguments).dtype == torch.float64
+    found = case.recurrence(input, weight, bias, **case.arguments)
+    # Half precision is that of float32, rounded once.
+    wide = case.recurrence(input.float(), weight.float(), bias.float(), **case.arguments)
+    assert torch.equal(found, wide.to(dtype))
 
 
 def test_the_log_determinant_is_that_of_the_corner_taps() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from inverse_flow.functional import solve_conv2d
 from inverse_flow.ops import centred
@@ -208,9 +210,16 @@ def test_what_does_not_converge_says_so() -> None:
     images, weight = make_images(), make_weight()
     with pytest.raises(torch.linalg.LinAlgError, match=r"1\.0e-10 for 3 of 3 images, after 2 iterations"):
         solve_conv2d(images, weight, max_iterations=2)
-    # The system is solved in these steps, that of its gradient is not.
-    x = solve_conv2d(images, weight.requires_grad_(), max_iterations=30).x
-    with pytest.raises(torch.linalg.LinAlgError, match="transposed system, of the gradient"):
+    # Zeros are solved in no step, the system of their gradient is not.
+    x = solve_conv2d(0 * images, weight.requires_grad_(), max_iterations=2).x
+    with pytest.raises(torch.linalg.LinAlgError, match="the system with the gradient on the right"):
+        x.backward(images)
+
+
+@pytest.mark.parametrize("tikhonov", [0.0, 0.1])
+def test_a_gradient_that_is_not_finite_is_named(tikhonov: float) -> None:
+    x = solve_conv2d(make_images(), make_weight().requires_grad_(), tikhonov=tikhonov).x
+    with pytest.raises(ValueError, match="the gradient must be finite, got nan"):
         x.backward(torch.full_like(x, torch.nan))
 
 
@@ -237,8 +246,13 @@ def error_cases() -> list[tuple[dict[str, Any], type[Exception], str]]:
         ({"tikhonov": -1.0}, ValueError, "tikhonov must be at least 0"),
         ({"tikhonov": float("nan")}, ValueError, "tikhonov must be at least 0"),
         ({"tolerance": 1.0}, ValueError, "tolerance must be"),
-        ({"tikhonov": torch.tensor(0.1, requires_grad=True)}, TypeError, "tikhonov must be a number, got Tensor"),
-        ({"tolerance": "1e-3"}, TypeError, "tolerance must be a number, got str"),
+        ({"tikhonov": torch.tensor(0.1, requires_grad=True)}, TypeError, "tikhonov must be a number, got tensor"),
+        ({"tolerance": "1e-3"}, TypeError, "tolerance must be a number, got '1e-3'"),
+        ({"tikhonov": True}, TypeError, "tikhonov must be a number, got True"),
+        ({"restart": True}, TypeError, "restart must be an integer, got True"),
+        ({"input": images.masked_fill(images > 2, torch.nan)}, ValueError, "input must be finite, got nan"),
+        ({"weight": weight / 0}, ValueError, "weight must be finite, got (inf|-inf|nan)"),
+        ({"bias": torch.full((4,), torch.inf).double()}, ValueError, "input − bias must be finite, got -inf"),
         ({"max_iterations": 0}, ValueError, "max_iterations must be at least 1, got 0"),
         ({"max_iterations": 2.5}, TypeError, "max_iterations must be an integer, got 2.5"),
         ({"restart": 0}, ValueError, "restart must be at least 1, got 0"),
@@ -284,3 +298,122 @@ def test_autocast_changes_nothing(options: dict[str, Any]) -> None:
         found = solve_conv2d(y, weight, **options)
     assert torch.equal(found.iterations, plain.iterations)
     assert torch.equal(found.x, plain.x)
+
+
+def test_the_vectors_kept_are_no_more_than_can_be_of_use() -> None:
+    images, weight = make_images(channels=1), make_weight(channels=1)
+    plain = solve_conv2d(images, weight)
+    found = solve_conv2d(images, weight, restart=10**12, max_iterations=10**12)
+    assert torch.equal(found.x, plain.x)
+
+
+def x_of(images: Tensor, weight: Tensor, **options: Any) -> Tensor:
+    return solve_conv2d(images, weight, tolerance=1e-13, **options).x
+
+
+OPTIONS = [{}, {"groups": 2}, {"tikhonov": 0.1}, {"tikhonov": 0.1, "groups": 2}, {"preconditioned": False}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_forward_mode_is_that_of_the_dense_solve(options: dict[str, Any]) -> None:
+    groups, tikhonov = options.get("groups", 1), options.get("tikhonov", 0.0)
+    point = make_images(), make_weight((3, 5), groups=groups)
+    size = CHANNELS * HEIGHT * WIDTH
+    units = torch.eye(size, dtype=torch.float64).view(size, CHANNELS, HEIGHT, WIDTH)
+
+    def exact(images: Tensor, weight: Tensor) -> Tensor:
+        matrix = F.conv2d(units, weight, padding="same", groups=groups).flatten(1).mT
+        right = images.flatten(1).mT
+        if tikhonov:
+            right = matrix.mT @ right
+            matrix = matrix.mT @ matrix + tikhonov * torch.eye(size, dtype=torch.float64)
+        return torch.linalg.solve(matrix, right).mT.view(images.shape)
+
+    tangents = tuple(torch.randn(t.shape, dtype=t.dtype, generator=torch.Generator().manual_seed(3)) for t in point)
+    for change in (tangents, (tangents[0], 0 * tangents[1]), (0 * tangents[0], tangents[1])):
+        found = torch.func.jvp(lambda *both: x_of(*both, **options), point, change)
+        for mine, wanted in zip(found, torch.func.jvp(exact, point, change), strict=True):
+            torch.testing.assert_close(mine, wanted, rtol=1e-8, atol=1e-8)
+    (images, weight), (image_change, weight_change) = point, tangents
+    only_one = torch.func.jvp(lambda w: x_of(images, w, **options), (weight,), (weight_change,))[1]
+    torch.testing.assert_close(only_one, torch.func.jvp(lambda w: exact(images, w), (weight,), (weight_change,))[1])
+    only_one = torch.func.jvp(lambda y: x_of(y, weight, **options), (images,), (image_change,))[1]
+    torch.testing.assert_close(only_one, torch.func.jvp(lambda y: exact(y, weight), (images,), (image_change,))[1])
+
+
+@pytest.mark.parametrize("tikhonov", [0.0, 0.1])
+def test_second_derivatives_by_forward_mode(tikhonov: float) -> None:
+    """Forward over reverse, as ``torch.func.hessian``, against reverse over reverse."""
+    images, weight = make_images(2, channels=1)[..., :2, :3], make_weight((1, 3), channels=1)
+
+    def loss(w: Tensor) -> Tensor:
+        return x_of(images, w, tikhonov=tikhonov).pow(3).sum()
+
+    found = torch.func.hessian(loss)(weight)
+    torch.testing.assert_close(found, torch.autograd.functional.hessian(loss, weight), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(found, torch.func.jacrev(torch.func.jacrev(loss))(weight), rtol=1e-8, atol=1e-8)
+    with pytest.raises(NotImplementedError, match="cannot be differentiated in forward mode twice"):
+        torch.func.jacfwd(torch.func.jacfwd(loss))(weight)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("in_dims", [(0, None), (None, 0), (1, 0), (0, 4)], ids=str)
+def test_vmap_is_one_after_the_other(in_dims: tuple[int | None, int | None], options: dict[str, Any]) -> None:
+    groups = options.get("groups", 1)
+    stacks = [
+        make_images(6).unflatten(0, (2, 3)),
+        torch.stack([make_weight(groups=groups, spread=s) for s in (0.3, 0.6)]),
+    ]
+    tensors = [stack[0] if dim is None else stack.movedim(0, dim) for stack, dim in zip(stacks, in_dims, strict=True)]
+    one_by_one = [
+        solve_conv2d(*(s[0] if dim is None else s[i] for s, dim in zip(stacks, in_dims, strict=True)), **options)
+        for i in range(2)
+    ]
+    found = torch.vmap(lambda *both: solve_conv2d(*both, **options)[:3], in_dims)(*tensors)
+    for i, single in enumerate(one_by_one):
+        torch.testing.assert_close(found[0][i], single.x, rtol=1e-8, atol=1e-8)
+        assert torch.equal(found[1][i], single.iterations)
+
+
+def test_gradients_of_each_example() -> None:
+    images, weight = make_images(), make_weight()
+
+    def loss(y: Tensor, w: Tensor) -> Tensor:
+        return x_of(y, w).pow(2).sum()
+
+    found = torch.vmap(torch.func.grad(loss, argnums=(0, 1)), (0, None))(images, weight)
+    for i, one in enumerate(images):
+        for mine, wanted in zip(found, torch.func.grad(loss, argnums=(0, 1))(one, weight), strict=True):
+            torch.testing.assert_close(mine[i], wanted, rtol=1e-8, atol=1e-8)
+    jacobians = (torch.func.jacrev(x_of, 1)(images[:1], weight), torch.func.jacfwd(x_of, 1)(images[:1], weight))
+    torch.testing.assert_close(*jacobians, rtol=1e-8, atol=1e-8)
+
+
+class Convolutions(TorchDispatchMode):
+    """The convolutions that are run, with their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, Any]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "convolution" in str(function):
+            self.seen.append((str(function), (kwargs or {}).get("allow_tf32", args[-1])))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tikhonov", [0.0, 0.1])
+def test_every_convolution_is_in_full_precision_whatever_the_flags(tikhonov: float) -> None:
+    """In the passes behind the first one too. Process-wide flags are neither read for it nor written."""
+    images, weight = make_images(2).requires_grad_(), make_weight().requires_grad_()
+    with Convolutions() as run, mock.patch("torch._C._set_cudnn_allow_tf32", side_effect=AssertionError):
+        x = solve_conv2d(images, weight, tikhonov=tikhonov).x
+        grads = torch.autograd.grad(x.pow(2).sum(), (images, weight), create_graph=True)
+        torch.autograd.grad(sum(grad.pow(2).sum() for grad in grads), (images, weight))
+    assert set(run.seen) == {("aten._convolution.default", False)}
+
+
+def test_an_empty_batch_has_gradients() -> None:
+    images, weight = make_images()[:0].requires_grad_(), make_weight().requires_grad_()
+    for grad in torch.autograd.grad(solve_conv2d(images, weight).x.sum(), (images, weight)):
+        assert not grad.any()

@@ -199,9 +199,9 @@ def test_a_wrong_log_det_is_caught(direction: str, wrong: Callable[[Tensor], Ten
 
 
 def test_a_broken_vmap_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    fold = autograd._into_channels
+    fold = autograd.into_channels
     monkeypatch.setattr(
-        autograd, "_into_channels", lambda t, dim, *rest: fold(t if dim is None else t.flip(dim), dim, *rest)
+        autograd, "into_channels", lambda t, dim, *rest: fold(t if dim is None else t.flip(dim), dim, *rest)
     )
     with pytest.raises(AssertionError):
         check_vmap(Case(2, 3, 3, 4), (True, False, True))

@@ -46,7 +46,7 @@ def test_the_last_turn_is_within_the_parts() -> None:
         ({"count": 0}, "count must be at least 1, got 0"),
         ({"finish": 1.5}, "finish must be 0 to 1, got 1.5"),
         ({"learning_rates": (1e-3,)}, "2 parts need as many learning rates, got 1"),
-        ({"learning_rates": (1e-3, 0.0)}, "a finite number above 0"),
+        ({"learning_rates": (1e-3, 0.0)}, "learning_rates must be above 0, got 0"),
         ({"schedule": "sequential", "cache_epochs": -1}, "cache_epochs must be at least 0, got -1"),
         ({"cache_epochs": 2}, "parts that are done: sequential, not alternate"),
     ],

@@ -170,7 +170,12 @@ def test_errors_say_what_would_be_right() -> None:
         split_flow(model(), "blocks", 4)
     with pytest.raises(ValueError, match="across blocks into 1 to 6 parts, got 7"):
         split_flow(model(), "across", 7)
-    with pytest.raises(ValueError, match="into 1 to 6 parts, got 0"):
+    with pytest.raises(ValueError, match='cut must be "blocks" or "across", got \'middle\''):
+        split_flow(model(), "middle", 2)
+    for wrong in (True, "2", 2.0):
+        with pytest.raises(TypeError, match=f"count must be an integer, got {wrong!r}"):
+            split_flow(model(), "across", wrong)
+    with pytest.raises(ValueError, match="count must be at least 1, got 0"):
         split_flow(model(), "across", 0)
     with pytest.raises(ValueError, match=r"made of layers: there is none to train base\.scale with"):
         split_flow(Flow([ActNorm(1)], SHAPE, base=Learned()), "across", 1)

@@ -676,7 +676,7 @@ def test_what_is_refused() -> None:
         ReversibleSequential(nn.ReLU())
     with pytest.raises(TypeError, match="put it into a Flow"):
         ReversibleSequential(Split(4))
-    with pytest.raises(ValueError, match=r"anchors must be .* at least 1, got 0"):
+    with pytest.raises(ValueError, match="anchors must be at least 1, got 0"):
         ReversibleSequential(Scale(), anchors=0)
     with pytest.raises(ValueError, match="must be above 0, got -1"):
         ReversibleSequential(Scale(), tolerance=-1)

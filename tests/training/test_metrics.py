@@ -99,7 +99,7 @@ def test_many_draws_come_to_the_bits_of_the_distribution_function() -> None:
     assert bits(1) > bits(5) > bits(200) > exact - 5e-3
     assert bits(1) - exact > 0.2
     assert bits(200) == pytest.approx(exact, abs=0.01)
-    with pytest.raises(ValueError, match="at least 1 sample, got 0"):
+    with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
         bits(0)
 
 

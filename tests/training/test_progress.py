@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from inverse_flow.training import StepReport, TrainConfig
-from inverse_flow.training.progress import TrainingProgress
+from inverse_flow.training.progress import MeasuringProgress, TrainingProgress
 
 
 def report(step: int, seconds: float, validation: float | None = None) -> StepReport:
@@ -38,3 +38,16 @@ def test_the_nearer_limit_says_how_much_time_is_left() -> None:
     by_steps = TrainingProgress(TrainConfig(steps=40, minutes=10))
     by_steps(report(10, 10.0))
     assert by_steps.time_left(report(30, 30.0)) == "0:10"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_measurement_tells_how_far_it_is(terminal: bool) -> None:
+    out, times = io.StringIO(), iter([0.0, 1.0, 10.0, 10.0, 12.0, 19.0, 21.0, 21.0])
+    console = Console(file=out, force_terminal=terminal, width=120)
+    with MeasuringProgress(console, lambda: next(times)) as progress:
+        for done in range(1, 6):
+            progress("test images", 1000 * done, 5000)
+    if terminal:
+        assert "test images" in out.getvalue()
+    else:  # a line every ten seconds
+        assert out.getvalue().splitlines() == ["test images: 2,000 of 5,000", "test images: 5,000 of 5,000"]

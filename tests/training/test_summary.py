@@ -1,11 +1,13 @@
+from unittest import mock
+
 import pytest
 import torch
 
 from inverse_flow.data import ImageData, ImageSet
 from inverse_flow.models import InverseFlow
 from inverse_flow.training import IndependentPixels, TrainConfig, bits_per_dim, evaluate
-from inverse_flow.training.metrics import log_probs
-from inverse_flow.training.summary import summarize
+from inverse_flow.training.metrics import importance_weighted, log_probs
+from inverse_flow.training.summary import TIMED_IMAGES, summarize
 
 
 def data(side: int = 4) -> ImageData:
@@ -33,10 +35,32 @@ def test_the_figures_are_those_of_their_definitions() -> None:
     assert summary.importance_weighted_test_bits_per_dim < summary.test_bits_per_dim
     assert 2**20 < summary.peak_memory_bytes < 2**40
     assert summary.protocol == (
-        "n − log p(x̃) / (D ln 2) at n = 6 bits, uniform dequantization, one draw of noise per image, 10 test images, "
-        "averaged weights"
+        "n − log p(x̃) / (D ln 2) at n = 6 bits, uniform dequantization, one draw of noise per image, 10 test and 20 "
+        "training images, averaged weights"
     )
     assert summarize(model, images, TrainConfig()).importance_weighted_test_bits_per_dim is None
+
+
+def test_of_many_training_images_some_are_measured() -> None:
+    torch.manual_seed(0)
+    model, images = InverseFlow((1, 4, 4), levels=1, steps=1, hidden=4).eval(), data()
+    told: list[tuple[str, int, int]] = []
+    with mock.patch.object(model, "log_prob", wraps=model.log_prob) as run:
+        summary = summarize(
+            model, images, TrainConfig(), importance_samples=2, train_images=7, watch=lambda *step: told.append(step)
+        )
+    rows = [0, 2, 5, 8, 11, 14, 17]
+    assert summary.train_bits_per_dim == evaluate(model, images.train.images[rows])
+    assert summary.train_images == 7
+    assert told == [("training images", 7, 7), *((f"test images, draw {draw} of 2", 10, 10) for draw in (1, 2))]
+    measured = [call.args[0].shape[0] for call in run.call_args_list if call.args[0].shape[0] != TIMED_IMAGES]
+    assert sum(measured) == 7 + 2 * 10  # nothing is measured twice
+    assert summary.test_bits_per_dim == evaluate(model, images.test.images)
+    bound = importance_weighted(model, images.test.images, samples=2).mean()
+    assert summary.importance_weighted_test_bits_per_dim == float(bits_per_dim(bound, (1, 4, 4)))
+    for wrong in (True, "7", 0):
+        with pytest.raises((TypeError, ValueError), match="train_images must be"):
+            summarize(model, images, TrainConfig(), train_images=wrong)
 
 
 def test_the_reconstruction_error_sees_a_wrong_inverse() -> None:

@@ -129,14 +129,18 @@ def from_freia(module: Any) -> nn.Module:
             context.
 
     Raises:
+        TypeError: no module of FrEIA.
         ValueError: more inputs, outputs or conditions; when called, a condition without a context.
     """
     from FrEIA.framework import SequenceINN
+    from FrEIA.modules import InvertibleModule
 
     if isinstance(module, SequenceINN) and type(module).forward is SequenceINN.forward:
         if len(set(module.conditions) - {None}) > 1:
             raise ValueError("a layer has one context, and the modules of this SequenceINN have several conditions")
         return Compose(*map(from_freia, module))
+    if not isinstance(module, InvertibleModule):
+        raise TypeError(f"from_freia takes an InvertibleModule of FrEIA, got {type(module).__name__}")
     if len(module.dims_in) != 1 or len(module.dims_c) > 1:
         raise ValueError(
             f"a layer has one input and at most one context, {type(module).__name__} has the inputs {module.dims_in} "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from inverse_flow.ops.spec import check_integer
 from inverse_flow.reversible.layer import check_layers, output_shape, splits_off_latent
 
 IMAGE_AXES = 2
@@ -37,6 +38,8 @@ def event_dims(layer: nn.Module, event_dim: int | None) -> tuple[int, int]:
     Of the data they are ``event_dim`` if given; else those of the flow's events; else a channel and the axes that one
     of its modules was built for; else those of images, three.
     """
+    if event_dim is not None:
+        check_integer("event_dim", event_dim)
     shape = getattr(layer, "event_shape", None)
     if shape is not None:
         if event_dim not in (None, len(shape)):

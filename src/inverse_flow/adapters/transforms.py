@@ -10,6 +10,7 @@ from torch.distributions import Transform, constraints
 
 from inverse_flow.adapters.layer import event_dims, tensor_layer
 from inverse_flow.flows import reverse
+from inverse_flow.ops.spec import check_integer
 from inverse_flow.reversible.layer import call_layer, input_shape, output_shape
 
 if TYPE_CHECKING:
@@ -43,14 +44,15 @@ class LayerTransform(Transform):
         cache_size: int = 0,
     ) -> None:
         super().__init__(cache_size)
+        check_integer("context_dim", context_dim, least=0)
         self.layer = layer
         self.context = context
         self.event_dims = event_dims
         self.context_dim = context_dim
         self.domain, self.codomain = (constraints.independent(constraints.real, dim) for dim in event_dims)
         self._latest: tuple[Tensor, Tensor] | None = None
-        if context is not None and context.dim() < context_dim:
-            raise ValueError(f"a context has context_dim={context_dim} dimensions, got shape {tuple(context.shape)}")
+        if context is not None:
+            _cut("context", context, context_dim)
 
     def with_cache(self, cache_size: int = 1) -> Transform:
         if cache_size == self._cache_size:
@@ -58,11 +60,11 @@ class LayerTransform(Transform):
         return type(self)(self.layer, self.context, self.event_dims, self.context_dim, cache_size)
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
-        batch, event = _cut(shape, self.event_dims[0])
+        batch, event = _cut_shape("example", shape, self.event_dims[0])
         return torch.Size((*batch, *output_shape(self.layer, event)))
 
     def inverse_shape(self, shape: torch.Size) -> torch.Size:
-        batch, event = _cut(shape, self.event_dims[1])
+        batch, event = _cut_shape("example", shape, self.event_dims[1])
         return torch.Size((*batch, *input_shape(self.layer, event)))
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,10 +86,10 @@ class LayerTransform(Transform):
         return x
 
     def _run(self, x: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
-        batch, event = _cut(x.shape, self.event_dims[inverse])
+        batch, event = _cut("example", x, self.event_dims[inverse])
         context = self.context
         if context is not None:
-            own, one = _cut(context.shape, self.context_dim)
+            own, one = _cut("context", context, self.context_dim)
             batch = torch.broadcast_shapes(batch, own)
             context = context.expand(*batch, *one).reshape(batch.numel(), *one)
         rows = x.expand(*batch, *event).reshape(batch.numel(), *event)
@@ -155,8 +157,14 @@ def to_pyro(
     return LayerTransformModule(reverse(layer), context, (latents, data), context_dim)
 
 
-def _cut(shape: torch.Size, dims: int) -> tuple[torch.Size, torch.Size]:
+def _cut(what: str, values: Tensor, dims: int) -> tuple[torch.Size, torch.Size]:
     """The batch shape and the shape of one example."""
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{what}s are tensors, got {type(values).__name__}")
+    return _cut_shape(what, values.shape, dims)
+
+
+def _cut_shape(what: str, shape: torch.Size, dims: int) -> tuple[torch.Size, torch.Size]:
     if len(shape) < dims:
-        raise ValueError(f"one example has {dims} dimensions here, got the shape {tuple(shape)}")
+        raise ValueError(f"one {what} has {dims} dimensions here, got the shape {tuple(shape)}")
     return shape[: len(shape) - dims], shape[len(shape) - dims :]

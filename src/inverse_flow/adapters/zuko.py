@@ -7,6 +7,7 @@ from torch.distributions import Transform
 from zuko.lazy import LazyTransform
 
 from inverse_flow.adapters.transforms import LayerTransform
+from inverse_flow.ops.spec import check_integer
 from inverse_flow.reversible.layer import uses_context
 
 
@@ -15,6 +16,7 @@ class LazyLayerTransform(LazyTransform):
 
     def __init__(self, layer: nn.Module, event_dims: tuple[int, int], context_dim: int) -> None:
         super().__init__()
+        check_integer("context_dim", context_dim, least=0)
         self.layer = layer
         self.event_dims = event_dims
         self.context_dim = context_dim

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from matplotlib.backend_bases import FigureCanvasBase
 
 import inverse_flow
 from inverse_flow.command import INTERRUPTED_STATUS
-from inverse_flow.command.console import console, describe, print_quality, print_table, quiet
+from inverse_flow.command.console import console, describe, notes, print_quality, print_table, quiet
 from inverse_flow.command.errors import plain_errors
 from inverse_flow.command.info import format_info
 from inverse_flow.command.run_options import (
@@ -40,11 +41,11 @@ from inverse_flow.training.config import MAX_SEED
 from inverse_flow.training.files import to_json
 from inverse_flow.training.labels import context_of
 from inverse_flow.training.log import StepReport, TensorBoardLog
-from inverse_flow.training.progress import TrainingProgress
+from inverse_flow.training.progress import MeasuringProgress, TrainingProgress
 from inverse_flow.training.quality import quality_of
 from inverse_flow.training.quality.measure import recognise
 from inverse_flow.training.samples import NPZ, SampleGrids, draw, save_npz
-from inverse_flow.training.summary import summarize
+from inverse_flow.training.summary import TRAIN_IMAGES, summarize
 from inverse_flow.training.workers import Workers, connect
 
 # More than any machine has; OpenMP ends a program that asks for more than the system can start.
@@ -213,7 +214,9 @@ def train(
         sys.exit(INTERRUPTED_STATUS)
     if not workers.first:
         return
-    summary = runs.finish(run, console.print)
+    console.print("measuring the trained model …")
+    with MeasuringProgress(console) as measuring:
+        summary = runs.finish(run, measuring)
     print_table(summary, f"after {run.trainer.step} steps in {run.trainer.seconds:.0f} s: {stop.value}")
     names = (runs.SAMPLES_FILE, runs.CURVE_FILE, runs.SUMMARY_FILE, checkpoint.FILE)
     console.print(f"in {folder}: {', '.join(names)}", soft_wrap=True)
@@ -260,8 +263,11 @@ def sample(
 @cli.command(epilog=EXAMPLES["evaluate"], short_help="Measure a trained flow beside the baseline.")
 @click.argument("source", metavar="RUN", type=click.Path(exists=True, path_type=Path))
 @click.option("--data", "data_source", help=f"{SOURCES}.  [default: the data that RUN was trained on]")
-@click.option("--importance-samples", type=click.IntRange(0), default=10, show_default=True,
-              help="Draws of noise for the importance-weighted bound; 0 for none.")  # fmt: skip
+@click.option("--train-images", type=click.IntRange(1), default=TRAIN_IMAGES, show_default=True,
+              help="Training images to measure on, evenly spaced, if there are more.")  # fmt: skip
+@click.option("--importance-samples", type=click.IntRange(0), default=0, show_default=True,
+              help="Draws of noise for the importance-weighted bound, each of which takes as long as the test images; "
+                   "0 for none.")  # fmt: skip
 @click.option("--quality", "with_quality", is_flag=True,
               help="Judge samples of MNIST or Fashion-MNIST too, as many as there are test images.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
@@ -269,13 +275,17 @@ def sample(
 def evaluate(
     source: Path,
     data_source: str | None,
+    train_images: int,
     importance_samples: int,
     with_quality: bool,
     as_json: bool,
     device: str,
     threads: int | None,
 ) -> None:
-    """Measure the model of RUN, a run's folder or its checkpoint: bits per dimension beside the baseline, and times."""
+    """Measure the model of RUN, a run's folder or its checkpoint: bits per dimension beside the baseline, and times.
+
+    How far it has come is written to the standard error, in lines where that is no terminal.
+    """
     use_threads(threads)
     with plain_errors():
         content = checkpoint.load(source)
@@ -284,10 +294,16 @@ def evaluate(
         classes = runs.source_of(content).classes
         if with_quality:
             recognise(data)  # what it refuses, it refuses before the long work
-        summary = summarize(model, data, content.training, classes=classes, importance_samples=importance_samples)
+        with MeasuringProgress(notes) as measuring:
+            summary = summarize(
+                model, data, content.training, classes=classes, importance_samples=importance_samples,
+                train_images=train_images, watch=measuring,
+            )  # fmt: skip
+            quality = (
+                quality_of(model, data, classes=classes, watch=partial(measuring, "samples")) if with_quality else None
+            )
         context = context_of(data.test, classes)
         report = stability_report(model, model.event_shape, None if context is None else context[:1].to(device))
-        quality = quality_of(model, data, classes=classes) if with_quality else None
     if as_json:
         told = {**summary.to_dict(), "stability": report.to_list(), "data": data.name}
         click.echo(to_json(told | ({"quality": quality.to_dict()} if quality else {})))

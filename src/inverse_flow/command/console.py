@@ -16,6 +16,8 @@ from inverse_flow.training.summary import Summary
 
 # What is printed are names of the user's: brackets and colons in them are no markup.
 console = Console(markup=False, emoji=False, highlight=False)
+# For what is no result: a result may be piped into a file.
+notes = Console(stderr=True, markup=False, emoji=False, highlight=False)
 
 
 def describe(run: runs.Run) -> None:

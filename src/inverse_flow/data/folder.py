@@ -15,6 +15,7 @@ from inverse_flow.data.files import is_hidden, listing, shortened, walk
 from inverse_flow.data.holdout import held_out
 from inverse_flow.data.images import UNLABELLED, ImageData, ImageSet
 from inverse_flow.data.picture import COLOUR, FOREIGN_SUFFIXES, GREY, SUFFIXES, read_picture
+from inverse_flow.ops.spec import check_integer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -72,8 +73,8 @@ def load_image_folder(
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder")
-    if size is not None and size < 1:
-        raise ValueError(f"the size of images must be at least 1, got {size}")
+    if size is not None:
+        check_integer("size", size)
     if crop and size is None:
         raise ValueError("cropped images need a size, for they differ in it")
     places = _sets(folder)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from inverse_flow.ops.spec import check_integer
+
 Draw = Callable[..., Tensor]
 
 
@@ -31,8 +33,8 @@ def draw_toy(name: str, count: int, *, seed: int = 0) -> Tensor:
     """
     if name not in _DRAWS:
         raise ValueError(f"a toy density is one of {', '.join(_DRAWS)}, got {name!r}")
-    if count < 0:
-        raise ValueError(f"count must be at least 0, got {count}")
+    check_integer("count", count, least=0)
+    check_integer("seed", seed, least=None)
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:

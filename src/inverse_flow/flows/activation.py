@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inverse_flow.flows.base import FlowLayer, check_floating, check_images, logdet_dtype, per_channel, sum_example
-from inverse_flow.ops.spec import check_integer
+from inverse_flow.ops.spec import check_integer, check_number
 
 # Newton steps of an inverse: enough for float64, for any z and slopes from the least on.
 NEWTON_STEPS = 16
@@ -67,6 +67,7 @@ class _Smooth(FlowLayer):
 
     def __init__(self, slope: float) -> None:
         super().__init__()
+        check_number("slope", slope)
         if not LEAST_SLOPE <= slope < 1:
             raise ValueError(f"the least slope must be at least {LEAST_SLOPE} and below 1, got {slope}")
         self.slope = slope

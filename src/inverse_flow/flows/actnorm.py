@@ -105,6 +105,10 @@ class ActNorm(FlowLayer):
         backpropagate([self.bias, self.log_scale], grads)
         return self.inverse(z)[0], grad_x.to(z.dtype)
 
+    def expect_initialization(self) -> None:
+        """Says that the layer is known not to be initialised yet: it does not warn of it."""
+        self._knows["warned"] = True
+
     def extra_repr(self) -> str:
         return f"{self.channels}"
 
@@ -162,7 +166,7 @@ class ActNorm(FlowLayer):
         super()._load_from_state_dict(*args, **kwargs)
         # The buffer may have changed. It is read now, so that a loaded model is captured without looking at values.
         known = not self.initialized.is_meta and bool(self.initialized)
-        self._knows = {"initialized": known, "warned": False}
+        self._knows = {**self._knows, "initialized": known}
 
 
 def _may_wait_for(x: Tensor) -> bool:

@@ -17,6 +17,7 @@ from inverse_flow.reversible.layer import Shape, input_shape, output_shape
 __all__ = [
     "FlowLayer",
     "Shape",
+    "check_dtype",
     "check_floating",
     "check_images",
     "count_pixels",
@@ -121,6 +122,14 @@ def check_floating(layer: nn.Module, x: Tensor) -> None:
         raise TypeError(f"{name} expects one tensor, got a nested one: pass each of its tensors by itself")
     if not x.is_floating_point():
         raise TypeError(f"{name} expects floating-point images, got {x.dtype}; dequantize or convert them first")
+
+
+def check_dtype(network: nn.Module, x: Tensor) -> None:
+    """Refuses what is not a tensor of a network's own dtype, unless autocast chooses one for both."""
+    check_floating(network, x)
+    dtype = next(network.parameters()).dtype
+    if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"{type(network).__name__} is in {dtype}, got {x.dtype}: convert one of them")
 
 
 def check_images(

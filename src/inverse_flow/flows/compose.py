@@ -13,7 +13,7 @@ from inverse_flow.flows.base import FlowLayer, Shape, check_floating, input_shap
 from inverse_flow.flows.flattened import Flattened
 from inverse_flow.flows.prior import StandardNormal
 from inverse_flow.ops.bijection import Bijection
-from inverse_flow.ops.spec import check_integer
+from inverse_flow.ops.spec import check_integer, check_number
 from inverse_flow.reversible.chain import Link, links_of
 from inverse_flow.reversible.layer import call_layer, check_layers, splits_off_latent, uses_context
 from inverse_flow.reversible.rebuild import Rebuilding, run
@@ -196,10 +196,9 @@ class Flow(Bijection):
         self, n: int, context: Tensor | None, temperature: float, generator: torch.Generator | None
     ) -> tuple[Tensor, ...]:
         """What :meth:`sample` makes its samples of: ``n`` rows of every latent."""
-        if not isinstance(n, int | torch.SymInt):
-            raise TypeError(f"the number of samples is an integer, got {n!r}")
-        if n < 0:
-            raise ValueError(f"the number of samples must be at least 0, got {n}")
+        if not isinstance(n, torch.SymInt):
+            check_integer("the number of samples", n, least=0)
+        check_number("the temperature", temperature)
         if not (math.isfinite(temperature) and temperature >= 0):
             raise ValueError(f"the temperature must be a finite number of at least 0, got {temperature}")
         self._check_context(n, context)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from inverse_flow.flows.base import check_dtype
 from inverse_flow.ops.checks import shape_of_images
 from inverse_flow.ops.spec import check_integer
 
@@ -71,6 +72,7 @@ class _Conditioner(nn.Module, ABC):
         return self.context_channels > 0
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        check_dtype(self, x)
         if x.dim() != self.dimensions + 2:
             raise ValueError(
                 f"this network was built with dimensions={self.dimensions}, for {shape_of_images(self.dimensions)}, "

@@ -11,7 +11,7 @@ from inverse_flow.conv import INITIAL_GAIN
 from inverse_flow.flows.base import FlowLayer, check_images, count_pixels, expand_logdet, logdet_dtype
 from inverse_flow.flows.conditioner import check_dimensions
 from inverse_flow.ops.causal import CONVOLUTIONS, tap
-from inverse_flow.ops.spec import PerAxis, check_integer, each_axis
+from inverse_flow.ops.spec import PerAxis, check_integer, check_number, each_axis
 
 # Largest ‖M‖₂. The number of convolutions grows with it: 11 in float32 for each 1.
 DEFAULT_NORM = 1.0
@@ -60,6 +60,7 @@ class ExponentialConv(FlowLayer):
     ) -> None:
         super().__init__()
         check_integer("channels", channels)
+        check_number("norm", norm)
         if not (math.isfinite(norm) and norm > 0):
             raise ValueError(f"norm must be a finite number above 0, got {norm}")
         self.channels, self.norm = channels, norm

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from inverse_flow.flows.base import FlowLayer, check_images, first_half
 from inverse_flow.flows.compose import Compose
 from inverse_flow.flows.coupling import AffineCoupling
-from inverse_flow.ops.spec import check_integer
+from inverse_flow.ops.spec import check_function, check_integer
 from inverse_flow.reversible.layer import call_layer, shortcut, uses_context
 
 
@@ -92,6 +92,7 @@ class HINT(Compose):
             ``lambda channels: AdditiveCoupling(channels, 32)``. C must leave the first ⌈channels/2⌉ as they are.
 
     Raises:
+        TypeError: a ``coupling`` that is no function.
         ValueError: fewer than 2 channels; ``least_channels`` out of range; images of another shape.
     """
 
@@ -107,6 +108,8 @@ class HINT(Compose):
     ) -> None:
         check_integer("channels", channels, least=2)  # to split
         check_integer("least_channels", least_channels)
+        check_integer("hidden", hidden, least=0)
+        check_function("coupling", coupling)
         if not 2 <= least_channels <= channels:
             raise ValueError(f"least_channels must lie between 2 and {channels}, the channels, got {least_channels}")
 

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inverse_flow.flows.base import FlowLayer, check_images, logdet_dtype, zero_logdet
+from inverse_flow.flows.base import FlowLayer, check_dtype, check_images, logdet_dtype, zero_logdet
 from inverse_flow.flows.conditioner import check_dimensions
 from inverse_flow.ops.causal import CONVOLUTIONS
-from inverse_flow.ops.spec import check_integer
+from inverse_flow.ops.spec import check_integer, check_number
 from inverse_flow.reversible import backpropagate
 
 
@@ -61,6 +61,7 @@ class Hyperbolic(FlowLayer):
         check_integer("kernel_size", kernel_size)
         if channels % 2:
             raise ValueError(f"the two states are halves of an even number of channels, got {channels}")
+        check_number("step_size", step_size)
         if not (math.isfinite(step_size) and step_size > 0):
             raise ValueError(f"step_size must be a finite number above 0, got {step_size}")
         if kernel_size % 2 == 0:
@@ -102,6 +103,7 @@ class Hyperbolic(FlowLayer):
 
     def _states(self, x: Tensor) -> tuple[Tensor, Tensor]:
         check_images(self, x, self.channels, dimensions=self.dimensions)
+        check_dtype(self, x)
         first, second = x.chunk(2, dim=1)
         return first, second
 

@@ -34,6 +34,7 @@ def jvp(
         f(x) and the product, both of the shape of f(x).
 
     Raises:
+        TypeError: what is no tensor, nor a sequence of tensors; a tangent of another dtype.
         ValueError: shapes that differ from what they are a change of; a parameter that does not exist.
         RuntimeError: an ActNorm in training mode that would be initialised by this call.
     """
@@ -67,6 +68,7 @@ def vjp(
         names, zero for one that f does not read. The ``grad`` of no tensor changes.
 
     Raises:
+        TypeError: as :func:`jvp`.
         ValueError: a cotangent of another shape than f(x).
         RuntimeError: as :func:`jvp`.
     """
@@ -122,9 +124,16 @@ def _as_values(values: Any) -> Any:
 
 
 def _check_like(what: str, values: Any, other_name: str, other: Any) -> None:
+    for value in values if isinstance(values, tuple) else (values,):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{what} must be a tensor, or a sequence of them, got {type(value).__name__}")
     given, expected = _shapes(values), _shapes(other)
     if given != expected:
         raise ValueError(f"{what} must have the shape of {other_name}, {expected}, got {given}")
+    pairs = [(values, other)] if isinstance(values, Tensor) else zip(values, other, strict=True)
+    for value, like in pairs:
+        if value.dtype != like.dtype:
+            raise TypeError(f"{what} must be {like.dtype} as {other_name} is, got {value.dtype}")
 
 
 def _shapes(values: Any) -> Any:

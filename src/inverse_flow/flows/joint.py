@@ -12,6 +12,7 @@ from inverse_flow.flows.base import FlowLayer, check_floating, output_shape
 from inverse_flow.flows.compose import Flow
 from inverse_flow.flows.coupling import AffineCoupling
 from inverse_flow.ops.bijection import Bijection
+from inverse_flow.ops.spec import check_function, check_integer
 from inverse_flow.reversible.chain import Link
 from inverse_flow.reversible.layer import call_layer, splits_off_latent, uses_context
 from inverse_flow.reversible.rebuild import Rebuilding, run
@@ -85,7 +86,7 @@ class JointFlow(Bijection):
         memory_efficient: as for :class:`~inverse_flow.flows.Flow`; that of the two flows is ignored.
 
     Raises:
-        TypeError: what is no :class:`~inverse_flow.flows.Flow`.
+        TypeError: what is no :class:`~inverse_flow.flows.Flow`; a ``coupling`` that is no function.
         ValueError: flows that do not go side by side; data or latents of another shape.
     """
 
@@ -102,6 +103,8 @@ class JointFlow(Bijection):
         for flow in (observed, own):
             if not isinstance(flow, Flow):
                 raise TypeError(f"a joint flow is made of two Flows, got {type(flow).__name__}")
+        check_integer("hidden", hidden, least=0)
+        check_function("coupling", coupling)
         self.observed, self.own = observed, own
         self.memory_efficient = memory_efficient
         dimensions = len(observed.event_shape) - 1
@@ -110,7 +113,7 @@ class JointFlow(Bijection):
             return AffineCoupling(channels, hidden, kept=of_y, dimensions=dimensions)
 
         self._states = self._states_of_both()
-        make = coupling or affine
+        make = affine if coupling is None else coupling
         self.couplings = nn.ModuleDict()
         for i, (y, x) in enumerate(self._states[1:]):
             if (y, x) != self._states[i]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from inverse_flow.ops.spec import check_integer
+
 
 @torch.no_grad()
 def interpolate(flow: nn.Module, a: Tensor, b: Tensor, steps: int = 8, context: Tensor | None = None) -> Tensor:
@@ -25,8 +27,7 @@ def interpolate(flow: nn.Module, a: Tensor, b: Tensor, steps: int = 8, context: 
     Raises:
         ValueError: fewer than 2 steps, or ``a`` and ``b`` of different shapes.
     """
-    if steps < 2:
-        raise ValueError(f"an interpolation needs at least its two ends, got {steps} steps")
+    check_integer("steps", steps, least=2)  # its two ends
     if a.shape != b.shape:
         raise ValueError(f"the ends of an interpolation must have one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
     weights = torch.linspace(0, 1, steps, device=a.device, dtype=a.dtype)

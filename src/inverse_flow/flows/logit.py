@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inverse_flow.flows.base import FlowLayer, check_floating, logdet_dtype, per_example, sum_example
+from inverse_flow.ops.spec import check_number
 
 # Fraction of the unit interval that is left free at each end, so that 0 and 1 have a finite logit. A dark pixel is
 # spread out by about 1 / margin.
@@ -30,6 +31,7 @@ class Logit(FlowLayer):
 
     def __init__(self, margin: float = DEFAULT_MARGIN) -> None:
         super().__init__()
+        check_number("margin", margin)
         if not 0 < margin < 0.5:
             raise ValueError(f"the margin of a logit must be above 0 and below 0.5, got {margin}")
         self.margin = margin

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from inverse_flow.flows.base import FlowLayer, check_images, zero_logdet
+from inverse_flow.ops.spec import is_integer
 
 
 class Permute(FlowLayer):
@@ -24,7 +25,7 @@ class Permute(FlowLayer):
     def __init__(self, permutation: Sequence[int] | Tensor) -> None:
         super().__init__()
         order = permutation.tolist() if isinstance(permutation, Tensor) else list(permutation)
-        if not isinstance(order, list) or sorted(order) != list(range(len(order))):
+        if not isinstance(order, list) or not all(map(is_integer, order)) or sorted(order) != list(range(len(order))):
             raise ValueError(f"a permutation names each of the channels 0 … C-1 once, got {order}")
         # From plain numbers, which exist where the model is built without values, on the meta device.
         device = permutation.device if isinstance(permutation, Tensor) else None

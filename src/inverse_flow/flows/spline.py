@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from inverse_flow.flows.base import FlowLayer, check_images, logdet_dtype, sum_example
 from inverse_flow.flows.coupling import ChannelCoupling
-from inverse_flow.ops.spec import check_integer
+from inverse_flow.ops.spec import check_integer, check_number
 
 SplineKind: TypeAlias = Literal["rational_quadratic", "linear"]
 
@@ -249,6 +249,7 @@ def _check_spline(bins: int, bound: float) -> None:
     check_integer("bins", bins)
     if not 2 <= bins < 1 / MIN_SHARE:
         raise ValueError(f"a spline needs 2 to {round(1 / MIN_SHARE) - 1} bins, got {bins}")
+    check_number("bound", bound)
     if not (bound > 0 and math.isfinite(bound)):
         raise ValueError(f"the bound of a spline must be a finite number above 0, got {bound}")
 

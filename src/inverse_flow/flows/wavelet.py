@@ -11,6 +11,7 @@ from torch import Tensor
 
 from inverse_flow.flows.base import check_images, logdet_dtype, zero_logdet
 from inverse_flow.flows.squeeze import Squeeze
+from inverse_flow.ops.spec import check_number
 
 BandOrder: TypeAlias = Literal["band", "channel"]
 
@@ -49,7 +50,11 @@ class WaveletSqueeze(Squeeze):
         super().__init__(2)
         if order not in ("band", "channel"):
             raise ValueError(f'order must be "band" or "channel", got {order!r}')
+        if not isinstance(wavelet, (str, Sequence)):
+            raise TypeError(f"wavelet must be a name or the taps of a filter, got {wavelet!r}")
         self.wavelet = wavelet if isinstance(wavelet, str) else tuple(wavelet)
+        for tap in () if isinstance(self.wavelet, str) else self.wavelet:
+            check_number("each tap of the wavelet", tap)
         self.order = order
         # The taps are kept times √2, so that Haar's are 1 and −1; what is left is one factor.
         self.low = _low_pass(self.wavelet)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from inverse_flow.flows.base import FlowLayer, check_images, expand_logdet, logdet_dtype
-from inverse_flow.ops.spec import check_integer
+from inverse_flow.ops.spec import SIZE_FORMS, check_integer, check_sizes
 
 DEFAULT_RANK = 8
 
@@ -53,11 +52,8 @@ class Woodbury(FlowLayer):
         super().__init__()
         check_integer("channels", channels)
         check_integer("rank", rank)
-        if not isinstance(size, Sequence):
-            raise TypeError(f"size must be a tuple, got {size!r}")
-        if not 1 <= len(size) <= 3 or min(size) < 1:
-            raise ValueError(f"size must be (L,), (H, W) or (D, H, W), each at least 1, got {size}")
-        self.channels, self.size = channels, tuple(size)
+        self.channels, self.size = channels, check_sizes("size", size, SIZE_FORMS, range(1, 4))
+        self.dimensions = len(self.size)
 
         def factors(length: int) -> tuple[nn.Parameter, nn.Parameter]:
             used = min(rank, length)
@@ -65,7 +61,7 @@ class Woodbury(FlowLayer):
             return nn.Parameter(torch.zeros(length, used, device=device, dtype=dtype)), nn.Parameter(v)
 
         self.channel_u, self.channel_v = factors(channels)
-        self.pixel_u, self.pixel_v = factors(math.prod(size))
+        self.pixel_u, self.pixel_v = factors(math.prod(self.size))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._transform(x, self.channel_v, self.pixel_v, 1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from inverse_flow.conv import InverseConv2d
 from inverse_flow.ops.causal import read_part
 from inverse_flow.ops.checks import FLOAT_DTYPES
-from inverse_flow.ops.spec import check_integer
+from inverse_flow.ops.spec import check_integer, check_number, check_sizes
 
 # From opposite corners, so that after both every pixel has seen the whole image.
 ORDERS = ("top_left", "bottom_right")
@@ -54,13 +54,12 @@ class InverseConvClassifier(nn.Module):
         inverse_convs: bool = True,
     ) -> None:
         super().__init__()
-        if len(image_shape) != 3 or min(image_shape) < 1:
-            raise ValueError(f"image_shape must be (C, H, W), each at least 1, got {image_shape}")
+        self.image_shape = check_sizes("image_shape", image_shape, "(C, H, W)", range(3, 4))
         check_integer("classes", classes)
         check_integer("hidden", hidden)
+        check_number("dropout", dropout)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
-        self.image_shape = tuple(image_shape)
         # No bias: the head has one, and 16 parameters remain for an image of one channel.
         self.inverse_convs = nn.ModuleList(
             InverseConv2d(image_shape[0], kernel_size, order=order, bias=False)

@@ -5,21 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from inverse_flow.flows import Flow, Squeeze
-from inverse_flow.flows.base import Shape
-from inverse_flow.flows.conditioner import CONVOLUTIONS, check_dimensions, convolution
+from inverse_flow.flows.base import Shape, check_dtype
+from inverse_flow.flows.conditioner import check_dimensions, convolution
 from inverse_flow.flows.flattened import Flattened
 from inverse_flow.models.config import SQUEEZE_FACTOR, FlowConfig
+from inverse_flow.models.fields import Bounds, check, from_values
 from inverse_flow.models.flows import KINDS, ImageFlow
 from inverse_flow.ops.bijection import Bijection
 from inverse_flow.ops.checks import shape_of_images
-from inverse_flow.ops.spec import check_integer
+from inverse_flow.ops.spec import SIZE_FORMS, check_sizes
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # in typing from Python 3.11 on
@@ -37,17 +38,14 @@ class LabelConfig:
         size: (L,), (H, W) or (D, H, W) of the context, or None.
     """
 
-    classes: int
-    context_channels: int
-    size: tuple[int, ...] | None = None
+    classes: Annotated[int, Bounds(1)]
+    context_channels: Annotated[int, Bounds(1)]
+    size: tuple[Annotated[int, Bounds(1)], ...] | None = None
 
     def __post_init__(self) -> None:
-        _check_least_one(self)
+        check(self)
         if self.size is not None:
-            # A config read back from JSON has a list.
-            object.__setattr__(self, "size", tuple(self.size))
-            if len(self.size) not in CONVOLUTIONS or min(self.size) < 1:
-                raise ValueError(f"size must be (L,), (H, W) or (D, H, W), each at least 1, got {self.size}")
+            check_sizes("size", self.size, SIZE_FORMS, range(1, 4))
 
 
 class LabelContext(nn.Module):
@@ -105,17 +103,15 @@ class SummaryConfig:
         dimensions: 1 for observed signals, 2 for images, 3 for volumes.
     """
 
-    channels: int
-    context_channels: int
-    hidden: int = 32
+    channels: Annotated[int, Bounds(1)]
+    context_channels: Annotated[int, Bounds(1)]
+    hidden: Annotated[int, Bounds(1)] = 32
     form: SummaryForm = "map"
     dimensions: int = 2
 
     def __post_init__(self) -> None:
-        _check_least_one(self)
+        check(self)
         check_dimensions(self.dimensions, least=1)
-        if self.form not in get_args(SummaryForm):
-            raise ValueError(f'form must be "vector" or "map", got {self.form!r}')
 
 
 class SummaryNet(nn.Module):
@@ -157,6 +153,7 @@ class SummaryNet(nn.Module):
 
     def forward(self, observation: Tensor) -> Tensor:
         config = self.config
+        check_dtype(self, observation)
         expected = shape_of_images(config.dimensions, config.channels)
         if observation.dim() != config.dimensions + 2 or observation.shape[1] != config.channels:
             raise ValueError(f"this network sums up observations {expected}, got {tuple(observation.shape)}")
@@ -194,7 +191,7 @@ class ConditionalConfig:
             if values[name] not in known:
                 raise ValueError(f"unknown {name} {values[name]!r}; known: {', '.join(known)}")
         flow = KINDS[values["kind"]].config_type.from_dict(values["flow"])
-        summary = SUMMARIES[values["summary_kind"]].config_type(**values["summary"])
+        summary = from_values(SUMMARIES[values["summary_kind"]].config_type, values["summary"])
         return cls(values["kind"], flow, values["summary_kind"], summary)
 
 
@@ -309,9 +306,3 @@ class ConditionalFlow(Bijection):
             raise ValueError("a conditional flow needs an observation for every example, and none was given")
         context: Tensor = self.summary(observation)
         return context
-
-
-def _check_least_one(config: LabelConfig | SummaryConfig) -> None:
-    for name in ("classes", "channels", "context_channels", "hidden"):
-        if hasattr(config, name):
-            check_integer(name, getattr(config, name))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from inverse_flow.flows.base import first_half
 from inverse_flow.flows.scale import ScaleKind
 from inverse_flow.flows.split import SplitPrior
-from inverse_flow.models.fields import Bounds, check, either
+from inverse_flow.models.fields import Bounds, check, from_values
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # in typing from Python 3.11 on
@@ -41,7 +41,7 @@ class FlowConfig:
         levels: scales of the flow, L. Each begins with a squeeze, and each but the last ends with a split.
         steps: flow steps in a level, K.
         hidden: width of the coupling networks.
-        kernel_size: of the inverse convolutions along every axis, or one number for each.
+        kernel_size: of the inverse convolutions, along every axis; in Python also a tuple of one for each axis.
         corner: kind of the corner tap of the inverse and emerging convolutions, see
             :class:`~inverse_flow.InverseConv2d`.
         orders: ``"four"``: four groups of channels, one for each order, in every inverse convolution (two of signals,
@@ -86,7 +86,7 @@ class FlowConfig:
         ValueError: options that do not exist or do not fit together, naming them.
     """
 
-    image_shape: tuple[int, ...]
+    image_shape: tuple[Annotated[int, Bounds(1)], ...]
     levels: Annotated[int, Bounds(1)] = 2
     steps: Annotated[int, Bounds(1)] = 4
     hidden: Annotated[int, Bounds(1)] = 64
@@ -112,10 +112,6 @@ class FlowConfig:
     """The sizes of the model's publication, see :meth:`paper`."""
 
     def __post_init__(self) -> None:
-        # A config read back from JSON has lists; equal models must have equal configs.
-        object.__setattr__(self, "image_shape", tuple(self.image_shape))
-        if not isinstance(self.kernel_size, int):
-            object.__setattr__(self, "kernel_size", tuple(self.kernel_size))
         check(self)
         if self.scale != "tanh" and self.coupling not in ("affine", "hint"):
             raise ValueError(f'a scale is a choice of "affine" and "hint" couplings, got {self.coupling!r} ones')
@@ -168,16 +164,11 @@ class FlowConfig:
         Raises:
             ValueError: a field that does not exist, as in the config of a newer version.
         """
-        unknown = sorted(set(values) - {field.name for field in fields(cls)})
-        if unknown:
-            raise ValueError(f"{cls.__name__} has no {either(unknown)}: was it written by a newer version?")
-        return cls(**values)
+        return from_values(cls, values)
 
     def _check_shape(self) -> None:
         if self.dimensions not in AXES:
             raise ValueError(f"image_shape must be (D,), (C, L), (C, H, W) or (C, D, H, W), got {self.image_shape}")
-        if any(size < 1 for size in self.image_shape):
-            raise ValueError(f"every axis of image_shape must be at least 1, got {self.image_shape}")
         sizes = self.image_shape[1:]
         divisor = SQUEEZE_FACTOR**self.squeezes
         if any(size % divisor for size in sizes):

@@ -9,16 +9,20 @@ from __future__ import annotations
 import inspect
 import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import cache
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from inverse_flow.ops.spec import check_integer, check_number
+
+ConfigT = TypeVar("ConfigT")
 ROLE = re.compile(r":\w+:`~?(?:[\w.]*\.)?(\w+)`")
 
 
 class Bounds(NamedTuple):
-    """The finite numbers from ``least`` to ``most``, above ``above`` and below ``below``."""
+    """The numbers from ``least`` to ``most``, above ``above`` and below ``below``."""
 
     least: int | None = None
     most: int | None = None
@@ -27,8 +31,7 @@ class Bounds(NamedTuple):
 
     def hold(self, value: float) -> bool:
         return (
-            math.isfinite(value)
-            and (self.least is None or value >= self.least)
+            (self.least is None or value >= self.least)
             and (self.most is None or value <= self.most)
             and (self.above is None or value > self.above)
             and (self.below is None or value < self.below)
@@ -37,7 +40,7 @@ class Bounds(NamedTuple):
     def __str__(self) -> str:
         if self.least is not None and self.most is not None:
             return f"{self.least} to {self.most}"
-        words = {"at least": self.least, "at most": self.most, "a finite number above": self.above, "below": self.below}
+        words = {"at least": self.least, "at most": self.most, "above": self.above, "below": self.below}
         return " and ".join(f"{word} {bound}" for word, bound in words.items() if bound is not None)
 
 
@@ -51,6 +54,7 @@ class Field(NamedTuple):
         bounds: of its numbers; None for any.
         optional: may be None.
         several: holds a tuple.
+        or_each: one, or a tuple of them.
         default: its value if none is given; ``dataclasses.MISSING`` if one must be.
         help: what it means, in sentences; code stands between double backticks.
     """
@@ -61,6 +65,7 @@ class Field(NamedTuple):
     bounds: Bounds | None
     optional: bool
     several: bool
+    or_each: bool
     default: Any
     help: str
 
@@ -76,7 +81,11 @@ def fields_of(config_type: type) -> dict[str, Field]:
 def check(config: object) -> None:
     """Refuses a configuration of which a field has a value that its annotation excludes.
 
+    What it keeps are plain values, which a checkpoint takes and which are equal where the models and runs are: a
+    sequence, read back from JSON as a list, becomes a tuple, and a number of NumPy's one of Python's.
+
     Raises:
+        TypeError: a value of another kind; True is no number.
         ValueError: names the field, its values and what was given.
     """
     kind: type = type(config)
@@ -84,12 +93,43 @@ def check(config: object) -> None:
         value = getattr(config, field.name)
         if value is None and field.optional:
             continue
-        for one in value if field.several else [value]:
-            if field.choices and one not in field.choices:
-                quoted = [f'"{choice}"' for choice in field.choices]
-                raise ValueError(f"{field.name} must be {either(quoted)}, got {one!r}")
-            if field.bounds and isinstance(one, (int, float)) and not field.bounds.hold(one):
-                raise ValueError(f"{field.name} must be {field.bounds}, got {one}")
+        several = isinstance(value, Sequence) and not isinstance(value, str) and (field.several or field.or_each)
+        if field.several and not several:
+            raise TypeError(f"{field.name} must be a tuple, got {value!r}")
+        plain = tuple(_plain(field, one) for one in value) if several else _plain(field, value)
+        object.__setattr__(config, field.name, plain)
+
+
+def from_values(config_type: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
+    """The configuration with these values; a field that is missing, since they are older, has its default.
+
+    Raises:
+        ValueError: a field that does not exist.
+    """
+    kind: type = config_type
+    unknown = sorted(values.keys() - fields_of(kind).keys())
+    if unknown:
+        raise ValueError(f"{config_type.__name__} has no {either(unknown)}: was it written by a newer version?")
+    return config_type(**values)
+
+
+def _plain(field: Field, value: Any) -> Any:
+    if field.choices and value not in field.choices:
+        quoted = [f'"{choice}"' for choice in field.choices]
+        raise ValueError(f"{field.name} must be {either(quoted)}, got {value!r}")
+    if field.kind is bool and not isinstance(value, bool):
+        raise TypeError(f"{field.name} must be True or False, got {value!r}")
+    if field.kind is int:
+        check_integer(field.name, value, least=None)
+        value = int(value)
+    elif field.kind is float:
+        check_number(field.name, value)
+        if not math.isfinite(value):
+            raise ValueError(f"{field.name} must be finite, got {value}")
+        value = value if type(value) is int else float(value)
+    if field.bounds and not field.bounds.hold(value):
+        raise ValueError(f"{field.name} must be {field.bounds}, got {value}")
+    return value
 
 
 def either(names: list[str]) -> str:
@@ -99,7 +139,7 @@ def either(names: list[str]) -> str:
 
 def _field(name: str, hint: Any, default: Any, meanings: dict[str, str]) -> Field:
     bounds = None
-    optional = several = False
+    optional = several = or_each = False
     choices: tuple[str, ...] = ()
     while (origin := get_origin(hint)) is not None:
         arguments = get_args(hint)
@@ -107,12 +147,13 @@ def _field(name: str, hint: Any, default: Any, meanings: dict[str, str]) -> Fiel
             bounds = next((found for found in arguments[1:] if isinstance(found, Bounds)), None)
         elif origin in (Union, UnionType):
             optional = optional or NoneType in arguments
+            or_each = any(get_origin(argument) is tuple for argument in arguments)
         elif origin is tuple:
             several = True
         elif origin is Literal:
             choices, arguments = arguments, (str,)
         hint = arguments[0]
-    return Field(name, hint, choices, bounds, optional, several, default, meanings.get(name, ""))
+    return Field(name, hint, choices, bounds, optional, several, or_each, default, meanings.get(name, ""))
 
 
 def _meanings(config_type: type) -> dict[str, str]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from inverse_flow.flows import IRIM, ActNorm, AdditiveCoupling
 from inverse_flow.flows.base import check_floating
+from inverse_flow.ops.spec import check_integer
 from inverse_flow.reversible.chain import Link
 from inverse_flow.reversible.rebuild import Rebuilding, run
 
@@ -32,16 +33,24 @@ class DataGradient(nn.Module):
         self.operator, self.norm, self.channels = operator, norm, channels
 
     def forward(self, eta: Tensor, data: Tensor) -> Tensor:
+        if torch._C._are_functorch_transforms_active():
+            predicted, pull_back = torch.func.vjp(self.operator, eta)  # type: ignore[misc]
+            return self._filled_up(pull_back(predicted - data)[0])  # type: ignore[operator]
         differentiable = torch.is_grad_enabled()
         # In inference mode too autograd has to find Aᵀ, which it does not do for tensors of that mode.
         with torch.inference_mode(False), torch.enable_grad():
             eta, data = (value.clone() if value.is_inference() else value for value in (eta, data))
             eta = eta if eta.requires_grad and differentiable else eta.detach().requires_grad_()
             predicted = self.operator(eta)
+            if not predicted.requires_grad:
+                raise ValueError("the operator makes of eta what autograd cannot follow, so that it has no gradient")
             # Autograd follows how r = A η − d depends on η, and so does Aᵀ where A is not linear.
             (gradient,) = torch.autograd.grad(predicted, eta, predicted - data, create_graph=differentiable)
+        return self._filled_up(gradient)
+
+    def _filled_up(self, gradient: Tensor) -> Tensor:
         gradient, _ = self.norm(gradient)
-        rest = gradient.new_zeros(len(eta), self.channels - gradient.shape[1], *eta.shape[2:])
+        rest = gradient.new_zeros(len(gradient), self.channels - gradient.shape[1], *gradient.shape[2:])
         return torch.cat((gradient, rest), dim=1)
 
 
@@ -63,8 +72,9 @@ class LoopNetwork(nn.Module):
 
     Raises:
         ValueError: options that do not fit; η, s or d of another shape; a function as the operator whose result needs
-            gradients of its own, which the rebuilding would not find.
-        TypeError: η or s that are not floating, or of two dtypes; an operator that gives another dtype than that of d.
+            gradients of its own, which the rebuilding would not find; an operator without a gradient.
+        TypeError: η, s or d that are not floating, or of two dtypes; an operator that is none, or that gives another
+            dtype than that of d.
     """
 
     def __init__(
@@ -78,11 +88,10 @@ class LoopNetwork(nn.Module):
         memory_efficient: bool = True,
     ) -> None:
         super().__init__()
-        if steps < 1 or not 1 <= channels <= state_channels:
-            raise ValueError(
-                "a loop needs at least one step, and a state of at least as many channels as the unknown has, got "
-                f"{steps} steps, and {state_channels} channels for {channels}"
-            )
+        check_integer("channels", channels)
+        check_integer("state_channels", state_channels, least=channels)
+        check_integer("hidden", hidden, least=0)
+        check_integer("steps", steps)
         self.channels, self.state_channels = channels, state_channels
         self.memory_efficient = memory_efficient
         self.norms = nn.ModuleList(ActNorm(channels) for _ in range(steps))
@@ -129,14 +138,21 @@ class LoopNetwork(nn.Module):
         return links
 
     def _check(self, eta: Tensor, state: Tensor, data: Tensor, operator: Operator) -> None:
-        for name, value, channels in (("eta", eta, self.channels), ("state", state, self.state_channels)):
+        if not callable(operator):
+            raise TypeError(f"the operator is a function of eta, got {type(operator).__name__}")
+        for value in (eta, state, data):
             check_floating(self, value)
+        if eta.dim() < 2:
+            raise ValueError(f"eta must be (B, {self.channels}, …), got {tuple(eta.shape)}")
+        for name, value, channels in (("eta", eta, self.channels), ("state", state, self.state_channels)):
             if value.dtype != eta.dtype:
                 raise TypeError(f"{name} must be {eta.dtype} as eta is, got {value.dtype}")
             expected = (len(eta), channels, *eta.shape[2:])
             if tuple(value.shape) != expected:
                 raise ValueError(f"{name} must be {expected}, got {tuple(value.shape)}")
         predicted = operator(eta.detach())
+        if not isinstance(predicted, Tensor):
+            raise TypeError(f"the operator makes a tensor of eta, got {type(predicted).__name__}")
         if predicted.shape != data.shape:
             raise ValueError(
                 f"the operator makes {tuple(predicted.shape)} of eta {tuple(eta.shape)}, and the data are "

@@ -60,9 +60,9 @@ class Solve(torch.autograd.Function):
             output = solve(images.flatten(0, 1), weight, bias, spec)
             return output.unflatten(0, images.shape[:2]), 0
         output = solve(
-            _into_channels(input, input_dim, size, 1),
-            _into_channels(weight, weight_dim, size, 0),
-            None if bias is None else _into_channels(bias, bias_dim, size, 0),
+            into_channels(input, input_dim, size, 1),
+            into_channels(weight, weight_dim, size, 0),
+            None if bias is None else into_channels(bias, bias_dim, size, 0),
             spec.repeated(size),
         )
         return output.unflatten(1, (size, -1)), 1
@@ -100,9 +100,9 @@ class SolveBackward(torch.autograd.Function):
         size, (grad_dim, output_dim, weight_dim, _) = info.batch_size, in_dims
         # Each sample has a weight gradient of its own, so samples become groups even where they share a weight.
         grad_input, grad_weight, grad_bias = solve_backward(
-            _into_channels(grad_output, grad_dim, size, 1),
-            _into_channels(output, output_dim, size, 1),
-            _into_channels(weight, weight_dim, size, 0),
+            into_channels(grad_output, grad_dim, size, 1),
+            into_channels(output, output_dim, size, 1),
+            into_channels(weight, weight_dim, size, 0),
             spec.repeated(size),
         )
         split = (size, -1)
@@ -157,14 +157,14 @@ class SolveBackwardForwardMode(SolveBackward):
         return u_tangent, weight_part, bias_part
 
 
-def _into_channels(tensor: Tensor, vmap_dim: int | None, size: int, channel_dim: int) -> Tensor:
+def into_channels(tensor: Tensor, vmap_dim: int | None, size: int, channel_dim: int) -> Tensor:
     """Folds the vmapped dimension into the channels (a sample becomes a group); an unmapped tensor is repeated."""
     if vmap_dim is None:
         tensor, vmap_dim = tensor.expand(size, *tensor.shape), 0
     return tensor.movedim(vmap_dim, channel_dim).flatten(channel_dim, channel_dim + 1)
 
 
-def _in_forward_mode() -> bool:
+def in_forward_mode() -> bool:
     """Whether derivatives run forward here.
 
     Raises:
@@ -220,7 +220,7 @@ def _is_traced() -> bool:
 
 def solve(input: Tensor, weight: Tensor, bias: Tensor | None, spec: Spec) -> Tensor:
     """The differentiable solve, in reverse mode and, inside a forward-mode level, in forward mode."""
-    if _in_forward_mode():
+    if in_forward_mode():
         return _apply(SolveForwardMode, input, weight, bias, spec)
     if _is_traced():
         return ops.traced_solve(input, weight, bias, *spec)
@@ -231,7 +231,7 @@ def solve(input: Tensor, weight: Tensor, bias: Tensor | None, spec: Spec) -> Ten
 
 def solve_backward(grad_output: Tensor, output: Tensor, weight: Tensor, spec: Spec) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of :func:`solve`, themselves differentiable in both modes."""
-    if _in_forward_mode():
+    if in_forward_mode():
         return _apply(SolveBackwardForwardMode, grad_output, output, weight, spec)
     if _is_traced():
         return ops.traced_solve_backward(grad_output, output, weight, *spec)

@@ -18,7 +18,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from inverse_flow.ops import autograd
@@ -33,9 +32,10 @@ class System(NamedTuple):
     Attributes:
         groups: of channels.
         tikhonov: λ; the system is A for 0, AᵀA + λI for more.
-        transposed: Aᵀ in place of A.
         preconditioned: by the two solves.
         tolerance, max_iterations, restart: of :func:`inverse_flow.ops.krylov.gmres`.
+        transposed: Aᵀ in place of A.
+        given: what stands on the right, for errors.
     """
 
     groups: int
@@ -45,19 +45,83 @@ class System(NamedTuple):
     max_iterations: int
     restart: int
     transposed: bool = False
+    given: str = "input"
 
     def adjoint(self) -> System:
-        """That of the transposed system; AᵀA + λI is its own."""
-        return self if self.tikhonov else self._replace(transposed=not self.transposed)
+        """That of the transposed system, which AᵀA + λI is itself."""
+        return self._replace(transposed=not (self.transposed or self.tikhonov), given="the gradient")
+
+
+class Convolution(torch.autograd.Function):
+    """``apply(images, weight, padding, groups) -> images``: ``F.conv2d`` in full precision, with all its derivatives.
+
+    That a GPU must not round to TF32 is said with the call, and not by a flag, which all threads share and which is
+    another one by the time of the backward pass. A convolution is linear in both arguments, so its derivatives of every
+    order are convolutions.
+    """
+
+    @staticmethod
+    def forward(images: Tensor, weight: Tensor, padding: tuple[int, int], groups: int) -> Tensor:
+        cudnn = torch.backends.cudnn
+        deterministic = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+        with without_autocast(images.device.type):
+            result: Tensor = torch._convolution(
+                images, weight, None, (1, 1), padding, (1, 1), False, (0, 0), groups,
+                benchmark=cudnn.benchmark, deterministic=deterministic, cudnn_enabled=cudnn.enabled, allow_tf32=False,
+            )  # fmt: skip
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        images, weight, ctx.padding, ctx.groups = inputs
+        ctx.save_for_backward(images, weight)
+        ctx.save_for_forward(images, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (images, weight), padding, groups = ctx.saved_tensors, ctx.padding, ctx.groups
+        grad_images = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            rest = weight.shape[2] - 1 - padding[0], weight.shape[3] - 1 - padding[1]
+            grad_images = Convolution.apply(grad, transpose(weight, groups), rest, groups)
+        if ctx.needs_input_grad[1]:
+            grad_weight = correlate(images, grad, padding, groups)
+        return grad_images, grad_weight, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, images_tangent: Tensor | None, weight_tangent: Tensor | None, *_: None) -> Tensor:
+        (images, weight), options = ctx.saved_tensors, (ctx.padding, ctx.groups)
+        moved = torch.zeros_like(images) if images_tangent is None else images_tangent
+        tangent: Tensor = Convolution.apply(moved, weight, *options)
+        return tangent if weight_tangent is None else tangent + Convolution.apply(images, weight_tangent, *options)
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], images: Tensor, weight: Tensor, padding: tuple[int, int], groups: int
+    ) -> tuple[Tensor, int]:
+        size, (images_dim, weight_dim, *_) = info.batch_size, in_dims
+        if weight_dim is None:
+            images = images.movedim(images_dim, 0)
+            return Convolution.apply(images.flatten(0, 1), weight, padding, groups).unflatten(0, images.shape[:2]), 0
+        output = Convolution.apply(
+            autograd.into_channels(images, images_dim, size, 1), autograd.into_channels(weight, weight_dim, size, 0),
+            padding, size * groups,
+        )  # fmt: skip
+        return output.unflatten(1, (size, -1)), 1
 
 
 def convolve(images: Tensor, weight: Tensor, groups: int) -> Tensor:
-    """A(w) x: PyTorch's convolution with the padding called "same", in full precision."""
-    exact = torch.backends.cudnn.flags(
-        enabled=torch.backends.cudnn.enabled, benchmark=torch.backends.cudnn.benchmark, allow_tf32=False
-    )
-    with without_autocast(images.device.type), exact:
-        return F.conv2d(images, weight, padding=(weight.shape[2] // 2, weight.shape[3] // 2), groups=groups)
+    """A(w) x: the convolution with the padding called "same"."""
+    result: Tensor = Convolution.apply(images, weight, _centre(weight), groups)
+    return result
+
+
+def correlate(images: Tensor, grads: Tensor, padding: tuple[int, int], groups: int) -> Tensor:
+    """The gradient of a convolution's weight, Σ over the batch and the pixels of ``images`` times ``grads``: itself a
+    convolution, in which the channels are the batch and the batch is the channels."""
+    swapped = images.unflatten(1, (groups, -1)).permute(2, 1, 0, 3, 4).flatten(1, 2)
+    result: Tensor = Convolution.apply(swapped, grads.transpose(0, 1), padding, groups)
+    return result.transpose(0, 1)
 
 
 def transpose(weight: Tensor, groups: int) -> Tensor:
@@ -65,12 +129,36 @@ def transpose(weight: Tensor, groups: int) -> Tensor:
     return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).flip(2, 3)
 
 
+def _centre(weight: Tensor) -> tuple[int, int]:
+    return weight.shape[2] // 2, weight.shape[3] // 2
+
+
 def apply(images: Tensor, weight: Tensor, system: System) -> Tensor:
-    """The system's matrix times x."""
+    """The system's matrix S times x."""
     if system.tikhonov:
         there = convolve(images, weight, system.groups)
         return convolve(there, transpose(weight, system.groups), system.groups) + system.tikhonov * images
     return convolve(images, transpose(weight, system.groups) if system.transposed else weight, system.groups)
+
+
+def apply_change(images: Tensor, weight: Tensor, change: Tensor, system: System) -> Tensor:
+    """Ṡ x for a change ẇ of the weight; with Tikhonov's term (AᵀȦ + ȦᵀA) x."""
+    if not system.tikhonov:
+        return apply(images, change, system)
+
+    def through(first: Tensor, second: Tensor) -> Tensor:
+        return convolve(convolve(images, first, system.groups), transpose(second, system.groups), system.groups)
+
+    return through(change, weight) + through(weight, change)
+
+
+def weight_gradient(images: Tensor, by: Tensor, weight: Tensor, system: System) -> Tensor:
+    """∂⟨u, S x⟩/∂w; with Tikhonov's term that of ⟨A u, A x⟩."""
+    options = _centre(weight), system.groups
+    if system.tikhonov:
+        image_there, by_there = (convolve(one, weight, system.groups) for one in (images, by))
+        return correlate(images, by_there, *options) + correlate(by, image_there, *options)
+    return correlate(by, images, *options) if system.transposed else correlate(images, by, *options)
 
 
 def kernel(weight: Tensor, system: System) -> Tensor:
@@ -78,8 +166,8 @@ def kernel(weight: Tensor, system: System) -> Tensor:
     if not system.tikhonov:
         return transpose(weight, system.groups) if system.transposed else weight
     reach = weight.shape[2] - 1, weight.shape[3] - 1
-    by_input = weight.unflatten(0, (system.groups, -1)).transpose(1, 2)
-    found = torch.cat([F.conv2d(taps, taps, padding=reach).transpose(0, 1) for taps in by_input])
+    by_output = weight.unflatten(0, (system.groups, -1)).transpose(0, 1).flatten(1, 2)
+    found = correlate(by_output, by_output, reach, system.groups)
     centre = found[:, :, reach[0], reach[1]].unflatten(0, (system.groups, -1))
     centre.diagonal(dim1=1, dim2=2).add_(system.tikhonov)
     return found
@@ -113,9 +201,13 @@ def find(right: Tensor, weight: Tensor, system: System) -> Found:
     """GMRES of the system.
 
     Raises:
+        ValueError: values that are not finite; the centre tap is singular, and so no preconditioner.
         torch.linalg.LinAlgError: it did not converge.
-        ValueError: the centre tap is singular, and so no preconditioner.
     """
+    for name, values in {"weight": weight, system.given: right}.items():
+        bad = values[~values.isfinite()]
+        if len(bad):
+            raise ValueError(f"{name} must be finite, got {float(bad[0])} among its values")
     try:
         with without_autocast(right.device.type):
             precondition = gauss_seidel(kernel(weight, system), system.groups) if system.preconditioned else _unchanged
@@ -132,11 +224,11 @@ def find(right: Tensor, weight: Tensor, system: System) -> Found:
     failed = ~(found.residual <= system.tolerance)
     if failed.any():
         worst = found.residual[failed]
-        which = "transposed system, of the gradient," if system.transposed else "system"
         raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
-            f"the {which} is not solved to the tolerance {system.tolerance:.1e} for {int(failed.sum())} of "
-            f"{len(right)} images, after {int(found.iterations[failed].max())} iterations; the largest relative "
-            f"residual is {float(worst[worst.isnan().long().argmax()] if worst.isnan().any() else worst.max()):.1e}. "
+            f"the system with {system.given} on the right is not solved to the tolerance {system.tolerance:.1e} for "
+            f"{int(failed.sum())} of {len(right)} images, after {int(found.iterations[failed].max())} iterations; the "
+            f"largest relative residual is "
+            f"{float(worst[worst.isnan().long().argmax()] if worst.isnan().any() else worst.max()):.1e}. "
             f"{_advice(system, bool(worst.isfinite().all()))}"
         )
     return found
@@ -169,16 +261,35 @@ class Solve(torch.autograd.Function):
         x, iterations, residual = output
         ctx.mark_non_differentiable(iterations, residual)
         ctx.save_for_backward(x, weight)
+        ctx.save_for_forward(x, weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         (x, weight), system = ctx.saved_tensors, ctx.system
         u = Solve.apply(grad, weight, system.adjoint())[0]
-        if not ctx.needs_input_grad[1]:
-            return u, None, None
-        # ∂L/∂w = −⟨u, (∂A/∂w) x⟩ with x held fixed: it depends on `weight`, but not on `alias`.
-        differentiable = torch.is_grad_enabled()
-        with torch.enable_grad():
-            alias = weight.view_as(weight)
-            (grad_weight,) = torch.autograd.grad(apply(x, alias, system), alias, -u, create_graph=differentiable)
-        return u, grad_weight, None
+        return u, -weight_gradient(x, u, weight, system) if ctx.needs_input_grad[1] else None, None
+
+    @staticmethod
+    def jvp(
+        ctx: Any, right_tangent: Tensor | None, weight_tangent: Tensor | None, _: None
+    ) -> tuple[Tensor, None, None]:
+        """ẋ = S⁻¹(ẏ − Ṡ x)"""
+        (x, weight), system = ctx.saved_tensors, ctx.system
+        right = torch.zeros_like(x) if right_tangent is None else right_tangent
+        if weight_tangent is not None:
+            right = right - apply_change(x, weight, weight_tangent, system)
+        return Solve.apply(right, weight, system._replace(given="the tangent"))[0], None, None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], right: Tensor, weight: Tensor, system: System
+    ) -> tuple[tuple[Tensor, ...], tuple[int, int, int]]:
+        right_dim, weight_dim, _ = in_dims
+        right = right.expand(info.batch_size, *right.shape) if right_dim is None else right.movedim(right_dim, 0)
+        found: Any
+        if weight_dim is None:
+            found = Solve.apply(right.flatten(0, 1), weight, system)
+            return tuple(values.unflatten(0, right.shape[:2]) for values in found), (0, 0, 0)
+        # Systems of their own, since images stop by themselves.
+        found = [Solve.apply(*one, system) for one in zip(right, weight.movedim(weight_dim, 0), strict=True)]
+        return tuple(map(torch.stack, zip(*found, strict=True))), (0, 0, 0)

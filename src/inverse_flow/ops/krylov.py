@@ -43,7 +43,8 @@ def gmres(
         precondition: about A⁻¹, linear.
         tolerance: a member is solved when its residual is no larger.
         max_iterations: at most so many products with A for each member.
-        restart: steps between restarts: so many vectors are kept, and one more.
+        restart: steps between restarts: so many vectors are kept, and one more. More than there are unknowns would be
+            of no use, and are not taken.
     """
     # Of values near 1, whose squares neither vanish nor overflow: scaled by powers of two, which rounds nothing.
     largest = right.flatten(1).norm(math.inf, dim=1)
@@ -54,9 +55,9 @@ def gmres(
     x, residual, norm = torch.zeros_like(right), right.clone(), size.clone()
     iterations = torch.zeros(len(right), dtype=torch.long, device=right.device)
     goal = tolerance * size
-    active, spent = (norm > goal).nonzero()[:, 0], 0
+    active, spent, unknowns = (norm > goal).nonzero()[:, 0], 0, right[:1].numel()
     while len(active) and spent < max_iterations:
-        length = min(restart, max_iterations - spent)
+        length = min(restart, max_iterations - spent, unknowns)
         update, steps = _cycle(apply, precondition, residual[active], goal[active], length)
         x[active] += update
         iterations[active] += steps

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 # The axes of an image by their number, outermost first, and the two sides of each.
@@ -27,6 +27,10 @@ Orders = tuple[int, ...]
 
 PerAxis = int | Sequence[int]
 """One integer for all axes, or one for each."""
+
+
+SIZE_FORMS = "(L,), (H, W) or (D, H, W)"
+"""The sizes of a signal, image or volume, as errors put them."""
 
 
 class Spec(NamedTuple):
@@ -82,17 +86,58 @@ def make_spec(order: OrderNames, groups: int, corner: str, dimensions: int = 2, 
     return Spec(tuple(known.index(name) for name in names), CORNERS[corner], False, allow_tf32)
 
 
-def check_integer(name: str, value: object, least: int = 1) -> None:
-    """Refuses an argument called ``name`` that is no integer of at least ``least``.
+def check_integer(name: str, value: object, least: int | None = 1) -> None:
+    """Refuses an argument called ``name`` that is no integer of at least ``least``; True is none.
 
     Raises:
         TypeError: no integer.
         ValueError: a smaller one.
     """
-    if not isinstance(value, Integral) or isinstance(value, bool):
+    if not is_integer(value):
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < least:
+    if least is not None and value < least:  # type: ignore[operator]
         raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def check_number(name: str, value: object) -> None:
+    """Refuses an argument called ``name`` that is no real number: True, texts, and tensors, whose gradient would be
+    lost.
+
+    Raises:
+        TypeError: no number.
+    """
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def check_function(name: str, value: object) -> None:
+    """Refuses an argument called ``name`` that is neither a function nor None.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} must be a function, got {value!r}")
+
+
+def check_sizes(name: str, value: Any, forms: str, counts: range) -> tuple[int, ...]:
+    """``value``, the argument called ``name``: one of ``forms``, as errors put them, which have so many integers.
+
+    Raises:
+        TypeError: no sequence of integers.
+        ValueError: fewer or more of them, or one below 1.
+    """
+    message = f"{name} must be {forms}, each an integer of at least 1, got {value!r}"
+    if not isinstance(value, Sequence) or not all(is_integer(size) for size in value):
+        raise TypeError(message)
+    if len(value) not in counts or min(value) < 1:
+        raise ValueError(message)
+    return tuple(map(int, value))
+
+
+def is_integer(value: object) -> bool:
+    """Whether a value is one; True is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def each_axis(name: str, value: PerAxis, dimensions: int) -> tuple[int, ...]:
@@ -103,7 +148,7 @@ def each_axis(name: str, value: PerAxis, dimensions: int) -> tuple[int, ...]:
     """
     values: Any = (value,) * dimensions if isinstance(value, Integral) else value
     fits = isinstance(values, Sequence) and not isinstance(values, bytes) and len(values) == dimensions
-    if not fits or any(not isinstance(one, Integral) or isinstance(one, bool) or one < 1 for one in values):
+    if not fits or any(not is_integer(one) or one < 1 for one in values):
         each = f" or a sequence of {dimensions}, each" if dimensions > 1 else ""
         raise ValueError(f"{name} must be one integer{each} at least 1, got {value!r}")
     return tuple(map(int, values))

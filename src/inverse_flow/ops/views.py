@@ -22,7 +22,7 @@ from inverse_flow.ops.spec import PerAxis, Spec, each_axis
 
 def solve(input: Tensor, weight: Tensor, bias: Tensor | None, spec: Spec, dilation: PerAxis = 1) -> Tensor:
     """:func:`inverse_flow.ops.autograd.solve` for signals (B, C, L), images and volumes, with dilation."""
-    if dilation == 1 and weight.dim() > 3:
+    if type(dilation) is int and dilation == 1 and weight.dim() > 3:
         return autograd.solve(input, weight, bias, spec)
     dilation = dilation_within(dilation, input.shape[2:])
     images = input
@@ -40,7 +40,7 @@ def solve_backward(
     grad_output: Tensor, output: Tensor, weight: Tensor, spec: Spec, dilation: PerAxis = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`inverse_flow.ops.autograd.solve_backward` for the same."""
-    if dilation == 1 and weight.dim() > 3:
+    if type(dilation) is int and dilation == 1 and weight.dim() > 3:
         return autograd.solve_backward(grad_output, output, weight, spec)
     dilation = dilation_within(dilation, output.shape[2:])
     grad_input, grad_weight, _ = autograd.solve_backward(

@@ -54,8 +54,6 @@ class PartsConfig:
     cache_epochs: Annotated[int, Bounds(0)] = 0
 
     def __post_init__(self) -> None:
-        # A config read back from JSON has lists; equal runs must have equal configs.
-        object.__setattr__(self, "learning_rates", tuple(self.learning_rates))
         check(self)
         if self.learning_rates and len(self.learning_rates) != self.count:
             raise ValueError(f"{self.count} parts need as many learning rates, got {len(self.learning_rates)}")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from inverse_flow.flows import Flow, Split
 from inverse_flow.flows.base import Shape, output_shape, zero_logdet
+from inverse_flow.ops.spec import check_integer
 from inverse_flow.reversible.chain import Link, run_links
 
 if TYPE_CHECKING:
@@ -125,14 +126,18 @@ def split_flow(flow: Flow, cut: Cut, count: int) -> list[Part]:
         count: of parts.
 
     Raises:
-        ValueError: the flow cannot be cut into ``count`` parts, or has parameters outside its layers.
+        TypeError: a count that is no integer.
+        ValueError: another cut; the flow cannot be cut into ``count`` parts, or has parameters outside its layers.
     """
+    check_integer("count", count)
+    if cut not in PLACES:
+        raise ValueError(f'cut must be "blocks" or "across", got {cut!r}')
     outside = [name for name, _ in flow.named_parameters() if not name.startswith("layers.")]
     if outside:
         raise ValueError(f"a part is made of layers: there is none to train {', '.join(outside)} with")
-    places = _useful(flow, _block_ends(flow) if cut == "blocks" else _step_ends(flow))
+    places = _useful(flow, PLACES[cut](flow))
     most = len(places) + 1
-    if not 1 <= count <= most:
+    if count > most:
         where = "by blocks" if cut == "blocks" else "across blocks"
         raise ValueError(f"this flow can be cut {where} into 1 to {most} parts, got {count}")
     work = _work(flow)
@@ -181,6 +186,10 @@ def _block_ends(flow: Flow) -> list[int]:
 def _step_ends(flow: Flow) -> list[int]:
     """Before each layer but a split."""
     return [i for i, layer in enumerate(flow.layers) if not isinstance(layer, Split)]
+
+
+# Where each cut may be made: before these layers.
+PLACES = {"blocks": _block_ends, "across": _step_ends}
 
 
 def _useful(flow: Flow, ends: Sequence[int]) -> list[int]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from inverse_flow.ops.backpropagate import backpropagate
+from inverse_flow.ops.spec import check_integer, check_number
 from inverse_flow.reversible.chain import Link, elementary, run_links
 from inverse_flow.reversible.generators import is_capturing
 from inverse_flow.reversible.layer import shortcut
@@ -47,13 +48,16 @@ class Rebuilding(NamedTuple):
         """Itself.
 
         Raises:
-            ValueError: no distance between anchors, or no tolerance; naming the one that is out of range.
+            TypeError: no integer, or no number.
+            ValueError: naming the one that is out of range.
         """
         anchors, tolerance = self
-        if anchors is not None and (not isinstance(anchors, int) or anchors < 1):
-            raise ValueError(f"anchors must be the number of layers between two of them, at least 1, got {anchors!r}")
-        if tolerance is not None and not tolerance > 0:
-            raise ValueError(f"the tolerance of rebuilding must be above 0, got {tolerance!r}")
+        if anchors is not None:
+            check_integer("anchors", anchors)
+        if tolerance is not None:
+            check_number("tolerance", tolerance)
+            if not tolerance > 0:
+                raise ValueError(f"the tolerance of rebuilding must be above 0, got {tolerance!r}")
         return self
 
 

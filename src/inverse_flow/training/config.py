@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
 from inverse_flow.flows import Flow
-from inverse_flow.models.fields import Bounds, check
+from inverse_flow.models.fields import Bounds, check, from_values
 
 if TYPE_CHECKING:
     from inverse_flow.training.batches import Batches
@@ -103,10 +103,10 @@ class TrainConfig:
     parts: MethodSettings | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        # A config read back from JSON has lists; equal runs must have equal configs.
-        object.__setattr__(self, "decay_at", tuple(self.decay_at))
         if isinstance(self.parts, Mapping) and _parts_settings is not None:
-            object.__setattr__(self, "parts", _parts_settings(**self.parts))
+            object.__setattr__(self, "parts", from_values(_parts_settings, self.parts))
+        if self.parts is not None and not isinstance(self.parts, Mapping) and not hasattr(self.parts, "make"):
+            raise TypeError(f"parts must be a PartsConfig, got {self.parts!r}")
         check(self)
         for at in self.decay_at:
             _require(0 < at < 1 or (at >= 1 and at == int(at)), "decay_at", "shares below 1 or whole steps", at)
@@ -143,9 +143,7 @@ class TrainConfig:
         Raises:
             ValueError: a name that is no setting, or a value that cannot be.
         """
-        unknown = values.keys() - {entry.name for entry in fields(cls)}
-        _require(not unknown, "a training configuration", "of known settings", ", ".join(sorted(unknown)))
-        return cls(**values)
+        return from_values(cls, values)
 
 
 def _require(condition: bool, name: str, expected: str, given: object) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from inverse_flow.flows import AffineCoupling, Compose, Flow, FlowLayer, Logit, Permute, Squeeze
 from inverse_flow.flows.base import Shape, check_images, logdet_dtype, sum_example
+from inverse_flow.ops.spec import check_integer
 from inverse_flow.training.config import MAX_BIT_DEPTH, TrainConfig
 
 # Share of a cell that no noise falls into, at each of its ends, so that the logit of the noise is finite.
@@ -21,6 +22,9 @@ HIDDEN = 32
 
 def quantize(images: Tensor, bit_depth: int = MAX_BIT_DEPTH) -> Tensor:
     """The upper ``bit_depth`` bits of uint8 images, as integers 0 … 2ⁿ − 1 in uint8."""
+    check_integer("bit_depth", bit_depth)
+    if bit_depth > MAX_BIT_DEPTH:
+        raise ValueError(f"bit_depth must be at most {MAX_BIT_DEPTH}, got {bit_depth}")
     return images >> (MAX_BIT_DEPTH - bit_depth)
 
 

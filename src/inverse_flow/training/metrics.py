@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from inverse_flow.flows import Flow
+from inverse_flow.ops.spec import check_integer
 from inverse_flow.training.batches import EVALUATION, generator
 from inverse_flow.training.config import MAX_BIT_DEPTH
 from inverse_flow.training.dequantization import dequantize, quantize
 
 EVALUATION_BATCH = 100
+
+Watch: TypeAlias = Callable[[int, int], None]
+"""Told after every batch how many images are done, and of how many."""
+
+
+def unwatched(*_: object) -> None:
+    """Takes no notice."""
 
 
 def bits_per_dim(log_prob: Tensor, event_shape: Sequence[int], bit_depth: int = MAX_BIT_DEPTH) -> Tensor:
@@ -40,6 +49,7 @@ def log_probs(
     context: Tensor | None = None,
     draw: int = 0,
     batch_size: int = EVALUATION_BATCH,
+    watch: Watch = unwatched,
 ) -> Tensor:
     """log p(x̃) of uint8 images, each with one draw of noise: (N,), float64, on the CPU. Leaves the mode alone.
 
@@ -50,10 +60,13 @@ def log_probs(
         context: one row per image, for a conditional model.
         draw: number of the draw; the noise of a draw is the same at every call.
         batch_size: images at a time.
+        watch: told how far it has come.
 
     Raises:
-        ValueError: no images.
+        TypeError: a batch size that is no integer.
+        ValueError: no images; a batch size below 1.
     """
+    check_integer("batch_size", batch_size)
     if not len(images):
         raise ValueError("there are no images to evaluate")
     noise = generator(0, EVALUATION, draw)
@@ -67,6 +80,7 @@ def log_probs(
             x = dequantize(images[rows], bit_depth, noise).to(device)
             given = None if context is None else context[rows].to(device)
             found.append(model.log_prob(x, given).double().cpu())
+            watch(min(rows.stop, len(images)), len(images))
     finally:
         model.train(was_training)
     return torch.cat(found)
@@ -79,13 +93,13 @@ def evaluate(
     *,
     context: Tensor | None = None,
     batch_size: int = EVALUATION_BATCH,
+    watch: Watch = unwatched,
 ) -> float:
     """Mean bits per dimension of uint8 images, with the same noise at every call. Leaves the model's mode alone.
 
-    Raises:
-        ValueError: no images.
+    Args, Raises: as :func:`log_probs`.
     """
-    found = log_probs(model, images, bit_depth, context=context, batch_size=batch_size)
+    found = log_probs(model, images, bit_depth, context=context, batch_size=batch_size, watch=watch)
     return float(bits_per_dim(found.mean(), model.event_shape, bit_depth))
 
 
@@ -107,13 +121,17 @@ def importance_weighted(
     Raises:
         ValueError: no images, or fewer than 1 samples.
     """
-    if samples < 1:
-        raise ValueError(f"an importance-weighted bound needs at least 1 sample, got {samples}")
-    draws = [
+    check_integer("samples", samples)
+    return bound_of(
         log_probs(model, images, bit_depth, context=context, draw=draw, batch_size=batch_size)
         for draw in range(samples)
-    ]
-    return torch.stack(draws).logsumexp(0) - math.log(samples)
+    )
+
+
+def bound_of(draws: Iterable[Tensor]) -> Tensor:
+    """log (1/k) Σ p(x̃_j) of the log p(x̃_j), each (N,), of k draws."""
+    logs = torch.stack(tuple(draws))
+    return logs.logsumexp(0) - math.log(len(logs))
 
 
 def standard_error(values: Tensor) -> float:

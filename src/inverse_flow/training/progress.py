@@ -1,7 +1,9 @@
-"""The progress of a run on the terminal."""
+"""The progress of a run, and of what is measured, on the terminal."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
@@ -12,6 +14,42 @@ from inverse_flow.training.log import StepReport
 
 # Weight of the newest step in the displayed averages.
 SMOOTHING = 0.1
+# Seconds from one line to the next, of a measurement without a terminal.
+LINE_EVERY = 10.0
+
+
+class MeasuringProgress:
+    """How far a measurement has come, told as :func:`~inverse_flow.training.summary.summarize` tells it: a bar that
+    goes when it is done; where there is no terminal, a line every ten seconds."""
+
+    def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.console = console or Console()
+        self._clock = clock
+        self._said = clock()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+            transient=True,
+        )
+        self._task = self._bar.add_task("measuring")
+
+    def __enter__(self) -> MeasuringProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def __call__(self, what: str, done: int, count: int) -> None:
+        self._bar.update(self._task, description=what, completed=done, total=count)
+        if not self.console.is_terminal and self._clock() - self._said >= LINE_EVERY:
+            self._said = self._clock()
+            self.console.print(f"{what}: {done:,} of {count:,}", soft_wrap=True, highlight=False)
 
 
 class TrainingProgress:

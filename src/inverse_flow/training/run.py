@@ -19,6 +19,7 @@ from inverse_flow.training.config import TrainConfig
 from inverse_flow.training.files import check_folder, replacing, to_json, write_text
 from inverse_flow.training.labels import classes_of, context_of
 from inverse_flow.training.method import MethodFactory
+from inverse_flow.training.metrics import unwatched
 from inverse_flow.training.samples import PICTURED, draw
 from inverse_flow.training.summary import Summary, check_test_images, summarize
 from inverse_flow.training.trainer import ALONE, Trainer, draw_validation
@@ -183,11 +184,11 @@ def _checked(run: Run) -> Run:
     return run
 
 
-def finish(run: Run, say: Callable[[str], None] = lambda message: None) -> Summary:
-    """Measures the trained model and writes ``summary.json``, ``samples.png`` and ``curve.png``."""
+def finish(run: Run, watch: Callable[[str, int, int], None] = unwatched) -> Summary:
+    """Measures the trained model and writes ``summary.json``, ``samples.png`` and ``curve.png``; ``watch`` as for
+    :func:`~inverse_flow.training.summary.summarize`."""
     model, config = run.trainer.result(), run.trainer.config
-    say("measuring the trained model …")
-    summary = summarize(model, run.data, config, classes=run.classes)
+    summary = summarize(model, run.data, config, classes=run.classes, watch=watch)
     content = {
         **summary.to_dict(),
         "data": run.data.name,

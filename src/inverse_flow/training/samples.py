@@ -15,6 +15,7 @@ from inverse_flow.training.batches import SAMPLES, generator
 from inverse_flow.training.files import replacing
 from inverse_flow.training.labels import context_of_samples
 from inverse_flow.training.log import StepReport, TensorBoardLog
+from inverse_flow.training.metrics import Watch, unwatched
 from inverse_flow.training.trainer import Trainer
 
 FOLDER = "samples"
@@ -40,9 +41,17 @@ class Drawn(NamedTuple):
 
 @torch.no_grad()
 def draw(
-    model: ImageFlow, count: int, seed: int, *, classes: int = 0, label: int | None = None, temperature: float = 1.0
+    model: ImageFlow,
+    count: int,
+    seed: int,
+    *,
+    classes: int = 0,
+    label: int | None = None,
+    temperature: float = 1.0,
+    watch: Watch = unwatched,
 ) -> Drawn:
     """Samples that the seed decides, on the CPU; of a conditional model, of one class or of the classes in turn.
+    ``watch`` is told how far it has come.
 
     Raises:
         ValueError: a label that the model does not know.
@@ -56,6 +65,7 @@ def draw(
         given = None if context is None else context[rows].to(device)
         size = rows.stop - rows.start
         found.append(model.sample_and_log_prob(size, given, temperature, generator=latents))
+        watch(rows.stop, count)
     images, log_probs = (torch.cat([pair[i].cpu() for pair in found]) for i in range(2))
     return Drawn(images, log_probs, None if context is None else context.argmax(1))
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from inverse_flow.data import ImageData
 from inverse_flow.flows.latents import reconstruction_error
 from inverse_flow.models import ImageFlow
+from inverse_flow.ops.spec import check_integer
 from inverse_flow.training.batches import EVALUATION, generator
 from inverse_flow.training.config import TrainConfig
 from inverse_flow.training.dequantization import dequantize
@@ -25,12 +27,15 @@ from inverse_flow.training.labels import context_of
 from inverse_flow.training.metrics import (
     IndependentPixels,
     bits_per_dim,
+    bound_of,
     evaluate,
-    importance_weighted,
     log_probs,
     standard_error,
+    unwatched,
 )
 
+# Of more training images so many are measured, which tell the mean as well as the test images tell theirs.
+TRAIN_IMAGES = 10_000
 TIMED_IMAGES = 100
 TIMED_REPEATS = 5
 
@@ -41,6 +46,7 @@ class Summary:
 
     Attributes:
         train_bits_per_dim, test_bits_per_dim: of the model, on the unmirrored images, with one draw of noise each.
+        train_images: on how many of the training images, evenly spaced, the first is measured; the second is on all.
         test_standard_error: of ``test_bits_per_dim``, from the spread over the images; NaN for a single image.
         importance_samples: k, the draws of noise per image in the importance-weighted bound; 0 if it was not asked for.
         importance_weighted_test_bits_per_dim: that bound; None without it.
@@ -56,6 +62,7 @@ class Summary:
     """
 
     train_bits_per_dim: float
+    train_images: int
     test_bits_per_dim: float
     test_standard_error: float
     importance_samples: int
@@ -95,9 +102,17 @@ class Summary:
 
 @torch.no_grad()
 def summarize(
-    model: ImageFlow, data: ImageData, config: TrainConfig, *, classes: int = 0, importance_samples: int = 0
+    model: ImageFlow,
+    data: ImageData,
+    config: TrainConfig,
+    *,
+    classes: int = 0,
+    importance_samples: int = 0,
+    train_images: int = TRAIN_IMAGES,
+    watch: Callable[[str, int, int], None] = unwatched,
 ) -> Summary:
-    """Measures a model in evaluation mode on all the training and test images of ``data``.
+    """Measures a model in evaluation mode on the test images of ``data``, and on as many of the training images as it
+    is asked to.
 
     Args:
         model: to measure.
@@ -105,30 +120,53 @@ def summarize(
         config: of its training; says the bit depth and the dequantization.
         classes: of a conditional model; 0 for another.
         importance_samples: draws of noise for the importance-weighted bound on the test images; 0 for none.
+        train_images: of the training images at most so many, evenly spaced; the baseline is always fitted to all.
+        watch: told what is being measured, on how many images that is done, and on how many it will be.
 
     Raises:
+        TypeError: numbers that are no integers.
         ValueError: the model's images have another shape, or its classes are others.
     """
+    check_integer("importance_samples", importance_samples, least=0)
+    check_integer("train_images", train_images)
     check_test_images(model, data, classes)
     bit_depth = config.bit_depth
     device = next(model.parameters()).device
     train_context, test_context = context_of(data.train, classes), context_of(data.test, classes)
     baseline = IndependentPixels.fit(data.train.images, bit_depth)
-    found = log_probs(model, data.test.images, bit_depth, context=test_context)
+    count = min(train_images, len(data.train))
+    measured = torch.arange(count) * len(data.train) // count
+    train_bits = evaluate(
+        model,
+        data.train.images[measured],
+        bit_depth,
+        context=None if train_context is None else train_context[measured],
+        watch=partial(watch, "training images"),
+    )
+    draws = [
+        log_probs(
+            model,
+            data.test.images,
+            bit_depth,
+            context=test_context,
+            draw=draw,
+            watch=partial(watch, f"test images, draw {draw + 1} of {max(1, importance_samples)}"),
+        )
+        for draw in range(max(1, importance_samples))
+    ]
+    found = draws[0]
     bits = bits_per_dim(found, model.event_shape, bit_depth)
     weighted: float | None = None
     if importance_samples:
-        bound = importance_weighted(
-            model, data.test.images, bit_depth, samples=importance_samples, context=test_context
-        )
-        weighted = float(bits_per_dim(bound.mean(), model.event_shape, bit_depth))
+        weighted = float(bits_per_dim(bound_of(draws).mean(), model.event_shape, bit_depth))
     rows = torch.arange(TIMED_IMAGES) % len(data.test)
     images = dequantize(data.test.images[rows], bit_depth, generator(0, EVALUATION)).to(device)
     context = None if test_context is None else test_context[rows].to(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     return Summary(
-        train_bits_per_dim=evaluate(model, data.train.images, bit_depth, context=train_context),
+        train_bits_per_dim=train_bits,
+        train_images=len(measured),
         test_bits_per_dim=float(bits_per_dim(found.mean(), model.event_shape, bit_depth)),
         test_standard_error=standard_error(bits),
         importance_samples=importance_samples,
@@ -141,7 +179,7 @@ def summarize(
         parameters=model.num_parameters,
         peak_memory_bytes=_peak_memory(device),
         bit_depth=bit_depth,
-        protocol=protocol(config, len(data.test), conditional=classes > 0),
+        protocol=protocol(config, len(data.test), len(measured), conditional=classes > 0),
         hardware=hardware(device),
     )
 
@@ -160,12 +198,12 @@ def check_test_images(model: ImageFlow, data: ImageData, classes: int = 0) -> No
     context_of(data.test, classes)
 
 
-def protocol(config: TrainConfig, images: int, *, conditional: bool = False) -> str:
+def protocol(config: TrainConfig, test_images: int, train_images: int, *, conditional: bool = False) -> str:
     """What bits per dimension are here, in a few words."""
     given = "log p(x̃ | label)" if conditional else "log p(x̃)"
     return (
         f"n − {given} / (D ln 2) at n = {config.bit_depth} bits, {config.dequantization} dequantization, "
-        f"one draw of noise per image, {images} test images, averaged weights"
+        f"one draw of noise per image, {test_images} test and {train_images} training images, averaged weights"
     )
 
 

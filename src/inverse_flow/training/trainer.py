@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from inverse_flow import models
 from inverse_flow.data.holdout import held_out
+from inverse_flow.flows import ActNorm
 from inverse_flow.flows.conditioner import arrange_for
 from inverse_flow.models import ImageFlow
 from inverse_flow.stability import limit_gain_
@@ -368,7 +369,7 @@ def average_of(model: nn.Module, decay: float) -> AveragedModel:
     """A twin of a model with the weights w̄ ← d·w̄ + (1 − d)·w after each ``update_parameters``, in evaluation mode.
 
     d is min(decay, (1 + t) / (10 + t)) at step t, counted from 0, so that the average forgets the untrained weights
-    quickly. Buffers are copied.
+    quickly. Buffers are copied. Where no step has trained a layer yet, it is nothing to warn of.
     """
 
     @torch.no_grad()
@@ -378,6 +379,9 @@ def average_of(model: nn.Module, decay: float) -> AveragedModel:
 
     averaged = AveragedModel(model, multi_avg_fn=update).eval().requires_grad_(False)
     averaged.n_averaged.fill_(1)  # the untrained weights are the first
+    for layer in averaged.modules():
+        if isinstance(layer, ActNorm):
+            layer.expect_initialization()
     return averaged
 
 

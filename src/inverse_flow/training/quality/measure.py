@@ -11,6 +11,7 @@ from torch import Tensor
 from inverse_flow.data import ImageData, ImageSet
 from inverse_flow.models import ImageFlow
 from inverse_flow.training.figures import to_uint8
+from inverse_flow.training.metrics import Watch, unwatched
 from inverse_flow.training.quality.distances import BLOCKS, frechet_distance, kernel_distance, vendi_score
 from inverse_flow.training.quality.features import (
     BATCH,
@@ -141,7 +142,9 @@ def measure_quality(samples: Tensor, data: ImageData, *, most: int = MOST_IMAGES
     return Judge(data, min(most, len(samples)), seed).measure(samples)
 
 
-def quality_of(model: ImageFlow, data: ImageData, *, classes: int = 0, temperature: float = 1.0) -> Quality:
+def quality_of(
+    model: ImageFlow, data: ImageData, *, classes: int = 0, temperature: float = 1.0, watch: Watch = unwatched
+) -> Quality:
     """:func:`measure_quality` of samples of a model, as many as there are test images in ``data``.
 
     Args:
@@ -149,6 +152,7 @@ def quality_of(model: ImageFlow, data: ImageData, *, classes: int = 0, temperatu
         data: as for :func:`measure_quality`.
         classes: of a conditional model, sampled in turn; 0 for another.
         temperature: of the samples.
+        watch: told how many of them are drawn.
 
     Raises:
         ValueError: as :func:`measure_quality`.
@@ -156,7 +160,7 @@ def quality_of(model: ImageFlow, data: ImageData, *, classes: int = 0, temperatu
     if model.event_shape != IMAGE_SHAPE:
         raise ValueError(f"quality is measured on images of shape {IMAGE_SHAPE}, the model has {model.event_shape}")
     judge = Judge(data)  # before anything is drawn for it
-    drawn = draw(model, judge.count, 0, classes=classes, temperature=temperature)
+    drawn = draw(model, judge.count, 0, classes=classes, temperature=temperature, watch=watch)
     return judge.measure(to_uint8(drawn.images))
 
 
