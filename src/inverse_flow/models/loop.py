@@ -35,7 +35,7 @@ class DataGradient(nn.Module):
     def forward(self, eta: Tensor, data: Tensor) -> Tensor:
         if torch._C._are_functorch_transforms_active():
             predicted, pull_back = torch.func.vjp(self.operator, eta)  # type: ignore[misc]
-            return self._filled_up(pull_back(predicted - data)[0])  # type: ignore[operator]
+            return self._filled_up(pull_back(predicted - data)[0])
         differentiable = torch.is_grad_enabled()
         # In inference mode too autograd has to find Aᵀ, which it does not do for tensors of that mode.
         with torch.inference_mode(False), torch.enable_grad():
