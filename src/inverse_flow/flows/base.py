@@ -127,6 +127,8 @@ def check_floating(layer: nn.Module, x: Tensor) -> None:
 def check_dtype(network: nn.Module, x: Tensor) -> None:
     """Refuses what is not a tensor of a network's own dtype, unless autocast chooses one for both."""
     check_floating(network, x)
+    if torch.compiler.is_compiling():
+        return  # nothing of this is to be traced; the convolution refuses it too
     dtype = next(network.parameters()).dtype
     if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(f"{type(network).__name__} is in {dtype}, got {x.dtype}: convert one of them")
