@@ -119,6 +119,9 @@ def convolve(images: Tensor, weight: Tensor, groups: int) -> Tensor:
 def correlate(images: Tensor, grads: Tensor, padding: tuple[int, int], groups: int) -> Tensor:
     """The gradient of a convolution's weight, Σ over the batch and the pixels of ``images`` times ``grads``: itself a
     convolution, in which the channels are the batch and the batch is the channels."""
+    if not len(images):  # no convolution takes images without channels
+        sizes = (a + 2 * p - b + 1 for a, b, p in zip(images.shape[2:], grads.shape[2:], padding, strict=True))
+        return images.new_zeros(grads.shape[1], images.shape[1] // groups, *sizes)
     swapped = images.unflatten(1, (groups, -1)).permute(2, 1, 0, 3, 4).flatten(1, 2)
     result: Tensor = Convolution.apply(swapped, grads.transpose(0, 1), padding, groups)
     return result.transpose(0, 1)
