@@ -28,7 +28,7 @@ def test_interpolation_begins_and_ends_with_the_images() -> None:
     for z, first, second in zip(middle, flow(a, context)[0], flow(b, context)[0], strict=True):
         torch.testing.assert_close(z, (first + second) / 2)
     assert not torch.allclose(way[2], (a + b) / 2)
-    with pytest.raises(ValueError, match="two ends, got 1 steps"):
+    with pytest.raises(ValueError, match="steps must be at least 2, got 1"):
         interpolate(flow, a, b, 1, context)
     with pytest.raises(ValueError, match="one shape"):
         interpolate(flow, a, b[:2], 3, context)

@@ -209,7 +209,7 @@ def test_gains_beyond_all_bounds_are_told() -> None:
 
 @pytest.mark.parametrize("size", [(4,), (4, 4, 4), (0, 4), (2, 4, 4)], ids=str)
 def test_an_image_size_that_does_not_fit_is_refused(size: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="image_size must be 2 sizes of at least 1 for InverseConv2d"):
+    with pytest.raises(ValueError, match=r"image_size must be (2 sizes for InverseConv2d|at least 1, got 0)"):
         stability_report(InverseConv2d(3), size)
 
 

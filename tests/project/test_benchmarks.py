@@ -71,6 +71,11 @@ def test_no_script_is_left_out(scripts: Any) -> None:
     assert mains == {name.split(",")[0] for name in RUNS} | {"gpu_check"}
 
 
+def test_results_name_no_folder_of_the_machine_that_made_them(scripts: Any) -> None:
+    for path in scripts.folder.glob("results/*.json"):
+        assert not re.search(r'"/\w', path.read_text()), path.name
+
+
 def test_the_documents_name_scripts_that_are_there(scripts: Any) -> None:
     root = scripts.folder.parent
     for page in [*root.glob("*.md"), *root.glob("docs/**/*.md"), *root.glob("examples/*.py"), root / "Makefile"]:

@@ -21,8 +21,8 @@ CONFIG = TrainConfig(steps=40, learning_rate=1e-2, warmup_steps=10, flip=True, v
 def test_a_short_run_on_real_images_beats_independent_pixels(tmp_path: Path) -> None:
     run = runs.start("embedded", tmp_path, CONFIG, MODEL)
     assert run.trainer.fit() is Stop.STEPS
-    said: list[str] = []
-    summary = runs.finish(run, said.append)
+    said: list[tuple[object, ...]] = []
+    summary = runs.finish(run, lambda *given: said.append(given))
     assert said
     assert summary.test_bits_per_dim < summary.baseline_test_bits_per_dim - 0.1
     written = json.loads((tmp_path / runs.SUMMARY_FILE).read_text())

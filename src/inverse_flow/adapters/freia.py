@@ -139,7 +139,7 @@ def from_freia(module: Any) -> nn.Module:
         if len(set(module.conditions) - {None}) > 1:
             raise ValueError("a layer has one context, and the modules of this SequenceINN have several conditions")
         return Compose(*map(from_freia, module))
-    if not isinstance(module, InvertibleModule):
+    if not isinstance(module, InvertibleModule | FreiaModule):
         raise TypeError(f"from_freia takes an InvertibleModule of FrEIA, got {type(module).__name__}")
     if len(module.dims_in) != 1 or len(module.dims_c) > 1:
         raise ValueError(
