@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class LayerTransform(Transform):
     """A layer as a transform: ``t(x)`` is its ``forward``, ``t.inv(z)`` its ``inverse``, for any batch shape.
 
-    The log-determinant that a call has found is kept for ``log_abs_det_jacobian`` of that call's input and result, until
-    the next call.
+    The log-determinant that a call has found is kept for ``log_abs_det_jacobian`` of its input and its result, until the
+    next call.
 
     Args:
         layer: from one tensor to one tensor.
