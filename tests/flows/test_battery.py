@@ -357,7 +357,7 @@ def check_rebuilding(case: Case) -> None:
 
 
 def check_rebuilding_under_autocast(case: Case) -> None:
-    """Rebuilding finds gradients that are as exact as those of stored activations: the backward pass has no autocast."""
+    """Rebuilding finds gradients as exact as those of stored activations: in its backward pass autocast is off."""
 
     def gradients(dtype: torch.dtype, *, memory_efficient: bool) -> list[Tensor]:
         layer = case.layer(torch.float32).to(dtype)

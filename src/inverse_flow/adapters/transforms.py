@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class LayerTransform(Transform):
     """A layer as a transform: ``t(x)`` is its ``forward``, ``t.inv(z)`` its ``inverse``, for any batch shape.
 
-    The log-determinant that a call has found is kept for ``log_abs_det_jacobian`` of its input and its result, until the
+    The log-determinant that a call has found is kept for ``log_abs_det_jacobian`` of its input and result, until the
     next call.
 
     Args:
