@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # Without a folder of test images one image in this many is held out.
 HELD_OUT = 10
+# So many of the sizes of images that differ are named.
+SHOWN_SIZES = 3
 # What the folders of the sets are called.
 SET_NAMES = {
     "train": "train", "training": "train",
@@ -187,8 +189,12 @@ def _require_one_size(found: list[Found]) -> None:
     sizes = Counter(one.picture.size for one in found)
     if len(sizes) > 1:
         examples = {one.picture.size: one.path for one in reversed(found)}
-        told = [f"{count} are {size[0]} × {size[1]} ({examples[size]})" for size, count in sizes.most_common()]
-        raise ValueError(f"the images differ in size: {shortened(told)}: give a size to resize them to")
+        told = [f"{count} of {height} × {width} ({examples[width, height]})"
+                for (width, height), count in sizes.most_common(SHOWN_SIZES)]  # fmt: skip
+        raise ValueError(
+            f"the images differ in height or width: {', '.join(told)}, {len(sizes)} sizes in all; --image-size (size) "
+            f"resizes them"
+        )
 
 
 def _class_names(folder: Path, found: dict[str, list[Found]]) -> tuple[str, ...]:
