@@ -169,8 +169,10 @@ def test_what_is_not_finite_is_named() -> None:
     flow = varied(vectors())
     with torch.no_grad():
         flow.own.layers[1].layers[0].bias.fill_(math.nan)
-    with detect_nonfinite(), pytest.raises(NonFiniteError, match=r"layers\.1\.second"):
+    with detect_nonfinite(), pytest.raises(NonFiniteError, match=r"layers\.1\.second") as error:
         flow(*pair(flow))
+    assert flow.get_submodule(error.value.path) is flow.own.layers[1].layers[0]
+    assert flow.layers[1].second is flow.own.layers[1]
 
 
 def test_flows_that_do_not_go_side_by_side_are_refused() -> None:

@@ -165,13 +165,21 @@ class JointFlow(Bijection):
     def links(self, inverse: bool) -> list[Link]:
         """(path, layer, direction) of each pair of layers and each coupling, in the order in which they run."""
         found = []
-        for i, (first, second) in enumerate(zip(self.observed.layers, self.own.layers, strict=True)):
-            (before, _), (after, _) = self._states[i], self._states[i + 1]
-            latent = first.latent_shape(before)[0] if splits_off_latent(first) else 0  # type: ignore[operator]
-            found.append(Link(f"layers.{i}", Lanes(first, second, before[0], after[0], latent), False))
+        for i, layer in enumerate(self.layers):
+            found.append(Link(f"layers.{i}", layer, False))
             if str(i) in self.couplings:
                 found.append(Link(f"couplings.{i}", self.couplings[str(i)], False))
         return [link.turned for link in reversed(found)] if inverse else found
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """Of the two flows each pair of layers as one, ``first`` of y and ``second`` of x, as errors name them."""
+        lanes = []
+        for i, (first, second) in enumerate(zip(self.observed.layers, self.own.layers, strict=True)):
+            (before, _), (after, _) = self._states[i], self._states[i + 1]
+            latent = first.latent_shape(before)[0] if splits_off_latent(first) else 0  # type: ignore[operator]
+            lanes.append(Lanes(first, second, before[0], after[0], latent))
+        return nn.ModuleList(lanes)
 
     @property
     def uses_context(self) -> bool:

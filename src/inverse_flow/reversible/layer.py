@@ -123,6 +123,8 @@ def call_layer(path: str, layer: nn.Module, x: Any, context: Tensor | None, *, i
         return result, _as_logdet(path, layer, logdet, x)
     direction = f"{type(layer).__name__}.{DIRECTIONS[inverse]}"
     check_finite(path, f"the input of {direction}", x)
+    if context is not None:
+        check_finite(path, f"the context of {direction}", context)
     try:
         result, logdet = run(x, context)
     except NonFiniteError as error:

@@ -73,8 +73,8 @@ def run(
     if context is not None and not isinstance(context, Tensor):
         raise TypeError(f"the context must be a tensor or None, got {type(context).__name__}")
     # The transforms of torch.func want every kind of derivative; rebuilding gives the first one in reverse mode. An
-    # exported program consists of operators alone.
-    stored = not torch.is_grad_enabled() or torch.compiler.is_exporting()
+    # exported program consists of operators alone. Without values, on the meta device, nothing takes memory.
+    stored = not torch.is_grad_enabled() or torch.compiler.is_exporting() or inputs[-1].is_meta
     if rebuilding is None or stored or torch._C._are_functorch_transforms_active():
         return run_links(links, inputs, context)
     if torch.compiler.is_dynamo_compiling():
