@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from inverse_flow.ops.bijection import Bijection
 from inverse_flow.ops.causal import per_channel, sum_channels
@@ -25,6 +26,7 @@ __all__ = [
     "first_half",
     "input_shape",
     "logdet_dtype",
+    "may_wait_for",
     "output_shape",
     "per_channel",
     "per_example",
@@ -111,6 +113,19 @@ def sum_example(values: Tensor) -> Tensor:
 def per_example(values: Tensor, x: Tensor) -> Tensor:
     """(B,) in a shape that broadcasts against ``x`` of shape (B, ...)."""
     return values.view(-1, *(1,) * (x.dim() - 1))
+
+
+def may_wait_for(x: Tensor) -> bool:
+    """Whether a value may be looked at here: not while a graph is captured, and not under a transform or without
+    values.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or x.is_meta
+        or isinstance(x, FakeTensor)
+        or torch._C._are_functorch_transforms_active()
+        or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
 
 
 def check_floating(layer: nn.Module, x: Tensor) -> None:
