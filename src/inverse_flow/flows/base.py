@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensor
 
 from inverse_flow.ops.bijection import Bijection
 from inverse_flow.ops.causal import per_channel, sum_channels
-from inverse_flow.ops.checks import shape_of_images
+from inverse_flow.ops.checks import FLOAT_DTYPES, shape_of_images
 from inverse_flow.reversible.layer import Shape, input_shape, output_shape
 
 __all__ = [
@@ -129,13 +129,15 @@ def may_wait_for(x: Tensor) -> bool:
 
 
 def check_floating(layer: nn.Module, x: Tensor) -> None:
-    """Refuses what is not a tensor of floating-point numbers."""
+    """Refuses what is not a dense tensor of float32, float64, bfloat16 or float16."""
     name = type(layer).__name__
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} expects a tensor, got {type(x).__name__}")
     if x.is_nested:
         raise TypeError(f"{name} expects one tensor, got a nested one: pass each of its tensors by itself")
-    if not x.is_floating_point():
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name} expects a dense tensor, got one of layout {x.layout}: call its to_dense() first")
+    if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} expects floating-point images, got {x.dtype}; dequantize or convert them first")
 
 

@@ -63,7 +63,7 @@ class LabelContext(nn.Module):
         TypeError: labels that are no integers.
         ValueError: options that do not exist; labels that are not (B,); on the CPU a label outside 0 … classes − 1.
             On a GPU that one stops the program by an assertion of PyTorch, since looking would need a
-            synchronisation; in compiled and exported programs, and under the transforms of ``torch.func``, PyTorch's own
+            synchronisation; in compiled and exported programs, and under a transform of ``torch.func``, PyTorch's own
             lookup refuses it.
     """
 

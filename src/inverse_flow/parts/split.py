@@ -131,7 +131,7 @@ def split_flow(flow: Flow, cut: Cut, count: int) -> list[Part]:
         ValueError: another cut; the flow cannot be cut into ``count`` parts, or has parameters outside its layers.
     """
     check_integer("count", count)
-    if cut not in PLACES:
+    if cut not in [*PLACES]:
         raise ValueError(f'cut must be "blocks" or "across", got {cut!r}')
     outside = [name for name, _ in flow.named_parameters() if not name.startswith("layers.")]
     if outside:

@@ -48,6 +48,8 @@ def check_layers(layers: Iterable[nn.Module]) -> list[nn.Module]:
     Raises:
         TypeError: one of them is no layer.
     """
+    if not isinstance(layers, Iterable):
+        raise TypeError(f"layers are a sequence of modules with an inverse, got {type(layers).__name__}")
     result = list(layers)
     for layer in result:
         if not isinstance(layer, nn.Module) or not callable(getattr(layer, "inverse", None)):
