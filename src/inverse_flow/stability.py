@@ -50,7 +50,6 @@ MOST_STEPS, SMALL_STEP = 100, 1e-14
 # Impulse responses are computed as many at a time as fit this memory.
 CHUNK_BYTES = 64 * 2**20
 
-ADVICE = "give its layers one by one"
 
 Sizes: TypeAlias = tuple[int, ...]
 """Of an image along its axes, without the channels."""
@@ -464,9 +463,10 @@ def _sizes_seen(model: nn.Module, shape: Sizes, context: Tensor | None) -> dict[
     except (TypeError, ValueError):
         raise  # the model says what it does not take
     except Exception as error:
-        raise RuntimeError(f"{what}, which failed: {error or type(error).__name__}; {ADVICE}") from error
+        advice = "give the whole shape of an input, channels first, or its layers one by one"
+        raise RuntimeError(f"{what}, which failed: {error or type(error).__name__}; {advice}") from error
     if not found:
-        raise RuntimeError(f"{what}, and no inverse convolution ran; {ADVICE}")
+        raise RuntimeError(f"{what}, and no inverse convolution ran; give its layers one by one")
     return {path: found[path] for path, _ in model.named_modules() if path in found}
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributions import Independent, Normal, Transform, TransformedDistribution
+from torch.distributions import ComposeTransform, Independent, Normal, Transform, TransformedDistribution
 
 from inverse_flow import InverseConv1d, InverseConv2d
 from inverse_flow.adapters import to_torch_transform
-from inverse_flow.flows import AffineCoupling, Compose, Flow, Permute, Split, Squeeze, Woodbury
+from inverse_flow.flows import AffineCoupling, Compose, Flow, Permute, SmoothTanh, Split, Squeeze, Woodbury
 from inverse_flow.models import ConditionalFlow, Glow, InverseFlow, LabelContext
 
 from ..flows.test_battery import CASES, CONTEXT_CHANNELS, Case
@@ -93,6 +93,22 @@ def test_the_log_determinant_comes_with_the_result() -> None:
     cached = transform.with_cache()
     assert cached(x) is cached(x)
     assert cached.with_cache() is cached
+
+
+def test_the_log_determinant_is_that_of_the_point_asked_for() -> None:
+    """Also where that point is the result of the latest call, as when one transform runs several times in a row."""
+    layer = SmoothTanh()
+    transform, x = to_torch_transform(layer, event_dim=1), torch.randn(4, 3, dtype=torch.float64)
+    z = transform(x)
+    torch.testing.assert_close(transform.log_abs_det_jacobian(z, transform(z)), layer(z)[1])
+    transform(x)
+    torch.testing.assert_close(transform.log_abs_det_jacobian(z, layer(z)[0]), layer(z)[1])
+    again = transform(x)
+    torch.testing.assert_close(transform.log_abs_det_jacobian(again, layer(again)[0]), layer(again)[1])
+    back = transform.inv(x)
+    torch.testing.assert_close(transform.log_abs_det_jacobian(layer.inverse(back)[0], back), -layer.inverse(back)[1])
+    twice = ComposeTransform([transform, transform])
+    torch.testing.assert_close(twice.log_abs_det_jacobian(x, twice(x)), Compose(layer, layer)(x)[1])
 
 
 def test_a_layer_is_a_distribution() -> None:

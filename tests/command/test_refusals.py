@@ -109,7 +109,9 @@ def test_data_that_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "train", "--out", "../run", "--resume", "--steps", 4, "--data", "d.npz"
     )
     (tmp_path / "here" / "d.npz").rename(tmp_path / "moved.npz")
-    assert "there is no" in refused("train", "--out", "../run", "--resume", "--steps", 4)
+    for command in (["train", "--out", "../run", "--resume", "--steps", 4], ["evaluate", "../run"]):
+        assert "are not in" in (told := refused(*command))
+        assert "say with --data where they are now" in told
     moved = call("train", "--out", "../run", "--resume", "--steps", 4, "--data", "../moved.npz")
     assert moved.exit_code == 0, moved.output
     assert call("evaluate", "../run", "--importance-samples", 0).exit_code == 0

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import distributed, multiprocessing
+from torch.func import functional_call, grad, vmap
 from torch.nn.parallel import DistributedDataParallel
 
 from inverse_flow.flows import ActNorm, Compose, Flow
@@ -151,6 +152,40 @@ def test_a_backward_pass_that_runs_the_layer_again_changes_nothing() -> None:
     assert not any(parameter.any() for parameter in layer.parameters())
     flow(images(8, 2, 3, 3))
     assert layer.initialized
+
+
+def test_the_tensors_of_one_call_are_not_initialised_nor_do_they_tell_of_the_layer() -> None:
+    layer, x = ActNorm(2), images(8, 2, 3, 3)
+    trained = ActNorm(2)
+    trained(x)
+    for buffers in ({}, dict(layer.named_buffers())):
+        zeros = {name: torch.zeros(2) for name, _ in layer.named_parameters()}
+        with pytest.raises(RuntimeError, match="ActNorm is not initialised"):
+            functional_call(layer, {**zeros, **buffers}, (x,))
+        assert not any(zero.any() for zero in zeros.values())
+    others = {name: tensor.detach().clone() for name, tensor in trained.state_dict().items()}
+    for module in (layer, layer.eval()):
+        assert torch.equal(functional_call(module, others, (x,))[0], trained(x)[0])
+    layer.train()
+    assert not layer.initialized
+    assert torch.equal(layer(x)[0], trained(x)[0])
+    assert layer.initialized
+
+
+def test_a_transform_does_not_initialise_it() -> None:
+    layer, x = ActNorm(2), images(8, 2, 3, 3)
+    parameters = dict(layer.named_parameters())
+    for run in (
+        lambda: vmap(lambda one: layer(one[None])[0])(x),
+        lambda: grad(lambda x: layer(x)[0].sum())(x),
+        lambda: grad(lambda parameters: functional_call(layer, parameters, (x,))[0].sum())(parameters),
+    ):
+        with pytest.raises(RuntimeError, match="ActNorm is not initialised"):
+            run()
+    assert not layer.initialized
+    assert not any(parameter.any() for parameter in parameters.values())
+    layer(x)
+    torch.testing.assert_close(vmap(lambda one: layer(one[None])[0])(x)[:, 0], layer(x)[0])
 
 
 def test_a_layer_evaluated_too_early_warns_once() -> None:

@@ -356,6 +356,29 @@ def check_rebuilding(case: Case) -> None:
         torch.testing.assert_close(zeros if rebuilt is None else rebuilt, zeros if stored is None else stored)
 
 
+def check_rebuilding_under_autocast(case: Case) -> None:
+    """Rebuilding finds gradients as exact as those of stored activations: in its backward pass autocast is off."""
+
+    def gradients(dtype: torch.dtype, *, memory_efficient: bool) -> list[Tensor]:
+        layer = case.layer(torch.float32).to(dtype)
+        x, context = case.images(6).to(dtype).requires_grad_(), case.context(6)
+        flow = layer if isinstance(layer, Flow) else Flow([layer], case.shape)
+        flow.memory_efficient = memory_efficient
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            result, logdet = flow(x, None if context is None else context.to(dtype))
+        values = flat((*result, logdet[:, None]))
+        weights = torch.linspace(0.5, 1.5, values.numel(), dtype=dtype).view(values.shape)
+        leaves = [x, *layer.parameters()]
+        found = torch.autograd.grad((weights * values).sum(), leaves, allow_unused=True, materialize_grads=True)
+        return [grad.double() for grad in found]
+
+    exact = gradients(torch.float64, memory_efficient=False)
+    stored, rebuilt = (gradients(torch.float32, memory_efficient=rebuilt) for rebuilt in (False, True))
+    for of_stored, of_rebuilt, true in zip(stored, rebuilt, exact, strict=True):
+        allowed = 3 * (of_stored - true).abs().max() + 2e-5 * true.abs().max()
+        assert (of_rebuilt - true).abs().max() <= allowed
+
+
 def check_copies(case: Case) -> None:
     layer, x, context = case.layer(), case.images(), case.context()
     expected = flat(layer(x, context)[0])
@@ -420,6 +443,26 @@ def test_context(case: Case) -> None:
 @cases
 def test_rebuilding(case: Case) -> None:
     check_rebuilding(case)
+
+
+@cases
+def test_rebuilding_under_autocast(case: Case) -> None:
+    check_rebuilding_under_autocast(case)
+
+
+@cases
+def test_without_values(case: Case) -> None:
+    """On the meta device a layer says what shapes it gives."""
+    layer = case.layer(torch.float32)
+    expected, _ = layer(case.images(3, torch.float32), case.context(3, torch.float32))
+    layer = layer.to("meta")
+    context = None if not case.uses_context else torch.empty(3, CONTEXT_CHANNELS, device="meta")
+    z, logdet = layer(torch.empty(3, *case.shape, device="meta"), context)
+    back, inverse_logdet = layer.inverse(z, context)
+    assert flat(z).is_meta
+    assert flat(z).shape == flat(expected).shape
+    assert back.shape == (3, *case.shape)
+    assert logdet.shape == inverse_logdet.shape == (3,)
 
 
 @cases
@@ -563,6 +606,7 @@ class ReadsMemoryInOrder(Scale):
         (NoGradientToItsParameter, check_gradients),
         (NoEmptyBatch, check_empty_batch),
         (WrongClosedForm, check_rebuilding),
+        (WrongClosedForm, check_rebuilding_under_autocast),
         (DropsTheContext, check_context),
         (StateOutsideItsStateDict, check_copies),
         (ReadsMemoryInOrder, check_non_contiguous),

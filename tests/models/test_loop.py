@@ -204,6 +204,26 @@ def test_learns_to_deblur() -> None:
         assert error(64) < 0.3
 
 
+@pytest.mark.parametrize("rebuilt", [False, True])
+def test_under_autocast_the_operator_keeps_its_digits(rebuilt: bool) -> None:
+    torch.manual_seed(0)
+    loop, weight = LoopNetwork(2, 2, 4, 1, dimensions=0, memory_efficient=rebuilt).eval(), torch.randn(2, 5)
+    eta, state = torch.randn(8, 2, requires_grad=True), torch.randn(8, 2)
+    data = (eta @ weight).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loop(eta, state, data, lambda x: x @ weight)
+        vmapped = torch.func.vmap(lambda *one: loop(*(part[None] for part in one), lambda x: x @ weight))(
+            eta, state, data
+        )
+    # Where A η = d the gradient is 0, and an untrained layer is the identity.
+    for result, per_example, before in zip(found, vmapped, (eta, state), strict=True):
+        torch.testing.assert_close(result, before, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(per_example[:, 0], before, rtol=1e-5, atol=1e-5)
+    found[1].sum().backward()
+    expected = torch.autograd.grad(((eta @ weight - data) @ weight.T).sum(), eta)[0]
+    torch.testing.assert_close(eta.grad, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_errors_say_what_was_given() -> None:
     with pytest.raises(ValueError, match="state_channels must be at least 2, got 1"):
         LoopNetwork(2, 1)

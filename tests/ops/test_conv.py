@@ -82,8 +82,10 @@ def test_other_layers_keep_types_and_round_trip(corner: str, other: str) -> None
         z, log_det = layer.to(dtype)(x.to(dtype))
         assert (z.shape, z.dtype, log_det.shape) == (x.shape, dtype, (2,))
     assert layer(x[:0].to(dtype))[0].shape == (0, *x.shape[1:])
-    with pytest.raises(ValueError, match=f"{type(layer).__name__} takes batches of shape"):
-        layer(x[0])
+    for wrong in (x[0], x[:, 1:]):
+        for call in (layer, layer.inverse):
+            with pytest.raises(ValueError, match=f"{type(layer).__name__} takes batches of shape"):
+                call(wrong)
     assert eval(repr(layer)).weight.shape == layer.weight.shape
 
 

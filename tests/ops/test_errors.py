@@ -215,7 +215,7 @@ def test_module_calls(direction: str) -> None:
         call("image")
     with pytest.raises(ValueError, match=r"InverseConv2d takes batches of shape \(B, 4, H, W\), got \(4, 3, 3\)"):
         call(Y[0])
-    with pytest.raises(ValueError, match=r"weight must have shape \(3, 3, kH, kW\) for 3 channels"):
+    with pytest.raises(ValueError, match=r"InverseConv2d takes batches of shape \(B, 4, H, W\), got \(2, 3, 3, 3\)"):
         call(Y[:, :3])
     with pytest.raises(ValueError, match=r"weight must be torch\.float64 like input, got torch\.float32"):
         call(Y.double())

@@ -89,6 +89,20 @@ def test_the_pictures_are_written(tmp_path: Path) -> None:
     assert pair == 2 * alone
 
 
+def test_a_picture_of_few_samples_is_filled_by_them(tmp_path: Path) -> None:
+    images = torch.zeros(9, 1, 6, 6, dtype=torch.uint8)
+    for count in (1, 3, 8, 9):
+        save_samples(tmp_path / "few.png", images[:count])
+        picture = matplotlib.image.imread(tmp_path / "few.png")
+        last = (picture[TITLE_HEIGHT:, -MARGIN - 9 :, 0] == 0).any()  # dark to the right margin
+        assert last, count
+    save_samples(tmp_path / "beside.png", images[:1], images[:2])  # both at one scale
+    dark = matplotlib.image.imread(tmp_path / "beside.png")[TITLE_HEIGHT:, :, 0].min(0) == 0
+    widths = np.diff(np.flatnonzero(np.diff(np.r_[False, dark, False].astype(int))))[::2]
+    assert len(set(widths.tolist())) == 1
+    assert len(widths) == 3
+
+
 def test_an_empty_log_still_has_a_curve(tmp_path: Path) -> None:
     save_curve(tmp_path / "curve.png", [], baseline=4.5)
     assert (tmp_path / "curve.png").is_file()

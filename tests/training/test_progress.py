@@ -27,8 +27,13 @@ def test_it_shows_loss_bits_speed_and_time_left(terminal: bool) -> None:
         assert part in text
 
 
-def test_without_a_terminal_there_is_a_line_an_evaluation() -> None:
+def test_without_a_terminal_there_is_a_line_at_an_evaluation_and_one_in_ten_seconds_at_most() -> None:
     assert len(shown(terminal=False).splitlines()) == 1
+    out = io.StringIO()
+    with TrainingProgress(TrainConfig(steps=100, evaluate_every=2), Console(file=out, width=120)) as progress:
+        for step in range(1, 41):  # an evaluation a second
+            progress(report(step, 0.5 * step))
+    assert [int(line.split()[1]) for line in out.getvalue().splitlines()] == [2, 22]
 
 
 def test_the_nearer_limit_says_how_much_time_is_left() -> None:
@@ -38,6 +43,14 @@ def test_the_nearer_limit_says_how_much_time_is_left() -> None:
     by_steps = TrainingProgress(TrainConfig(steps=40, minutes=10))
     by_steps(report(10, 10.0))
     assert by_steps.time_left(report(30, 30.0)) == "0:10"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "left"),
+    [(0, "0:00"), (59.4, "0:59"), (59.6, "1:00"), (3599.4, "59:59"), (3599.6, "1:00:00"), (36_061, "10:01:01")],
+)
+def test_the_time_left_has_no_sixtieth_second_or_minute(seconds: float, left: str) -> None:
+    assert TrainingProgress(TrainConfig(minutes=1000)).time_left(report(1, 60_000 - seconds)) == left
 
 
 @pytest.mark.parametrize("terminal", [False, True])

@@ -190,6 +190,27 @@ def test_the_figures_say_what_they_are_not(slice_quality: dict[str, Quality]) ->
     assert {len(row) for row in slice_quality["test"].rows()} == {5}
 
 
+@pytest.mark.parametrize(
+    ("value", "error", "shown"),
+    [
+        (33.617, 2.2, "34 ± 2"),
+        (336.17, 22, "336 ± 22"),
+        (0.3726, 0.031, "0.37 ± 0.03"),
+        (-0.063, 0.096, "-0.06 ± 0.10"),
+        (0.0, 0.009, "0.000 ± 0.009"),
+        (5.983e-05, 3.1e-06, "6.0e-5 ± 3e-6"),
+        (-3.1e-08, 8.2e-08, "-3e-8 ± 8e-8"),
+        (0.0, 8.2e-08, "0 ± 8e-8"),
+        (1.00342, 4.1e-04, "1.0034 ± 0.0004"),
+        (1.0, 0.0, "1"),
+        (0.5, math.nan, "0.5"),
+    ],
+)
+def test_a_figure_is_shown_to_the_digit_that_its_error_leaves_it(value: float, error: float, shown: str) -> None:
+    share = measure.Value(value, error)
+    assert Quality(1, "mnist", 1.0, {"classifier": {"samples": {}, "floor": {}}}, share).rows()[-1][1] == shown
+
+
 def test_images_that_no_classifier_knows_are_refused() -> None:
     data = load_embedded()
     part = data.test[:100]

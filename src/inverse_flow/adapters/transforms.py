@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class LayerTransform(Transform):
     """A layer as a transform: ``t(x)`` is its ``forward``, ``t.inv(z)`` its ``inverse``, for any batch shape.
 
-    The log-determinant that a call has found is kept for ``log_abs_det_jacobian`` of that call's result, until the next
-    call.
+    The log-determinant that a call has found is kept for ``log_abs_det_jacobian`` of its input and result, until the
+    next call.
 
     Args:
         layer: from one tensor to one tensor.
@@ -50,7 +50,7 @@ class LayerTransform(Transform):
         self.event_dims = event_dims
         self.context_dim = context_dim
         self.domain, self.codomain = (constraints.independent(constraints.real, dim) for dim in event_dims)
-        self._latest: tuple[Tensor, Tensor] | None = None
+        self._latest: tuple[Tensor, Tensor, Tensor] | None = None
         if context is not None:
             _cut("context", context, context_dim)
 
@@ -69,12 +69,13 @@ class LayerTransform(Transform):
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(z, log|det ∂z/∂x|), the latter of the batch shape."""
-        z, logdet = self._latest = self._run(x, inverse=False)
+        z, logdet = self._run(x, inverse=False)
+        self._latest = x, z, logdet
         return z, logdet
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        if self._latest is not None and (self._latest[0] is y or self._latest[0] is x):
-            return self._latest[1]
+        if self._latest is not None and self._latest[0] is x and self._latest[1] is y:
+            return self._latest[2]
         return self._run(x, inverse=False)[1]
 
     def _call(self, x: Tensor) -> Tensor:
@@ -82,7 +83,7 @@ class LayerTransform(Transform):
 
     def _inverse(self, y: Tensor) -> Tensor:
         x, logdet = self._run(y, inverse=True)
-        self._latest = x, -logdet
+        self._latest = x, y, -logdet
         return x
 
     def _run(self, x: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,7 @@ from inverse_flow.data.load import SOURCES
 from inverse_flow.parts import fit_parts
 from inverse_flow.stability import stability_report
 from inverse_flow.training import Stop, checkpoint, figures
+from inverse_flow.training import log as logs
 from inverse_flow.training import run as runs
 from inverse_flow.training.config import MAX_SEED
 from inverse_flow.training.files import to_json
@@ -218,7 +219,7 @@ def train(
     with MeasuringProgress(console) as measuring:
         summary = runs.finish(run, measuring)
     print_table(summary, f"after {run.trainer.step} steps in {run.trainer.seconds:.0f} s: {stop.value}")
-    names = (runs.SAMPLES_FILE, runs.CURVE_FILE, runs.SUMMARY_FILE, checkpoint.FILE)
+    names = (runs.SAMPLES_FILE, runs.CURVE_FILE, runs.SUMMARY_FILE, logs.FILE, checkpoint.FILE)
     console.print(f"in {folder}: {', '.join(names)}", soft_wrap=True)
 
 
@@ -257,7 +258,7 @@ def sample(
         else:
             title = "samples" if temperature == 1 else f"samples, temperature {temperature:g}"
             figures.save_samples(out, figures.to_uint8(drawn.images), title=title)
-    console.print(f"{count} samples in {out}", soft_wrap=True)
+    console.print(f"{count} {'sample' if count == 1 else 'samples'} in {out}", soft_wrap=True)
 
 
 @cli.command(epilog=EXAMPLES["evaluate"], short_help="Measure a trained flow beside the baseline.")

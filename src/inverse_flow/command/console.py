@@ -36,8 +36,7 @@ def describe(run: runs.Run) -> None:
     classes = f", conditional on {run.classes} classes{names}" if run.classes else ""
     processes = f", {trainer.workers.count} processes" if trainer.workers.count > 1 else ""
     console.print(
-        f"{name}: {config.levels} levels of {config.steps} steps, {model.num_parameters:,} parameters"
-        f"{classes}{processes}",
+        f"{name}: L = {config.levels}, K = {config.steps}, {model.num_parameters:,} parameters{classes}{processes}",
         soft_wrap=True,
     )
 
@@ -56,9 +55,9 @@ def print_quality(quality: Quality) -> None:
     """The quality of samples beside that of test images, by both networks' features."""
     title = f"quality of {quality.images} samples, beside as many test images"
     table = Table(title=title, caption=quality.caveat)
-    table.add_column(no_wrap=True)
-    for name in (f"{quality.classifier} classifier", "test images", "random network", "test images"):
-        table.add_column(name, justify="right")
+    table.add_column(overflow="fold")
+    for name in (f"{quality.classifier}\nclassifier", "test\nimages", "random\nnetwork", "test\nimages"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in quality.rows():
         table.add_row(*row)
     console.print(table)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # Without a folder of test images one image in this many is held out.
 HELD_OUT = 10
+# So many of the sizes of images that differ are named.
+SHOWN_SIZES = 3
 # What the folders of the sets are called.
 SET_NAMES = {
     "train": "train", "training": "train",
@@ -76,17 +78,17 @@ def load_image_folder(
     if size is not None:
         check_integer("size", size)
     if crop and size is None:
-        raise ValueError("cropped images need a size, for they differ in it")
+        raise ValueError("cropped images differ in size: crop (--crop) needs a size (--image-size)")
     places = _sets(folder)
     if size is not None:
         _require_memory(places, size)
     bad: list[str] = []
     found = {part: _read_set(place, size, crop, bad) for part, place in places.items()}
     if bad and not skip_bad_images:
-        told = (
-            f"{len(bad)} of the images in {folder} cannot be read; --skip-bad-images (skip_bad_images) goes on without"
+        told = f"{len(bad)} of the images in {folder} cannot be read"
+        raise ValueError(
+            f"{told}; skip_bad_images (train --skip-bad-images) goes on without:\n  " + shortened(bad, "\n  ")
         )
-        raise ValueError(f"{told}:\n  " + shortened(bad, "\n  "))
     for part, place in places.items():
         if not found[part]:
             raise FileNotFoundError(f"{place} has no images ({', '.join(SUFFIXES)}); it holds {listing(place)}")
@@ -187,8 +189,12 @@ def _require_one_size(found: list[Found]) -> None:
     sizes = Counter(one.picture.size for one in found)
     if len(sizes) > 1:
         examples = {one.picture.size: one.path for one in reversed(found)}
-        told = [f"{count} are {size[0]} × {size[1]} ({examples[size]})" for size, count in sizes.most_common()]
-        raise ValueError(f"the images differ in size: {shortened(told)}: give a size to resize them to")
+        told = [f"{count} of {height} × {width} ({examples[width, height]})"
+                for (width, height), count in sizes.most_common(SHOWN_SIZES)]  # fmt: skip
+        raise ValueError(
+            f"the images differ in height or width: {', '.join(told)}, {len(sizes)} sizes in all; size (train "
+            f"--image-size) resizes them"
+        )
 
 
 def _class_names(folder: Path, found: dict[str, list[Found]]) -> tuple[str, ...]:

@@ -51,8 +51,9 @@ class ActNorm(FlowLayer):
 
     Raises:
         FloatingPointError: the initialising batch holds a NaN or an infinity.
-        RuntimeError: the initialising batch meets the layer while it is being compiled or exported; in a backward pass,
-            when it came between ``inverse`` and that.
+        RuntimeError: the initialising batch meets the layer while it is compiled or exported, under a transform of
+            ``torch.func``, or with the parameters of one call (``functional_call``); in a backward pass, when it came
+            between ``inverse`` and that.
 
     Warns:
         UserWarning: once, when a layer that is not initialised runs in evaluation mode.
@@ -126,11 +127,9 @@ class ActNorm(FlowLayer):
             # A backward pass may run layers again, forward too; it must not change them.
             if not x.is_meta and torch._C._current_graph_task_id() == -1:
                 self._initialize(x)
-        elif not self.training and not self._knows["warned"] and _may_wait_for(x):
-            self._knows["initialized"] = self._was_initialized()
-            if not self._knows["initialized"]:
-                self._knows["warned"] = True
-                warnings.warn(NOT_INITIALIZED, stacklevel=3)
+        elif not self.training and not self._knows["warned"] and _may_wait_for(x) and not self._was_initialized():
+            self._knows["warned"] = True
+            warnings.warn(NOT_INITIALIZED, stacklevel=3)
 
     def _refuse_changed(self, version: int, grad: Tensor) -> None:
         """Called in the backward pass of ``inverse``, which ran when the bias had this version."""
@@ -141,10 +140,18 @@ class ActNorm(FlowLayer):
             )
 
     def _was_initialized(self) -> bool:
-        return bool(self.initialized) or bool(self.bias.any()) or bool(self.log_scale.any())
+        found = bool(self.initialized) or bool(self.bias.any()) or bool(self.log_scale.any())
+        self._knows["initialized"] = found and self._has_its_parameters()
+        return found
+
+    def _has_its_parameters(self) -> bool:
+        """Not other tensors, which stand in their place for one call: what is found or set there is not the layer's."""
+        return isinstance(self.bias, nn.Parameter)
 
     @torch.no_grad()
     def _initialize(self, x: Tensor) -> None:
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(NOT_INITIALIZED)
         if not self._was_initialized():
             values = x.to(logdet_dtype(x.dtype))
             count = _total(values.new_tensor(x.numel() // self.channels))
@@ -152,6 +159,8 @@ class ActNorm(FlowLayer):
                 return
             mean = _total(sum_channels(values)) / count
             variance = _total(sum_channels((values - per_channel(mean, x)).square())) / count
+            if not self._has_its_parameters():
+                raise RuntimeError(NOT_INITIALIZED)
             if not bool(torch.isfinite(variance).all()):
                 bad = (~torch.isfinite(variance)).nonzero().flatten().tolist()
                 raise FloatingPointError(f"ActNorm cannot initialise: NaN or infinite values in channels {bad}")
@@ -159,8 +168,9 @@ class ActNorm(FlowLayer):
             constant = spread <= CONSTANT_SPREAD * mean.abs()
             self.bias.copy_(-mean)
             self.log_scale.copy_(torch.where(constant, torch.ones_like(spread), spread).log().neg())
-        self.initialized.fill_(True)
-        self._knows["initialized"] = True
+        if self._has_its_parameters():
+            self.initialized.fill_(True)
+            self._knows["initialized"] = True
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -223,9 +223,11 @@ class Flow(Bijection):
                 "no layer of this flow uses a context, and one was given: leave it out, or build the flow for it"
             )
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(state_dict, *args, **kwargs)
-        if isinstance(self.base, StandardNormal):
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
+        if local_metadata.get("assign_to_params_buffers") and isinstance(self.base, StandardNormal):
             self.base.follow(state_dict.values())  # it has nothing that a state_dict could bring
 
     def check_latents(self, latents: Sequence[Tensor]) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from inverse_flow.flows.base import FlowLayer, check_images, count_pixels, expand_logdet, logdet_dtype
-from inverse_flow.ops.causal import CONVOLUTIONS
+from inverse_flow.ops.causal import CONVOLUTIONS, without_autocast
 from inverse_flow.ops.spec import check_integer
 from inverse_flow.reversible import backpropagate
 
@@ -19,7 +19,7 @@ def mix_channels(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     compute = logdet_dtype(x.dtype)
     convolve = CONVOLUTIONS[x.dim() - 2][0]
     kernel = weight.to(compute)[(...,) + (None,) * (x.dim() - 2)]
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         mixed: Tensor = convolve(x.to(compute), kernel, None if bias is None else bias.to(compute))
     return mixed.to(x.dtype)
 
@@ -29,7 +29,7 @@ def mixing_gradient(x: Tensor, grad_z: Tensor) -> Tensor:
     if x.dim() == 2:
         return mixing_gradient(x[..., None], grad_z[..., None])
     compute = logdet_dtype(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         return (grad_z.to(compute).flatten(2) @ x.to(compute).flatten(2).mT).sum(0).double()
 
 

@@ -12,7 +12,7 @@ from inverse_flow.conv import INITIAL_GAIN, InverseConv1d, InverseConv2d, Invers
 from inverse_flow.flows.base import FlowLayer, check_images, expand_logdet, logdet_dtype
 from inverse_flow.flows.compose import Compose, Reverse
 from inverse_flow.flows.conditioner import check_dimensions
-from inverse_flow.ops.causal import CONVOLUTIONS, tap
+from inverse_flow.ops.causal import CONVOLUTIONS, tap, without_autocast
 from inverse_flow.ops.spec import ORDERS, PerAxis, check_integer, each_axis
 
 INVERSE_CONVS: dict[int, type[InverseConvNd]] = {1: InverseConv1d, 2: InverseConv2d, 3: InverseConv3d}
@@ -115,7 +115,7 @@ class PeriodicConv(FlowLayer):
         """z alone."""
         self._check(x)
         compute = logdet_dtype(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             padded = x.to(compute)
             for axis, taps in enumerate(self.kernel_size, start=2):
                 size, before = x.shape[axis], taps // 2
@@ -147,7 +147,7 @@ class PeriodicConv(FlowLayer):
         if z.numel() == 0:  # of which there is no Fourier transform
             return z.clone()
         axes = tuple(range(2, z.dim()))
-        with torch.autocast(z.device.type, enabled=False):
+        with without_autocast(z.device.type):
             frequencies = torch.fft.rfftn(z.to(logdet_dtype(z.dtype)), dim=axes)
             matrices = torch.linalg.inv_ex(spectrum).inverse.to(frequencies.dtype)
             mixed = matrices @ frequencies.movedim((0, 1), (-1, -2))

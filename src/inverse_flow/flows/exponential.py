@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from inverse_flow.conv import INITIAL_GAIN
 from inverse_flow.flows.base import FlowLayer, check_images, count_pixels, expand_logdet, logdet_dtype
 from inverse_flow.flows.conditioner import check_dimensions
-from inverse_flow.ops.causal import CONVOLUTIONS, tap
+from inverse_flow.ops.causal import CONVOLUTIONS, tap, without_autocast
 from inverse_flow.ops.spec import PerAxis, check_integer, check_number, each_axis
 
 # Largest ‖M‖₂. The number of convolutions grows with it: 11 in float32 for each 1.
@@ -89,7 +89,7 @@ class ExponentialConv(FlowLayer):
     def _exponential(self, x: Tensor, sign: int) -> tuple[Tensor, Tensor]:
         check_images(self, x, self.channels, dimensions=self.dimensions)
         compute = logdet_dtype(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             weight = sign * self.bounded_weight().to(compute)
             total, parts = x.to(compute), math.ceil(self.norm)
             for _ in range(parts):

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inverse_flow.flows.actnorm import ActNorm
-
 
 def jvp(
     layer: nn.Module,
@@ -95,12 +93,6 @@ class _Map(nn.Module):
 
 def _function(layer: nn.Module, context: Tensor | None, inverse: bool) -> Any:
     """f(x, parameters): what is not among the parameters stays as the layer has it."""
-    for name, module in layer.named_modules():
-        if isinstance(module, ActNorm) and module.training and not bool(module.initialized):
-            raise RuntimeError(
-                f"{name or type(layer).__name__} is not initialised, and its first batch would initialise it: run one "
-                "batch, or call eval(), before taking products with the Jacobian"
-            )
     module = _Map(layer, inverse)
     names = {id(parameter): name for name, parameter in layer.named_parameters()}
     # Of a module that stands in several places, functional_call would not put the parameters back, were it told of

@@ -40,8 +40,8 @@ class StandardNormal(nn.Module):
         draws = [self.origin.new_empty((n, *shape)).normal_(generator=generator) for shape in shapes]
         return tuple(temperature * z for z in draws)
 
-    def follow(self, weights: Iterable[Tensor]) -> None:
-        """Draws where the weights are and in their dtype, if it was built without values, on the meta device."""
-        like = next((weight for weight in weights if weight.is_floating_point()), None)
-        if self.origin.is_meta and like is not None:
+    def follow(self, weights: Iterable[object]) -> None:
+        """Draws where the weights are and in their dtype."""
+        like = next((value for value in weights if isinstance(value, Tensor) and value.is_floating_point()), None)
+        if like is not None:
             self.origin = like.new_zeros(())

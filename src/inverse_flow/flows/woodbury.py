@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from inverse_flow.flows.base import FlowLayer, check_images, expand_logdet, logdet_dtype
+from inverse_flow.ops.causal import without_autocast
 from inverse_flow.ops.spec import SIZE_FORMS, check_integer, check_sizes
 
 DEFAULT_RANK = 8
@@ -82,7 +83,7 @@ class Woodbury(FlowLayer):
         if tuple(x.shape[2:]) != self.size:
             raise ValueError(f"Woodbury was built for images of size {self.size}, got {tuple(x.shape)}")
         compute = logdet_dtype(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             matrix = x.to(compute).flatten(2)
             matrix = matrix + self.channel_u.to(compute) @ (channel_v.to(compute) @ matrix)
             matrix = matrix + (matrix @ self.pixel_u.to(compute)) @ pixel_v.to(compute)

@@ -174,7 +174,8 @@ class FlowConfig:
         if any(size % divisor for size in sizes):
             axes = " and ".join(filter(None, [", ".join(AXES[len(sizes)][:-1]), AXES[len(sizes)][-1]]))
             raise ValueError(
-                f"{self.levels} levels need {axes} divisible by {divisor}, got {' × '.join(map(str, sizes))}"
+                f"{self.levels} levels need {axes} divisible by {divisor}, got {' × '.join(map(str, sizes))}: "
+                "fewer levels, or another size, would fit"
             )
         if not sizes:
             self._check_vectors()

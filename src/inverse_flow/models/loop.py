@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from inverse_flow.flows import IRIM, ActNorm, AdditiveCoupling
 from inverse_flow.flows.base import check_floating
+from inverse_flow.ops.causal import without_autocast
 from inverse_flow.ops.spec import check_integer
 from inverse_flow.reversible.chain import Link
 from inverse_flow.reversible.rebuild import Rebuilding, run
@@ -33,6 +34,10 @@ class DataGradient(nn.Module):
         self.operator, self.norm, self.channels = operator, norm, channels
 
     def forward(self, eta: Tensor, data: Tensor) -> Tensor:
+        with without_autocast(eta.device.type):
+            return self._gradient(eta, data)
+
+    def _gradient(self, eta: Tensor, data: Tensor) -> Tensor:
         if torch._C._are_functorch_transforms_active():
             predicted, pull_back = torch.func.vjp(self.operator, eta)  # type: ignore[misc]
             return self._filled_up(pull_back(predicted - data)[0])
@@ -108,7 +113,8 @@ class LoopNetwork(nn.Module):
             data: d, of the shape of ``operator(eta)``.
             operator: A, any differentiable map. One with parameters that are to be trained, or the tensors of which
                 need gradients, is a module. If it is not linear, Aᵀ is that of its Jacobian at η: a link function Ψ
-                before a linear A is ``lambda x: A(Ψ(x))``.
+                before a linear A is ``lambda x: A(Ψ(x))``. Autocast is off within it, as half precision would leave
+                few digits of A η − d.
         """
         return self._run(eta, state, data, operator, inverse=False)
 
@@ -150,7 +156,8 @@ class LoopNetwork(nn.Module):
             expected = (len(eta), channels, *eta.shape[2:])
             if tuple(value.shape) != expected:
                 raise ValueError(f"{name} must be {expected}, got {tuple(value.shape)}")
-        predicted = operator(eta.detach())
+        with without_autocast(eta.device.type):
+            predicted = operator(eta.detach())
         if not isinstance(predicted, Tensor):
             raise TypeError(f"the operator makes a tensor of eta, got {type(predicted).__name__}")
         if predicted.shape != data.shape:

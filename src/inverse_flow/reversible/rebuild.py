@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from inverse_flow.ops.backpropagate import backpropagate
+from inverse_flow.ops.causal import without_autocast
 from inverse_flow.ops.spec import check_integer, check_number
 from inverse_flow.reversible.chain import Link, elementary, run_links
 from inverse_flow.reversible.generators import is_capturing
@@ -331,11 +332,12 @@ def _differentiable_backward(
         outputs, logdet = run_links(chain.links, inputs, context, run)
         roots = [(out, grad) for out, grad in zip((*outputs, logdet), grads, strict=True) if out.requires_grad]
         wanted = [view for view in views if view is not None and view.requires_grad]
-        found = iter(
-            torch.autograd.grad(
-                [out for out, _ in roots], wanted, [grad for _, grad in roots], create_graph=True, allow_unused=True
+        with without_autocast(inputs[-1].device.type):
+            found = iter(
+                torch.autograd.grad(
+                    [out for out, _ in roots], wanted, [grad for _, grad in roots], create_graph=True, allow_unused=True
+                )
             )
-        )
     return tuple(next(found) if view is not None and view.requires_grad else None for view in views)
 
 

@@ -173,7 +173,7 @@ def load(path: str | Path) -> Checkpoint:
     path = Path(path)
     path = path / FILE if path.is_dir() else path
     if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
+        raise FileNotFoundError(f"there is no checkpoint {path}: give the folder of a run that has one, or the file")
     with path.open("rb") as file:
         try:
             archive = zipfile.ZipFile(file)

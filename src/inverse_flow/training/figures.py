@@ -47,9 +47,9 @@ def save_samples(path: Path, samples: Tensor, real: Tensor | None = None, title:
 
     Every pixel of an image is a whole number of dots in the file.
     """
-    panels = [(title, _enlarged(tile(samples)))]
-    if real is not None:
-        panels.append(("real images", _enlarged(tile(real))))
+    shown = {title: samples} if real is None else {title: samples, "real images": real}
+    columns = min(SAMPLE_COLUMNS, max(map(len, shown.values())))
+    panels = [(name, _enlarged(tile(images, columns))) for name, images in shown.items()]
     height = max(grid.shape[0] for _, grid in panels) + TITLE_HEIGHT + MARGIN
     width = sum(grid.shape[1] + 2 * MARGIN for _, grid in panels)
     figure, left = Figure(figsize=(width / DPI, height / DPI), dpi=DPI), MARGIN

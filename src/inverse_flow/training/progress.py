@@ -14,7 +14,7 @@ from inverse_flow.training.log import StepReport
 
 # Weight of the newest step in the displayed averages.
 SMOOTHING = 0.1
-# Seconds from one line to the next, of a measurement without a terminal.
+# Seconds from one line to the next at least, where there is no terminal.
 LINE_EVERY = 10.0
 
 
@@ -53,11 +53,13 @@ class MeasuringProgress:
 
 
 class TrainingProgress:
-    """A bar with loss, bits/dim, images/s and the time left; where there is no terminal, a line for each evaluation."""
+    """A bar with loss, bits/dim, images/s and the time left; where there is no terminal, a line at an evaluation, at
+    most one in ten seconds."""
 
     def __init__(self, config: TrainConfig, console: Console | None = None) -> None:
         self.config = config
         self.console = console or Console()
+        self._said = -LINE_EVERY  # so that the first evaluation is told
         self._bits: float | None = None
         self._loss = 0.0
         self._rate = 0.0
@@ -91,18 +93,23 @@ class TrainingProgress:
         left = self.time_left(report)
         completed = self.config.progress(report.step, report.seconds)
         self._bar.update(self._task, completed=completed, step=report.step, figures=figures, left=left)
-        if not self.console.is_terminal and report.step % self.config.evaluate_every == 0:
+        due = report.step % self.config.evaluate_every == 0 and report.seconds - self._said >= LINE_EVERY
+        if due and not self.console.is_terminal:
+            self._said = report.seconds
             self.console.print(f"step {report.step} · {figures} · {left} left", soft_wrap=True, highlight=False)
 
     def time_left(self, report: StepReport) -> str:
-        """Minutes and seconds to the end, at the pace since the display began."""
+        """Hours, minutes and seconds to the end, at the pace since the display began."""
         if self._first is None:
             self._first = report
         by_time = 60 * self.config.minutes - report.seconds if self.config.minutes is not None else float("inf")
         steps = report.step - self._first.step
         pace = (report.seconds - self._first.seconds) / steps if steps else float("inf")
         seconds = max(0.0, min(by_time, pace * (self.config.steps - report.step)))
-        return "?" if seconds == float("inf") else f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
+        if seconds == float("inf"):
+            return "?"
+        minutes, rest = divmod(round(seconds), 60)
+        return f"{minutes}:{rest:02}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
     def _smooth(self, report: StepReport) -> None:
         weight = 1.0 if self._bits is None else SMOOTHING

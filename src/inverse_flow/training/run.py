@@ -124,8 +124,7 @@ def resume(
     """
     if workers.first:
         check_folder(folder)
-    where = source_of(content, source)
-    data = where.load()
+    where, data = _found(content, source)
     images, context, validation = _images(data, where, content.training)
     if content.validation is None:
         content = replace(content, validation=validation)
@@ -153,13 +152,26 @@ def data_of(content: Checkpoint, source: str | None = None) -> ImageData:
 
     Raises:
         ValueError: without a ``source``: what lies where the run's data lay are other images.
+        FileNotFoundError: nothing lies there.
     """
-    where = source_of(content, source)
-    data = where.load()
+    where, data = _found(content, source)
     if source is None:
         images, context, _ = _images(data, where, content.training)
         checkpoint.check_images(content, images, context)
     return data
+
+
+def _found(content: Checkpoint, source: str | None) -> tuple[DataSource, ImageData]:
+    """Where the data of a checkpoint's run lie, and they."""
+    where = source_of(content, source)
+    try:
+        return where, where.load()
+    except FileNotFoundError as error:
+        if source is not None:
+            raise
+        raise FileNotFoundError(
+            f"the images of this run are not in {where.source} any more: say with --data where they are now"
+        ) from error
 
 
 def _images(data: ImageData, where: DataSource, config: TrainConfig) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -211,7 +211,8 @@ def hardware(device: torch.device) -> str:
     """The processor, the threads in use and the PyTorch version, in a few words."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    return f"{_cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    threads = torch.get_num_threads()
+    return f"{_cpu_name()}, {threads} thread{'' if threads == 1 else 's'}, torch {torch.__version__}"
 
 
 def _cpu_name() -> str:

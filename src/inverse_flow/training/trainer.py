@@ -97,7 +97,9 @@ class Trainer:
         if validation is None:
             validation = draw_validation(torch.zeros(len(images), dtype=torch.long), config)
         if bool(validation.all()):
-            raise ValueError(f"{len(images)} of {len(images)} images for validation leave none to train on")
+            raise ValueError(
+                f"of {len(images)} images none is left to train on: validation must be smaller, got {config.validation}"
+            )
         if config.patience is not None and not bool(validation.any()):
             raise ValueError(f"patience needs images for validation, of {len(images)} none are kept: give validation")
         self.model = model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -79,7 +80,14 @@ class Quality:
 
 
 def _shown(figure: Value) -> str:
-    return f"{figure.value:.4g} ± {figure.error:.1g}"
+    """A figure to the digit that its error leaves it."""
+    value, error = figure
+    if not 0 < error < math.inf:
+        return f"{value:.4g}"
+    place, largest = (math.floor(math.log10(size)) for size in (error, max(abs(value), error)))
+    if largest >= -3:
+        return f"{value:.{max(0, -place)}f} ± {error:.{max(0, -place)}f}"
+    return f"{value:.{largest - place}e} ± {error:.0e}".replace("e-0", "e-").replace("e+00", "")
 
 
 class Judge:
