@@ -152,8 +152,8 @@ def source_of(content: Checkpoint, source: str | None = None) -> DataSource:
 
 
 def data_of(content: Checkpoint, source: str | None = None) -> ImageData:
-    """The data that the run of a checkpoint was trained on, or those of another source, read in the same way; images that
-    are no folder's, as they are.
+    """The data that the run of a checkpoint was trained on, or those of another source: a folder of images read in the same
+    way, all else as it is.
 
     Raises:
         ValueError: without a ``source``: what lies where the run's data lay are other images.
