@@ -26,25 +26,28 @@ template <class T, int kA, int kB, int kLanes>
 INVERSE_FLOW_INLINE void outer_block(const TapSpans<T>& tap, const OuterStrides& stride, ptrdiff_t first_u,
                                      ptrdiff_t first_x, T* sums, int64_t channels) {
   constexpr int64_t n = kVectorLanes<T, kLanes>;
-  // One array: of an array of arrays GCC reads the operands again for every product.
-  Vector<T, kLanes> sum[kA * kB];
-  for (int i = 0; i < kA * kB; ++i) sum[i] = Vector<T, kLanes>{};
+  Vector<T, kLanes> sum[kA][kB];
+  set_zero(sum);
   for (int64_t i = 0; i < tap.count; ++i) {
     const T* u = tap.spans[i].u + first_u;
     const T* x = tap.spans[i].x + first_x;
     for (int64_t s = 0; s < tap.steps; ++s, u += stride.u_step, x += stride.x_step) {
       for (int v = 0; v < kVectors<T, kLanes>; ++v) {
         Vector<T, kLanes> right[kB];
-        for (int b = 0; b < kB; ++b) right[b] = load<kLanes>(x + b * stride.x_channel + v * n);
+        for (int b = 0; b < kB; ++b) right[b] = load_once<kLanes>(x + b * stride.x_channel + v * n);
         for (int a = 0; a < kA; ++a) {
-          const Vector<T, kLanes> left = load<kLanes>(u + a * stride.u_channel + v * n);
-          for (int b = 0; b < kB; ++b) sum[a * kB + b] += left * right[b];
+          const Vector<T, kLanes> left = load_once<kLanes>(u + a * stride.u_channel + v * n);
+          for (int b = 0; b < kB; ++b) sum[a][b] += left * right[b];
         }
       }
     }
   }
+  Vector<T, kLanes> flat[kA * kB];
+  for (int a = 0; a < kA; ++a) {
+    for (int b = 0; b < kB; ++b) flat[a * kB + b] = sum[a][b];
+  }
   T total[kA * kB];
-  horizontal_sums<T, kLanes>(sum, total);
+  horizontal_sums<T, kLanes>(flat, total);
   for (int a = 0; a < kA; ++a) {
     for (int b = 0; b < kB; ++b) sums[a * channels + b] -= total[a * kB + b];
   }
@@ -52,12 +55,22 @@ INVERSE_FLOW_INLINE void outer_block(const TapSpans<T>& tap, const OuterStrides&
 
 // The weight gradient of all taps and channel pairs: 4 x 3 accumulators, 3 + 1 operands of 16 registers, or twice as
 // many of 32. The taps are the inner loop, since their sources overlap and stay in L1.
-constexpr int kOuterBlock = INVERSE_FLOW_VECTOR_BYTES == 64 ? 6 : 3;
+constexpr int kLeftBlock = 4;
+constexpr int kRightBlock = INVERSE_FLOW_VECTOR_BYTES == 64 ? 6 : 3;
+
+// Steps whose outer products are summed at a time, of which all taps of a block read no more than stays in L1: 48 KiB
+// where vectors have 512 bits, else 32.
+template <class T>
+INVERSE_FLOW_INLINE int64_t summed_steps(int64_t lane_stride) {
+  constexpr int64_t kBytes = (INVERSE_FLOW_VECTOR_BYTES == 64 ? 40 : 27) << 10;
+  return larger(kBytes / ((kLeftBlock + kRightBlock) * lane_stride * static_cast<int64_t>(sizeof(T))), 1);
+}
+
 template <class T, int kLanes>
 static __attribute__((noinline)) void outer_sums(const TapSpans<T>* taps, int64_t tap_count, int64_t channels,
                                                  const OuterStrides& stride, T* sums) {
-  for_blocks<4>(channels, false, [&](int64_t a, auto left) {
-    for_blocks<kOuterBlock>(channels, false, [&](int64_t b, auto right) {
+  for_blocks<kLeftBlock>(channels, false, [&](int64_t a, auto left) {
+    for_blocks<kRightBlock>(channels, false, [&](int64_t b, auto right) {
       for (int64_t t = 0; t < tap_count; ++t) {
         outer_block<T, decltype(left)::value, decltype(right)::value, kLanes>(
             taps[t], stride, a * stride.u_channel, b * stride.x_channel, sums + (t * channels + a) * channels + b,

@@ -172,18 +172,30 @@ static void sweep_images(const Problem<IO, T>& problem, int64_t first_image, int
                 subtract_sums<T, kLanes>(scratch.state + row.in_ring * row_state, channels, kLanes, step_state, steps,
                                          gradients.bias);
               });
-    for (int64_t t = 0; t <= tap_count; ++t) {
-      const auto [a, p, q] = t < tap_count ? scratch.order[t] : TapPosition{0, 0, 0};
-      Span<T>* const spans = scratch.spans + t * plan.rows;
-      int64_t span_count = 0;
-      for_rows(first, last, [&, a = a, p = p, q = q](const Row& row) {
-        if (row.plane < a || row.in_plane < p || q >= shape.width) return;
-        spans[span_count++] = {scratch.state + row.in_ring * row_state + up(row, a * height + p),
-                               scratch.other + (row.index - first) * row_state + q * step_state};
-      });
-      scratch.tap_spans[t] = {spans, span_count, shape.width - q};
+    const auto sum_gradients = [&](int64_t from, int64_t to, int64_t begin, int64_t end) {
+      for (int64_t t = 0; t <= tap_count; ++t) {
+        const auto [a, p, q] = t < tap_count ? scratch.order[t] : TapPosition{0, 0, 0};
+        const int64_t column = larger(begin, q);
+        Span<T>* const spans = scratch.spans + t * plan.rows;
+        int64_t span_count = 0;
+        for_rows(from, to, [&, a = a, p = p, q = q](const Row& row) {
+          if (row.plane < a || row.in_plane < p) return;
+          spans[span_count++] = {
+              scratch.state + row.in_ring * row_state + up(row, a * height + p) + (column - q) * step_state,
+              scratch.other + (row.index - first) * row_state + column * step_state};
+        });
+        scratch.tap_spans[t] = {spans, column < end ? span_count : 0, end - column};
+      }
+      outer_sums<T, kLanes>(scratch.tap_spans, tap_count + 1, channels, {kLanes, step_state, kLanes, step_state},
+                            gradients.weight);
+    };
+    const int64_t at_once = summed_steps<T>(kLanes);
+    const int64_t rows = even_piece(last - first, larger(at_once / shape.width, 1));
+    const int64_t columns = even_piece(shape.width, at_once);
+    for (int64_t from = first; from < last; from += rows) {
+      for (int64_t begin = 0; begin < shape.width; begin += columns) {
+        sum_gradients(from, smaller(from + rows, last), begin, smaller(begin + columns, shape.width));
+      }
     }
-    outer_sums<T, kLanes>(scratch.tap_spans, tap_count + 1, channels, {kLanes, step_state, kLanes, step_state},
-                          gradients.weight);
   }
 }

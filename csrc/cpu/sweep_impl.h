@@ -38,6 +38,11 @@ namespace inverse_flow::cpu::INVERSE_FLOW_ISA {
 #include "vector.h"
 
 constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+// The size of equal pieces, of at most `most`, that `total` is cut into.
+constexpr int64_t even_piece(int64_t total, int64_t most) {
+  const int64_t pieces = (total + most - 1) / most;
+  return (total + pieces - 1) / pieces;
+}
 INVERSE_FLOW_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INVERSE_FLOW_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 

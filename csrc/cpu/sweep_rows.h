@@ -4,10 +4,6 @@
 // The most steps with lanes that hold no pixel that are solved at a time.
 constexpr int64_t kMaskedSteps = 32;
 
-// Steps whose outer products are summed at a time: what a block of channels needs of them for the taps of a plane stays
-// in L1.
-constexpr int64_t kSummedSteps = 48;
-
 // The state of a line: [step][channel][lane], with the halo of the band above in front of the lanes, and in front of
 // the window the steps that its taps reach.
 template <class T>
@@ -393,8 +389,9 @@ class RowsSweep {
     const int64_t channels = shape_.channels;
     const int64_t tap_count = shape_.taps() - 1;
     subtract_sums<T, kLanes>(scratch_.state, channels, scratch_.lane_stride, step_state_, steps, gradients_.bias);
-    for (int64_t from = 0; from < steps; from += kSummedSteps) {
-      const int64_t count = smaller(steps - from, kSummedSteps);
+    const int64_t at_once = even_piece(steps, summed_steps<T>(scratch_.lane_stride));
+    for (int64_t from = 0; from < steps; from += at_once) {
+      const int64_t count = smaller(steps - from, at_once);
       for (int64_t t = 0; t <= tap_count; ++t) {
         const bool is_tap = t < tap_count;
         const T* const u = scratch_.state + from * step_state_ + (is_tap ? scratch_.taps[t].source : 0);

@@ -43,6 +43,15 @@ template <int kLanes, class T>
 INVERSE_FLOW_INLINE Vector<T, kLanes> load(const T* p) {
   return *reinterpret_cast<const typename VectorOf<T, kLanes>::memory*>(p);
 }
+// A load whose value is used many times. Left to itself, GCC reads it from memory again for every use.
+template <int kLanes, class T>
+INVERSE_FLOW_INLINE Vector<T, kLanes> load_once(const T* p) {
+  Vector<T, kLanes> value = load<kLanes>(p);
+#if defined(__x86_64__)
+  asm("" : "+v"(value));
+#endif
+  return value;
+}
 template <int kLanes, class T>
 INVERSE_FLOW_INLINE void store(T* p, Vector<T, kLanes> v) {
   *reinterpret_cast<typename VectorOf<T, kLanes>::memory*>(p) = v;

@@ -33,6 +33,8 @@ def test_labels_and_grey_images(tmp_path: Path) -> None:
     [
         ({"images": PIXELS}, 'must have a key "x", it has images'),
         ({"x": PIXELS.astype(np.float32)}, r"must hold \(N, H, W, C\) in uint8, got \(17, 4, 6, 3\) in float32"),
+        ({"x": PIXELS.transpose(0, 3, 1, 2)}, r"\(17, 3, 4, 6\) looks like \(N, C, H, W\)"),
+        ({"x": PIXELS[..., :1].transpose(0, 3, 1, 2)}, r"\(17, 1, 4, 6\) looks like \(N, C, H, W\)"),
         ({"x": PIXELS[0, 0]}, r"got \(6, 3\) in uint8"),
         ({"x": PIXELS, "y": np.arange(3)}, r"has 17 images but labels of shape \(3,\)"),
         ({"x": PIXELS[:7]}, "has 7 images; at least 8 are needed"),

@@ -363,6 +363,8 @@ def test_every_fact_is_documented_and_printed() -> None:
     ("arguments", "options", "error", "message"),
     [
         (((1, 2), 3), {}, ValueError, r"shape must be \(B, C, H, W\)"),
+        ((torch.ones(1, 2, 3, 3), 3), {}, TypeError, r"got a tensor: pass its shape, \(1, 2, 3, 3\)$"),
+        (((1, 2, 3, 3), torch.ones(2, 2, 3, 3)), {}, TypeError, r"got a tensor: pass its shape, \(2, 2, 3, 3\)$"),
         (((1, 2.0, 3, 3), 3), {}, TypeError, "C of shape must be an integer, got 2.0"),
         (((-1, 2, 3, 3), 3), {}, ValueError, "B of shape must be at least 0, got -1"),
         (((1, 2, 0, 3), 3), {}, ValueError, "H of shape must be at least 1, got 0"),

@@ -13,6 +13,8 @@ def labelled(*labels: int) -> ImageSet:
 def test_a_label_is_a_one_at_its_place() -> None:
     assert context_of(labelled(2, 0), 3).tolist() == [[0, 0, 1], [1, 0, 0]]
     assert context_of(labelled(2, 0), 0) is None
+    with pytest.raises(ValueError, match="knows the labels 0 … 1, some of the images have none"):
+        context_of(labelled(-1, 1), 2)
     with pytest.raises(ValueError, match="knows the labels 0 … 1, the images have 0 … 2"):
         context_of(labelled(2, 0), 2)
 

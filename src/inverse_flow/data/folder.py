@@ -78,17 +78,17 @@ def load_image_folder(
     if size is not None:
         check_integer("size", size)
     if crop and size is None:
-        raise ValueError("cropped images need a size, for they differ in it")
+        raise ValueError("cropped images differ in size: crop (--crop) needs a size (--image-size)")
     places = _sets(folder)
     if size is not None:
         _require_memory(places, size)
     bad: list[str] = []
     found = {part: _read_set(place, size, crop, bad) for part, place in places.items()}
     if bad and not skip_bad_images:
-        told = (
-            f"{len(bad)} of the images in {folder} cannot be read; --skip-bad-images (skip_bad_images) goes on without"
+        told = f"{len(bad)} of the images in {folder} cannot be read"
+        raise ValueError(
+            f"{told}; skip_bad_images (train --skip-bad-images) goes on without:\n  " + shortened(bad, "\n  ")
         )
-        raise ValueError(f"{told}:\n  " + shortened(bad, "\n  "))
     for part, place in places.items():
         if not found[part]:
             raise FileNotFoundError(f"{place} has no images ({', '.join(SUFFIXES)}); it holds {listing(place)}")
@@ -192,8 +192,8 @@ def _require_one_size(found: list[Found]) -> None:
         told = [f"{count} of {height} × {width} ({examples[width, height]})"
                 for (width, height), count in sizes.most_common(SHOWN_SIZES)]  # fmt: skip
         raise ValueError(
-            f"the images differ in height or width: {', '.join(told)}, {len(sizes)} sizes in all; --image-size (size) "
-            f"resizes them"
+            f"the images differ in height or width: {', '.join(told)}, {len(sizes)} sizes in all; size (train "
+            f"--image-size) resizes them"
         )
 
 

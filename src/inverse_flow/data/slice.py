@@ -13,6 +13,8 @@ from inverse_flow.data.images import MOST_CLASSES, UNLABELLED, ImageData, ImageS
 from inverse_flow.data.npz import read_npz
 
 IMAGES_KEY, LABELS_KEY, NAMES_KEY = "x", "y", "class_names"
+# How many channels pictures have; images of so few pixels in height are none.
+COLOURS = (1, 3)
 # The last eighth of the images is held out.
 HELD_OUT = 8
 
@@ -39,6 +41,8 @@ def load_slice(path: str | Path) -> ImageData:
     if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4):
         raise ValueError(f"{path} must hold (N, H, W, C) in uint8, got {pixels.shape} in {pixels.dtype}")
     pixels = pixels[..., None] if pixels.ndim == 3 else pixels
+    if pixels.shape[1] in COLOURS and pixels.shape[3] not in COLOURS:
+        raise ValueError(f"{path} must hold (N, H, W, C): {pixels.shape} looks like (N, C, H, W)")
     count, test_count = len(pixels), len(pixels) // HELD_OUT
     if not test_count:
         raise ValueError(f"{path} has {count} images; at least {HELD_OUT} are needed, to hold the last eighth out")

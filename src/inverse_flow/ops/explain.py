@@ -228,7 +228,7 @@ def explain(
         A plan to print or to read.
 
     Raises:
-        TypeError: a size is not an integer, or the dtype is not one the solve takes.
+        TypeError: ``shape`` or ``kernel`` is a tensor, a size is not an integer, or the solve does not take the dtype.
         ValueError: a size, ``order``, ``corner`` or ``device`` is not possible, or an argument belongs to the other
             device.
         RuntimeError: a pixel has more channels in a group than fit the GPU's shared memory.
@@ -317,7 +317,13 @@ def _explain_planes(problem: Problem, orders: tuple[int, ...], corner: int, dtyp
     return Plan(facts, problem, gpu)
 
 
+def _check_no_tensor(name: str, value: object) -> None:
+    if isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be sizes, got a tensor: pass its shape, {tuple(value.shape)}")
+
+
 def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    _check_no_tensor("shape", shape)
     if len(shape) - 2 not in AXES:
         known = " or ".join(shape_of_images(dimensions) for dimensions in (2, 1, 3))
         raise ValueError(f"shape must be {known}, got {tuple(shape)}")
@@ -328,6 +334,7 @@ def _check_shape(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _kernel_size(kernel: int | Sequence[int], channels: int, groups: int, dimensions: int) -> tuple[int, ...]:
+    _check_no_tensor("kernel", kernel)
     sizes = (kernel,) * dimensions if isinstance(kernel, int) else tuple(kernel)
     if len(sizes) not in (dimensions, dimensions + 2):
         raise ValueError(f"kernel must be an integer, one for each axis or the shape of a weight, got {kernel!r}")

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inverse_flow.data import ImageData, ImageSet
+from inverse_flow.data.images import UNLABELLED
 
 
 def classes_of(data: ImageData) -> int:
@@ -27,6 +28,8 @@ def context_of(images: ImageSet, classes: int) -> Tensor | None:
         ValueError: labels that the model does not know.
     """
     least, most = (int(images.labels.min()), int(images.labels.max())) if len(images) else (0, 0)
+    if classes and least == UNLABELLED:
+        raise ValueError(f"the model knows the labels 0 … {classes - 1}, some of the images have none")
     if classes and not 0 <= least <= most < classes:
         raise ValueError(f"the model knows the labels 0 … {classes - 1}, the images have {least} … {most}")
     return F.one_hot(images.labels, classes).float() if classes else None
