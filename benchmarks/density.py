@@ -31,7 +31,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ class Preset:
     model: dict[str, Any]
     training: dict[str, Any]
     image_shape: tuple[int, int, int] | None = None
-    paper: tuple[PaperRow, ...] = field(default=())
+    paper: tuple[PaperRow, ...] = ()
     target: float | None = None
 
     def candidates(self) -> dict[str, Candidate]:
@@ -109,6 +109,9 @@ MNIST_MODEL = {"levels": 2, "steps": 8, "logit_margin": 1e-4, "activation": "spl
 MNIST_TRAINING = {
     "batch_size": 32, "learning_rate": 4e-3, "warmup_steps": 200, "average_decay": 0.998,
     "dequantization": "variational", **DECAY,
+}  # fmt: skip
+CIFAR_TRAINING = {
+    "batch_size": 32, "learning_rate": 1e-3, "warmup_steps": 200, "average_decay": 0.998, "flip": True, **DECAY,
 }  # fmt: skip
 PRESETS = {
     "mnist": Preset(
@@ -133,8 +136,7 @@ PRESETS = {
         minutes=40,
         parameters=1_760_000,
         model={"levels": 2, "steps": 16},
-        training={"batch_size": 32, "learning_rate": 1e-3, "warmup_steps": 200, "average_decay": 0.998, "flip": True,
-                  **DECAY},
+        training=CIFAR_TRAINING,
         image_shape=(3, 32, 32),
         paper=(
             PaperRow("Inverse-Flow", 3.57, 91.6, 722, 1.76),
@@ -149,8 +151,7 @@ PRESETS = {
         minutes=20,
         parameters=500_000,
         model={"levels": 2, "steps": 8},
-        training={"batch_size": 32, "learning_rate": 1e-3, "warmup_steps": 200, "average_decay": 0.998, "flip": True,
-                  "validation": 250, "evaluate_every": 200, **DECAY},
+        training={**CIFAR_TRAINING, "validation": 250, "evaluate_every": 200},
         image_shape=(3, 32, 32),
     ),
     "embedded": Preset(

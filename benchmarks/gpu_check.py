@@ -120,7 +120,8 @@ class Part:
 
     Attributes:
         absent: why it cannot be run here; empty if it can.
-        optional: exit statuses but 0 and those of ``failing`` mean that the tool does not run on this machine.
+        failing: the exit statuses that are failures, where any other but 0 means that the tool does not run on this
+            machine; empty where all are.
     """
 
     name: str

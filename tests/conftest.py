@@ -1,12 +1,17 @@
-"""What every test shares: a seed, one thread per worker, memory that is not zero by luck, and the devices."""
+"""What every test shares: a seed, one thread per worker, memory that is not zero by luck, the devices, benchmarks."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 # Read by cuBLAS when it starts: deterministic algorithms need it.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -18,6 +23,8 @@ from inverse_flow.ops import native
 
 HAS_CUDA = not native.cuda_absent_reason and torch.cuda.is_available()
 DEVICES = ["cpu", *([pytest.param("cuda", marks=pytest.mark.cuda)] if HAS_CUDA else [])]
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 # The first PyTorch that these tests have not been run with.
 NEXT_TORCH = (2, 14)
@@ -99,3 +106,36 @@ def _uninitialised_memory_is_nan() -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(before)
+
+
+class Scripts:
+    """Each script by its name, imported when it is first asked for."""
+
+    folder = BENCHMARKS
+
+    def __getattr__(self, name: str) -> Any:
+        module: ModuleType = importlib.import_module(name)
+        return module
+
+
+@pytest.fixture(scope="module")
+def scripts() -> Iterator[Scripts]:
+    """They find one another as they do when they are run, and the kinds of models that they add go with them."""
+    from inverse_flow.models import KINDS
+
+    kinds = dict(KINDS)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the tensors are so small that threads would only wait for one another
+    names = [path.stem for path in BENCHMARKS.iterdir() if path.suffix == ".py" or path.is_dir()]
+    before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        yield Scripts()
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+        for name in names:
+            sys.modules.pop(name, None)
+        sys.modules.update(before)
+        KINDS.clear()
+        KINDS.update(kinds)
+        torch.set_num_threads(threads)

@@ -74,6 +74,10 @@ def test_bad_images_are_named_or_left_out(images: Path, tmp_path: Path) -> None:
     assert "conditional on 2 classes (cats, dogs)" in result.output
     again = call("train", "--out", tmp_path / "run", "--resume", "--steps", 3)
     assert again.exit_code == 0, again.output
+    # Other images than a folder's are read as they are, whatever the run's folder asked for.
+    np.savez(tmp_path / "other.npz", x=np.zeros((16, 8, 8), np.uint8), y=np.arange(16) % 2)
+    measured = call("evaluate", tmp_path / "run", "--data", tmp_path / "other.npz")
+    assert measured.exit_code == 0, measured.output
     for label in ("Dogs", "1"):
         drawn = call("sample", tmp_path / "run", "--label", label, "--count", 8, "--out", tmp_path / "some.npz")
         assert drawn.exit_code == 0, drawn.output

@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import mmap
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +37,13 @@ from ..checks import (
     check_repeatable,
     check_value,
     solve,
+    torch_threads,
 )
 
 TRANSPOSED = pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
-@pytest.mark.alike
 @pytest.mark.alike
 @DTYPE
 @TRANSPOSED
@@ -199,22 +197,10 @@ def test_a_bad_value_stays_in_its_image(case: Case, value: float, device: torch.
             check_containment(case, image, case.channels // 2, pixel, value, device)
 
 
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """PyTorch's pool with ``count`` threads, for as little as possible: on a busy machine every other operator of
-    PyTorch becomes a hundred times slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("case", [*FEW, *FEW_MORE, Case(100, 6, 6, 5), Case(1, 3, 70, 20)], ids=str)
 def test_repeated_runs_are_bit_identical(case: Case, count: int, device: torch.device) -> None:
-    with threads(count):
+    with torch_threads(count):
         check_repeatable(case, device)
 
 
@@ -239,9 +225,9 @@ def test_any_number_of_threads(case: Case, count: int) -> None:
         x, transposed = solve(case, input, weight, bias), solve(case, input, weight, bias, True)
         return [x, transposed, *ops.solve_backward(grad, x, weight, *codes)]
 
-    with threads(count):
+    with torch_threads(count):
         found = everything()
-    with threads(1):
+    with torch_threads(1):
         check_value(case, input, weight, bias, found=found[0])
         check_value(case, input, weight, bias, transposed=True, found=found[1])
         for a, b in zip(found[2:], everything()[2:], strict=True):
@@ -252,9 +238,9 @@ def test_any_number_of_threads(case: Case, count: int) -> None:
 def test_bands_that_are_cut_for_a_second_thread() -> None:
     case = Case(1, 12, 16, 41)
     input, weight, bias = case.tensors(torch.float32)
-    with threads(1):
+    with torch_threads(1):
         expected = solve(case, input, weight, bias)
-    with threads(2):
+    with torch_threads(2):
         torch.testing.assert_close(solve(case, input, weight, bias), expected)
 
 
@@ -368,14 +354,6 @@ def test_more_than_2_to_the_31_elements() -> None:
     few = solve(case.with_batch(9), images[:9], weight, None)
     for image in (0, 32, case.batch - 1):
         assert torch.equal(x[image], few[0])
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    yield
-    torch.set_num_threads(before)
 
 
 def check_by_convolutions(

@@ -21,11 +21,11 @@ def run(matrix: Tensor, right: Tensor, precondition: Tensor | None = None, **opt
     return gmres(lambda vectors: vectors @ matrix.mT, right, about, **settings)  # type: ignore[arg-type]
 
 
-def problem(spread: float = 0.3, batch: int = 3, size: int = SIZE) -> tuple[Tensor, Tensor]:
+def problem(spread: float = 0.3) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    matrix = torch.eye(size, dtype=torch.float64)
-    matrix += spread * torch.randn(size, size, dtype=torch.float64, generator=generator)
-    return matrix, torch.randn(batch, size, dtype=torch.float64, generator=generator)
+    matrix = torch.eye(SIZE, dtype=torch.float64)
+    matrix += spread * torch.randn(SIZE, SIZE, dtype=torch.float64, generator=generator)
+    return matrix, torch.randn(3, SIZE, dtype=torch.float64, generator=generator)
 
 
 @pytest.mark.parametrize("restart", [5, 20])

@@ -3,45 +3,24 @@ kernels of the GPU in emulation/test_numerics.py."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(scope="module")
-def numerics() -> Iterator[ModuleType]:
-    """The script as a module; it finds its neighbour ``harness`` as it does when it is run."""
-    spec = importlib.util.spec_from_file_location("numerics_benchmark", FOLDER / "numerics.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(FOLDER))
-    sys.modules[spec.name] = module
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        spec.loader.exec_module(module)
-        yield module
-    finally:
-        torch.set_num_threads(before)
-        sys.path.remove(str(FOLDER))
-        del sys.modules[spec.name]
-        sys.modules.pop("harness", None)
+def numerics(scripts: Any) -> Any:
+    return scripts.numerics
 
 
 @pytest.mark.parametrize("regime", ["images as lanes", "rows as lanes"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("target", [1.0, 1e3, 1e6])
-def test_taps_that_grow(numerics: ModuleType, target: float, dtype: torch.dtype, regime: str) -> None:
+def test_taps_that_grow(numerics: Any, target: float, dtype: torch.dtype, regime: str) -> None:
     if dtype == torch.float64 and not numerics.HAS_EXTENDED:
         pytest.skip("long double has no more digits than float64 here (it has on x86), so nothing can judge float64")
     sample = numerics.make_sample("taps", target, dtype, 0)
@@ -53,7 +32,7 @@ def test_taps_that_grow(numerics: ModuleType, target: float, dtype: torch.dtype,
 @pytest.mark.parametrize("regime", ["images as lanes", "rows as lanes"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("target", [1e3, 1e6])
-def test_a_corner_close_to_singular(numerics: ModuleType, target: float, dtype: torch.dtype, regime: str) -> None:
+def test_a_corner_close_to_singular(numerics: Any, target: float, dtype: torch.dtype, regime: str) -> None:
     if dtype == torch.float64 and not numerics.HAS_EXTENDED:
         pytest.skip("long double has no more digits than float64 here (it has on x86), so nothing can judge float64")
     samples = [numerics.make_sample("corner", target, dtype, seed) for seed in range(3)]
@@ -63,14 +42,14 @@ def test_a_corner_close_to_singular(numerics: ModuleType, target: float, dtype: 
     assert found["plain_error"] > cost, "such a corner must cost the plain recurrence something"
 
 
-def test_folding_the_corner_keeps_its_digits(numerics: ModuleType) -> None:
+def test_folding_the_corner_keeps_its_digits(numerics: Any) -> None:
     """Such a corner magnifies what rounds the sum of the taps; in the folded taps there is little left to magnify."""
     sample = numerics.make_sample("corner", 1e4, torch.float32, 0)
     found = numerics.measure([sample], numerics.solve_in("images as lanes"))
     assert found["error"] < 0.1 * found["plain_error"]
 
 
-def test_growth_is_that_of_the_worst_image(numerics: ModuleType) -> None:
+def test_growth_is_that_of_the_worst_image(numerics: Any) -> None:
     weight = numerics.weight_of_growth("taps", 1, 50.0)
     growth = numerics.growth(weight, "unit_triangular")
     matrix = numerics.dense_matrix(weight, numerics.HEIGHT, numerics.WIDTH, corner="unit_triangular")
@@ -80,7 +59,7 @@ def test_growth_is_that_of_the_worst_image(numerics: ModuleType) -> None:
     assert growth == pytest.approx(50.0, rel=1e-2)
 
 
-def test_the_extended_recurrence_solves(numerics: ModuleType) -> None:
+def test_the_extended_recurrence_solves(numerics: Any) -> None:
     if not numerics.HAS_EXTENDED:
         pytest.skip("no 80-bit numbers")
     sample = numerics.make_sample("corner", 1e3, torch.float64, 2)
@@ -92,7 +71,7 @@ def test_the_extended_recurrence_solves(numerics: ModuleType) -> None:
     assert abs(residual).max() < 1e-16 * abs(sample.exact).max()
 
 
-def test_a_solve_in_half_the_digits_breaks_the_rule(numerics: ModuleType) -> None:
+def test_a_solve_in_half_the_digits_breaks_the_rule(numerics: Any) -> None:
     sample = numerics.make_sample("taps", 1e3, torch.float32, 0)
 
     def rounded(images: Tensor, weight: Tensor, corner: str) -> Tensor:
@@ -103,7 +82,7 @@ def test_a_solve_in_half_the_digits_breaks_the_rule(numerics: ModuleType) -> Non
     assert not missing["kept"]
 
 
-def test_a_regime_that_is_not_chosen_is_an_error(numerics: ModuleType) -> None:
+def test_a_regime_that_is_not_chosen_is_an_error(numerics: Any) -> None:
     sample = numerics.make_sample("taps", 1.0, torch.float32, 0)
     few = sample.images[:, :, :4]
     with pytest.raises(RuntimeError, match="not with rows as lanes"):

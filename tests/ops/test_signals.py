@@ -19,9 +19,10 @@ from ..checks import (
     check_repeatable,
     check_value,
     solve,
+    torch_threads,
 )
 from ..tolerance import assert_accurate
-from .test_functional import TRANSPOSED, check_by_convolutions, torch_threads
+from .test_functional import TRANSPOSED, check_by_convolutions
 
 OUTPUTS = "outputs as lanes"
 # Narrower vectors are filled by fewer images, and other regimes chosen for some of the problems here.
@@ -32,11 +33,9 @@ def signal(batch: int, channels: int, length: int, kernel: int, **others: object
     return Case(batch, channels, 1, length, (1, kernel), **others)  # type: ignore[arg-type]
 
 
-def regime(case: Case, dtype: torch.dtype = torch.float32) -> str:
+def regime(case: Case) -> str:
     shape = (case.batch, case.channels, case.height, case.width)
-    return str(
-        explain(shape, case.kernel, groups=case.groups, order=case.order, corner=case.corner, dtype=dtype).regime
-    )
+    return str(explain(shape, case.kernel, groups=case.groups, order=case.order, corner=case.corner).regime)
 
 
 # Lengths around those of blocks, kernels that are longer, channels around those of vectors, every order and corner.

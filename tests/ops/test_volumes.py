@@ -17,6 +17,7 @@ from inverse_flow import explain
 from inverse_flow.ops import library as ops
 
 from ..cases import CORNERS, DTYPES, GAIN
+from ..checks import torch_threads
 from ..tolerance import assert_accurate, state_dtype
 
 TRANSPOSED = pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
@@ -260,14 +261,10 @@ def test_layouts(case: Volumes, layout: str) -> None:
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("case", [*FEW, Volumes(1, 1, (4, 35, 4)), Volumes(3, 8, (3, 20, 3), (2, 2, 2), (2,))], ids=str)
 def test_threads(case: Volumes, threads: int) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         input, weight, bias = case.tensors(torch.float32)
         check_value(case, input, weight, bias)
         check_gradients(case, input, weight)
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("batch", [2, 9])

@@ -6,7 +6,7 @@ import torch
 from inverse_flow.data import ImageData, ImageSet
 from inverse_flow.models import InverseFlow
 from inverse_flow.training import IndependentPixels, TrainConfig, bits_per_dim, evaluate
-from inverse_flow.training.metrics import importance_weighted, log_probs
+from inverse_flow.training.metrics import bound_of, log_probs
 from inverse_flow.training.summary import TIMED_IMAGES, summarize
 
 
@@ -56,7 +56,7 @@ def test_of_many_training_images_some_are_measured() -> None:
     measured = [call.args[0].shape[0] for call in run.call_args_list if call.args[0].shape[0] != TIMED_IMAGES]
     assert sum(measured) == 7 + 2 * 10  # nothing is measured twice
     assert summary.test_bits_per_dim == evaluate(model, images.test.images)
-    bound = importance_weighted(model, images.test.images, samples=2).mean()
+    bound = bound_of(log_probs(model, images.test.images, draw=draw) for draw in range(2)).mean()
     assert summary.importance_weighted_test_bits_per_dim == float(bits_per_dim(bound, (1, 4, 4)))
     for wrong in (True, "7", 0):
         with pytest.raises((TypeError, ValueError), match="train_images must be"):

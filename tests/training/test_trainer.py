@@ -37,9 +37,13 @@ CONFIG = TrainConfig(
 )
 
 
-def model() -> InverseFlow:
+def model(context_channels: int = 0, last: nn.Module | None = None) -> InverseFlow:
+    """The same at every call; with another ``last`` layer of its step."""
     torch.manual_seed(1)
-    return InverseFlow((1, 4, 4), levels=1, steps=1, hidden=4)
+    made = InverseFlow((1, 4, 4), levels=1, steps=1, hidden=4, context_channels=context_channels)
+    if last is not None:
+        made.layers[1].layers[2] = last
+    return made
 
 
 def test_the_bits_per_dimension_fall() -> None:
@@ -108,13 +112,6 @@ def test_the_resume_test_can_fail(tmp_path: Path) -> None:
     content = checkpoint.load(tmp_path)
     content.progress.method["optimizer"]["state"].clear()
     assert losses(run(Trainer.resume(content, images(), steps=CONFIG.steps))) != expected[6:]
-
-
-def test_ctrl_c_ends_the_run_after_the_step_and_keeps_it(tmp_path: Path) -> None:
-    trainer = Trainer(model(), images(), CONFIG, tmp_path)
-    assert [report.step for report in run(trainer, interrupt_at=3)] == [1, 2, 3]
-    assert trainer.stop is Stop.INTERRUPTED
-    assert checkpoint.load(tmp_path).progress.step == 3
 
 
 def test_the_time_budget_counts_the_time_before_a_resume(tmp_path: Path) -> None:
@@ -195,8 +192,7 @@ def test_every_image_keeps_its_context() -> None:
             return super().step(images, context, **options)
 
     means = images().float().mean(dim=(1, 2, 3))[:, None] / 256
-    conditional = InverseFlow((1, 4, 4), levels=1, steps=1, hidden=4, context_channels=1)
-    reports = run(Trainer(conditional, images(), CONFIG, context=means, method=Compare))
+    reports = run(Trainer(model(1), images(), CONFIG, context=means, method=Compare))
     assert len(seen) == 12
     assert max(seen) < 1 / 256
     assert sum(report.validation is not None for report in reports) == 3
@@ -207,18 +203,11 @@ def test_every_image_keeps_its_context() -> None:
 def test_a_conditional_model_learns_from_its_context(tmp_path: Path) -> None:
     """Exactly resumed too: the context is part of the batch."""
     labels = torch.eye(3)[torch.arange(21) % 3]
-    torch.manual_seed(1)
-    conditional = InverseFlow((1, 4, 4), levels=1, steps=1, hidden=4, context_channels=3)
-    trainer = Trainer(conditional, images(), CONFIG, tmp_path, context=labels)
-    first = run(trainer, interrupt_at=5)
+    first = run(Trainer(model(3), images(), CONFIG, tmp_path, context=labels), interrupt_at=5)
     second = run(Trainer.resume(checkpoint.load(tmp_path), images(), context=labels))
-    torch.manual_seed(1)
-    conditional = InverseFlow((1, 4, 4), levels=1, steps=1, hidden=4, context_channels=3)
-    expected = losses(run(Trainer(conditional, images(), CONFIG, context=labels)))
+    expected = losses(run(Trainer(model(3), images(), CONFIG, context=labels)))
     assert losses(first + second) == expected
-    torch.manual_seed(1)
-    conditional = InverseFlow((1, 4, 4), levels=1, steps=1, hidden=4, context_channels=3)
-    assert losses(run(Trainer(conditional, images(), CONFIG, context=labels.roll(1, 0)))) != expected
+    assert losses(run(Trainer(model(3), images(), CONFIG, context=labels.roll(1, 0)))) != expected
 
 
 def test_the_best_validated_weights_are_the_result() -> None:
@@ -293,14 +282,12 @@ def test_the_gradient_is_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_loss_that_is_not_finite_names_its_layer() -> None:
-    broken = model()
-    broken.layers[1].layers[2] = Fault(in_gradient=False)
     message = (
         r"layers.1.layers.2: 64 of 64 values of the result of Fault.forward .*the loss of step 1 is nan; "
         r"the largest gain is 1.\d+, of layers.1.layers.0$"
     )
     with pytest.raises(NonFiniteError, match=message):
-        Trainer(broken, images(), CONFIG).fit()
+        Trainer(model(last=Fault(in_gradient=False)), images(), CONFIG).fit()
 
 
 class Drift(FlowLayer):
@@ -318,21 +305,15 @@ class Drift(FlowLayer):
 
 
 def test_a_layer_that_stops_inverting_itself_stops_the_run(tmp_path: Path) -> None:
-    broken = model()
-    broken.layers[1].layers[2] = Drift()
     with pytest.raises(InverseError, match=r"layers.1.layers.2: Drift misses its own input by"):
-        Trainer(broken, images(), CONFIG, tmp_path).fit()
+        Trainer(model(last=Drift()), images(), CONFIG, tmp_path).fit()
     assert len(read_log(tmp_path / "log.csv")) == CONFIG.evaluate_every - 1
-    broken = model()
-    broken.layers[1].layers[2] = Drift()
-    assert Trainer(broken, images(), replace(CONFIG, max_inverse_error=None)).fit() is Stop.STEPS
+    assert Trainer(model(last=Drift()), images(), replace(CONFIG, max_inverse_error=None)).fit() is Stop.STEPS
 
 
 def test_a_gradient_that_is_not_finite_names_its_parameter() -> None:
-    broken = model()
-    broken.layers[1].layers[2] = Fault(in_gradient=True)
     with pytest.raises(FloatingPointError, match=r"not finite: layers.1.layers.2.weight; the largest gain is"):
-        Trainer(broken, images(), CONFIG).fit()
+        Trainer(model(last=Fault(in_gradient=True)), images(), CONFIG).fit()
 
 
 @torch.no_grad()
@@ -410,8 +391,7 @@ def test_a_run_goes_on_only_with_the_images_it_began_with(tmp_path: Path) -> Non
 
 def test_a_run_goes_on_only_with_the_contexts_it_began_with(tmp_path: Path) -> None:
     labels = torch.eye(3)[torch.arange(21) % 3]
-    conditional = InverseFlow((1, 4, 4), levels=1, steps=1, hidden=4, context_channels=3)
-    run(Trainer(conditional, images(), CONFIG, tmp_path, context=labels))
+    run(Trainer(model(3), images(), CONFIG, tmp_path, context=labels))
     with pytest.raises(ValueError, match="other pixels, labels or order"):
         Trainer.resume(checkpoint.load(tmp_path), images(), context=labels.roll(1, 0))
 

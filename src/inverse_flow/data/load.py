@@ -46,11 +46,17 @@ def load(
         raise FileNotFoundError(f"there is no {path}; a data source is {SOURCES}")
     if not str(source).strip():
         raise ValueError(f"the data source is empty; a data source is {SOURCES}")
-    if source != EMBEDDED and path.is_dir() and not _is_set_of_files(path) and has_images(path):
+    if is_image_folder(source):
         return load_image_folder(path, size=size, crop=crop, seed=seed, skip_bad_images=skip_bad_images)
     if size is not None or crop or skip_bad_images:
         raise ValueError(f"only a folder of images is resized, cropped or read in part, {source} is none")
     return load_embedded() if source == EMBEDDED else _load_files(path)
+
+
+def is_image_folder(source: str | Path) -> bool:
+    """Whether :func:`load` takes a source for a folder of images, which alone is resized, cropped or read in part."""
+    path = Path(source)
+    return source != EMBEDDED and path.is_dir() and not _is_set_of_files(path) and has_images(path)
 
 
 def _is_set_of_files(folder: Path) -> bool:

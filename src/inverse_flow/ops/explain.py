@@ -228,8 +228,7 @@ def explain(
         A plan to print or to read.
 
     Raises:
-        TypeError: ``shape`` or ``kernel`` is a tensor, a size is not an integer, or the dtype is not one that the solve
-            takes.
+        TypeError: ``shape`` or ``kernel`` is a tensor, a size is not an integer, or the solve does not take the dtype.
         ValueError: a size, ``order``, ``corner`` or ``device`` is not possible, or an argument belongs to the other
             device.
         RuntimeError: a pixel has more channels in a group than fit the GPU's shared memory.

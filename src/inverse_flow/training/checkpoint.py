@@ -190,7 +190,9 @@ def load(path: str | Path) -> Checkpoint:
             ) from error
     found = content.get("format") if isinstance(content, dict) else None
     if found not in READERS:
-        raise ValueError(f"{path} is no checkpoint of a format that is read here ({_known()}), but of {found}")
+        raise ValueError(
+            f"{path} is no checkpoint of a format that is read here ({' and '.join(map(str, READERS))}), but of {found}"
+        )
     try:
         return READERS[found](content)
     except (KeyError, TypeError) as error:
@@ -288,10 +290,6 @@ def _from_format_2(content: Mapping[str, Any]) -> Checkpoint:
 
 
 READERS = {2: _from_format_2, 3: _from_format_3}
-
-
-def _known() -> str:
-    return " and ".join(map(str, READERS))
 
 
 def _join(shape: tuple[int, ...]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from torch import Tensor
 
@@ -50,6 +50,9 @@ class StepReport:
 
 
 COLUMNS = tuple(entry.name for entry in fields(StepReport) if entry.name != "columns")
+COUNTS = ("step", "epoch")
+# Empty at other steps; the second is in no log of an older version.
+AT_EVALUATIONS = ("validation", "largest_gain")
 
 
 def read_log(path: Path) -> list[StepReport]:
@@ -100,19 +103,13 @@ def _report(row: dict[str, str | None]) -> StepReport:
     values = {name: value for name, value in row.items() if value is not None}
     if len(values) < len(row):
         raise ValueError("the line ends early")
-    return StepReport(
-        step=int(values["step"]),
-        epoch=int(values["epoch"]),
-        seconds=float(values["seconds"]),
-        loss=float(values["loss"]),
-        bits_per_dim=float(values["bits_per_dim"]),
-        grad_norm=float(values["grad_norm"]),
-        learning_rate=float(values["learning_rate"]),
-        images_per_second=float(values["images_per_second"]),
-        validation=float(values["validation"]) if values["validation"] else None,
-        largest_gain=float(values["largest_gain"]) if values.get("largest_gain") else None,
-        columns={name: float(value) for name, value in values.items() if name not in COLUMNS},
-    )
+    known: dict[str, Any] = {name: values.pop(name, "") for name in COLUMNS}
+    for name, value in known.items():
+        if name in COUNTS:
+            known[name] = int(value)
+        else:
+            known[name] = None if name in AT_EVALUATIONS and not value else float(value)
+    return StepReport(**known, columns={name: float(value) for name, value in values.items()})
 
 
 class TensorBoardLog:

@@ -103,33 +103,13 @@ def evaluate(
     return float(bits_per_dim(found.mean(), model.event_shape, bit_depth))
 
 
-def importance_weighted(
-    model: Flow,
-    images: Tensor,
-    bit_depth: int = MAX_BIT_DEPTH,
-    *,
-    samples: int,
-    context: Tensor | None = None,
-    batch_size: int = EVALUATION_BATCH,
-) -> Tensor:
-    """log (1/k) Σ p(x̃_j) over k draws of the noise: (N,), in place of the log p(x̃) of one.
+def bound_of(draws: Iterable[Tensor]) -> Tensor:
+    """log (1/k) Σ p(x̃_j) of the log p(x̃_j), each (N,), of k draws of the noise, see :func:`log_probs`.
 
     By Jensen's inequality its mean over the noise grows with k and tends to the log of the n-bit image's probability
     (times 2ⁿᴰ), for uniform and for variational dequantization (Burda, Grosse & Salakhutdinov, "Importance Weighted
-    Autoencoders", 2016; Theis, van den Oord & Bethge, 2016, section 3.1). With one draw it is :func:`log_probs`.
-
-    Raises:
-        ValueError: no images, or fewer than 1 samples.
+    Autoencoders", 2016; Theis, van den Oord & Bethge, 2016, section 3.1).
     """
-    check_integer("samples", samples)
-    return bound_of(
-        log_probs(model, images, bit_depth, context=context, draw=draw, batch_size=batch_size)
-        for draw in range(samples)
-    )
-
-
-def bound_of(draws: Iterable[Tensor]) -> Tensor:
-    """log (1/k) Σ p(x̃_j) of the log p(x̃_j), each (N,), of k draws."""
     logs = torch.stack(tuple(draws))
     return logs.logsumexp(0) - math.log(len(logs))
 

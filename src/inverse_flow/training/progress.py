@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn
 
 from inverse_flow.training.config import TrainConfig
 from inverse_flow.training.log import StepReport
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # in typing from Python 3.11 on
 
 # Weight of the newest step in the displayed averages.
 SMOOTHING = 0.1
@@ -18,32 +21,32 @@ SMOOTHING = 0.1
 LINE_EVERY = 10.0
 
 
-class MeasuringProgress:
+class _Display:
+    """A bar, of which there is nothing where there is no terminal."""
+
+    def __init__(self, console: Console | None, *columns: ProgressColumn, transient: bool = False) -> None:
+        self.console = console or Console()
+        self._bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal, transient=transient)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+
+class MeasuringProgress(_Display):
     """How far a measurement has come, told as :func:`~inverse_flow.training.summary.summarize` tells it: a bar that
     goes when it is done; where there is no terminal, a line every ten seconds."""
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self.console = console or Console()
+        super().__init__(
+            console, TextColumn("{task.description}"), BarColumn(bar_width=None), TaskProgressColumn(), transient=True
+        )
         self._clock = clock
         self._said = clock()
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            TaskProgressColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-            transient=True,
-        )
         self._task = self._bar.add_task("measuring")
-
-    def __enter__(self) -> MeasuringProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
 
     def __call__(self, what: str, done: int, count: int) -> None:
         self._bar.update(self._task, description=what, completed=done, total=count)
@@ -52,38 +55,27 @@ class MeasuringProgress:
             self.console.print(f"{what}: {done:,} of {count:,}", soft_wrap=True, highlight=False)
 
 
-class TrainingProgress:
+class TrainingProgress(_Display):
     """A bar with loss, bits/dim, images/s and the time left; where there is no terminal, a line at an evaluation, at
     most one in ten seconds."""
 
     def __init__(self, config: TrainConfig, console: Console | None = None) -> None:
+        super().__init__(
+            console,
+            TextColumn("step {task.fields[step]}"),
+            BarColumn(bar_width=None),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[left]} left"),
+        )
         self.config = config
-        self.console = console or Console()
         self._said = -LINE_EVERY  # so that the first evaluation is told
         self._bits: float | None = None
         self._loss = 0.0
         self._rate = 0.0
         self._first: StepReport | None = None
         self._validation = ""
-        self._bar = Progress(
-            TextColumn("step {task.fields[step]}"),
-            BarColumn(bar_width=None),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TextColumn("{task.fields[left]} left"),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
         self._task = self._bar.add_task("training", total=1.0, step=0, figures="starting", left="?")
-
-    def __enter__(self) -> TrainingProgress:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
 
     def __call__(self, report: StepReport) -> None:
         self._smooth(report)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from inverse_flow.data import ImageData
+from inverse_flow.data.load import is_image_folder
 from inverse_flow.models import KINDS
 from inverse_flow.training import checkpoint, figures
 from inverse_flow.training import log as logs
@@ -144,11 +145,15 @@ def source_of(content: Checkpoint, source: str | None = None) -> DataSource:
     if content.data is None and channels:
         raise ValueError(f"this checkpoint does not say what the {channels} channels of its context are: use Python")
     where = content.data or DataSource(None)
-    return where if source is None else replace(where, source=checkpoint.absolute(source))
+    if source is None:
+        return where
+    kept = where.options if is_image_folder(source) else {}
+    return replace(where, source=checkpoint.absolute(source), options=kept)
 
 
 def data_of(content: Checkpoint, source: str | None = None) -> ImageData:
-    """The data that the run of a checkpoint was trained on, or those of another source, read in the same way.
+    """The data that the run of a checkpoint was trained on, or those of another source: a folder of images read in the same
+    way, all else as it is.
 
     Raises:
         ValueError: without a ``source``: what lies where the run's data lay are other images.
