@@ -463,6 +463,9 @@ def test_without_values(case: Case) -> None:
     assert flat(z).shape == flat(expected).shape
     assert back.shape == (3, *case.shape)
     assert logdet.shape == inverse_logdet.shape == (3,)
+    flow = layer if isinstance(layer, Flow) else Flow([layer], case.shape)
+    flow.memory_efficient = True
+    assert flow.log_prob(torch.empty(3, *case.shape, device="meta"), context).shape == (3,)
 
 
 @cases
