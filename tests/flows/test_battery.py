@@ -491,6 +491,22 @@ def test_non_contiguous(case: Case) -> None:
     check_non_contiguous(case)
 
 
+@cases
+def test_what_is_no_batch_of_real_numbers_is_refused(case: Case) -> None:
+    layer, x, context = case.layer(), case.images(), case.context()
+    z, _ = layer(x, context)
+    for spoil in (lambda x: None, lambda x: 3, lambda x: x.tolist(), Tensor.to_sparse, Tensor.long, lambda x: x + 1j):
+        with pytest.raises((TypeError, ValueError), match=r"expects|takes|must be"):
+            layer(spoil(x), context)
+        with pytest.raises((TypeError, ValueError), match=r"expects|takes|must be"):
+            layer.inverse(spoil(z) if isinstance(z, Tensor) else tuple(map(spoil, z)), context)
+    if case.uses_context:
+        for spoil in (lambda c: 3, lambda c: c.tolist(), Tensor.to_sparse, lambda c: c + 1j, Tensor.sum):
+            for run, value in ((layer, x), (layer.inverse, z)):
+                with pytest.raises((TypeError, ValueError), match="the context must"):
+                    run(value, spoil(context))
+
+
 # The checks themselves: each goes red on a layer with the fault it is there to find.
 
 

@@ -117,6 +117,19 @@ def test_reverse_exchanges_the_directions() -> None:
         assert torch.equal(a, b)
 
 
+def test_latents_are_a_tuple_of_tensors_of_one_dtype() -> None:
+    flow = Flow([ActNorm(4), Split(4, prior="standard"), ActNorm(2)], (4, 2)).eval()
+    latents, _ = flow(torch.randn(2, 4, 2))
+    torch.testing.assert_close(flow.inverse(list(latents))[0], flow.inverse(latents)[0])
+    for wrong in (None, 3, latents[0], (latents[0], None), iter(latents)):
+        with pytest.raises(TypeError, match=r"must be a tuple of tensors, \(B, 2, 2\), \(B, 2, 2\), got"):
+            flow.inverse(wrong)
+    for i in range(2):
+        wrong = tuple(z.double() if i == j else z for j, z in enumerate(latents))
+        with pytest.raises(TypeError, match=r"the latents must have one dtype, got \[torch\.float"):
+            flow.inverse(wrong)
+
+
 def test_errors_say_what_was_given() -> None:
     flow = two_scale_flow()
     double = {"dtype": torch.float64}

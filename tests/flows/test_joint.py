@@ -169,8 +169,26 @@ def test_what_is_not_finite_is_named() -> None:
     flow = varied(vectors())
     with torch.no_grad():
         flow.own.layers[1].layers[0].bias.fill_(math.nan)
-    with detect_nonfinite(), pytest.raises(NonFiniteError, match=r"layers\.1\.second"):
+    with detect_nonfinite(), pytest.raises(NonFiniteError, match=r"layers\.1\.second") as error:
         flow(*pair(flow))
+    assert flow.get_submodule(error.value.path) is flow.own.layers[1].layers[0]
+    assert flow.layers[1].second is flow.own.layers[1]
+
+
+def test_both_have_one_dtype() -> None:
+    flow = varied(vectors())
+    x, y = pair(flow)
+    of_x, of_y = flow(x, y)[0]
+    other = {torch.float32: torch.float64, torch.float64: torch.float32}[x.dtype]
+    for one, two in ((x.to(other), y), (x, y.to(other))):
+        with pytest.raises(TypeError, match=r"x and y must have one dtype, got torch\.float\d\d and torch\.float\d\d"):
+            flow(one, two)
+    for one, two in ((tuple(z.to(other) for z in of_x), of_y), (of_x, tuple(z.to(other) for z in of_y))):
+        with pytest.raises(TypeError, match="x and y must have one dtype"):
+            flow.inverse((one, two))
+    for wrong in (3, [1.0], x.sum()):
+        with pytest.raises((TypeError, ValueError), match="the context must"):
+            flow.log_prob(x, y, wrong)
 
 
 def test_flows_that_do_not_go_side_by_side_are_refused() -> None:

@@ -4,9 +4,12 @@ no truth value."""
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from torch import nn
 
 import inverse_flow
@@ -82,7 +85,51 @@ def test_a_coupling_is_a_function(coupling: Any) -> None:
             kind(*arguments, coupling=coupling)
 
 
-@pytest.mark.parametrize("order", [[True, False], [1.0, 0.0], ["1", "0"], [0, 2], [0, 0]])
-def test_a_permutation_is_of_integers(order: list[Any]) -> None:
-    with pytest.raises(ValueError, match="names each of the channels"):
+@pytest.mark.parametrize("order", [[True, False], [1.0, 0.0], ["1", "0"], [0, 2], [0, 0], {1, 0}, {0: 1}, 2, None])
+def test_a_permutation_is_a_sequence_of_integers(order: Any) -> None:
+    """A set has no order of its own."""
+    with pytest.raises(ValueError, match=rf"names each of the channels 0 … C-1 once, got {re.escape(repr(order))}"):
         flows.Permute(order)
+
+
+@pytest.mark.parametrize("order", [(1, 0), range(2), np.array([1, 0]), torch.tensor([1, 0])], ids=type)
+def test_any_sequence_is_a_permutation(order: Any) -> None:
+    x = torch.randn(3, 2)
+    assert torch.equal(flows.Permute(order)(x)[0], x[:, list(order)])
+
+
+@pytest.mark.parametrize("shape", [2, None, "ab", (), {2, 4}, (2, 0), (2, 4.0), (True,)])
+def test_an_event_shape_is_a_sequence_of_integers(shape: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=rf"event_shape must be .*got {re.escape(repr(shape))}"):
+        flows.Flow([flows.ActNorm(2)], shape)
+
+
+def test_layers_are_several() -> None:
+    for wrong in (None, 3, flows.ActNorm(2)):
+        with pytest.raises(TypeError, match=rf"a sequence of modules .*got {type(wrong).__name__}"):
+            flows.Flow(wrong, (2,))
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "name"),
+    [
+        (flows.AffineCoupling, (4,), "scale"),
+        (flows.CheckerboardCoupling, (4,), "scale"),
+        (flows.CheckerboardCoupling, (4,), "kind"),
+        (flows.SplineActivation, (4,), "kind"),
+        (flows.Split, (4,), "prior"),
+        (flows.Squeeze, (), "pattern"),
+        (flows.WaveletSqueeze, (), "order"),
+        (flows.HaarSqueeze, (), "order"),
+        (models.SummaryNet, (1, 2), "form"),
+        (inverse_flow.InverseConv2d, (4,), "corner"),
+        (inverse_flow.InverseConv2d, (4,), "order"),
+        (parts.split_flow, (REQUIRED["own"],), "cut"),
+    ],
+)
+def test_a_choice_that_does_not_exist_is_named(kind: Any, arguments: tuple[Any, ...], name: str) -> None:
+    """Whatever it is: a list, which no table of names can be asked for, too."""
+    more = {"count": 1} if kind is parts.split_flow else {}
+    for wrong in ("none such", 3, {"a"}, {"a": 1}):
+        with pytest.raises((TypeError, ValueError), match=rf"must be .*got .*{re.escape(repr(wrong))}"):
+            kind(*arguments, **{name: wrong}, **more)

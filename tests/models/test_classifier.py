@@ -55,9 +55,9 @@ def test_it_learns() -> None:
 
 def test_errors() -> None:
     model = InverseConvClassifier((1, 4, 4), hidden=2)
-    with pytest.raises(ValueError, match=r"takes \(B, \(1, 4, 4\)\), got \(2, 1, 4, 5\)"):
+    with pytest.raises(ValueError, match=r"takes \(B, 1, 4, 4\), got \(2, 1, 4, 5\)"):
         model(torch.rand(2, 1, 4, 5))
-    with pytest.raises(TypeError, match=r"floating images, got torch\.uint8"):
+    with pytest.raises(TypeError, match=r"floating-point images, got torch\.uint8"):
         model(torch.zeros(2, 1, 4, 4, dtype=torch.uint8))
     with pytest.raises(ValueError, match="image_shape must be "):
         InverseConvClassifier((1, 0, 4))

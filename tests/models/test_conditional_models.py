@@ -127,6 +127,30 @@ def test_memory_efficient_training_reaches_the_summary_too(make: Any) -> None:
         torch.testing.assert_close(rebuilt, stored)
 
 
+@cases
+def test_one_example_at_a_time(make: Any, observation: Tensor) -> None:
+    """Under ``vmap``, the observation too: the gradients of every example by itself."""
+    model = make()
+    x = draw(2, *model.event_shape)
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor, observation: Tensor) -> Tensor:
+        latents, logdet = torch.func.functional_call(model, parameters, (x[None], observation[None]))
+        return model.flow.base.log_prob(latents).sum() + logdet.sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, x, observation)
+    model.log_prob(x, observation).sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name].sum(0), parameter.grad)
+
+
+def test_a_label_out_of_range_is_refused_under_vmap_too() -> None:
+    labels = LabelContext(3, 2)
+    for wrong in (3, -1):
+        with pytest.raises(IndexError, match="out of range"):
+            torch.func.vmap(lambda label: labels(label[None]))(torch.tensor([0, wrong]))
+
+
 def test_labels_are_learned() -> None:
     """Two classes of constant images: after some steps each label's images are its own."""
     torch.manual_seed(0)

@@ -85,6 +85,12 @@ def test_gradients_of_every_batch(batch: int, device: torch.device) -> None:
     check_gradients(case, *case.tensors(torch.float32, device))
 
 
+@pytest.mark.parametrize("case", [Case(33, 2, 3, 140), Case(33, 2, 60, 5)], ids=str)
+def test_gradients_of_every_batch_of_long_rows_and_of_many(case: Case, device: torch.device) -> None:
+    """With images as lanes the steps of a slab are summed a part at a time: of a row, or of all rows."""
+    check_gradients(case, *case.tensors(torch.float32, device))
+
+
 @pytest.mark.parametrize("case", [*FEW, *FEW_MORE], ids=str)
 def test_the_public_function_is_the_solve(case: Case, device: torch.device) -> None:
     tensors = case.tensors(torch.float32, device)

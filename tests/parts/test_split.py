@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from inverse_flow.flows import ActNorm, Conv1x1, Flow, Logit, Split, Squeeze, StandardNormal
+from inverse_flow.flows import ActNorm, Conv1x1, Flow, FlowLayer, Logit, Shape, Split, Squeeze, StandardNormal
 from inverse_flow.models import InverseFlow
 from inverse_flow.parts import Carried, Part, part_shares, run_frozen, split_flow, truncated_log_prob
 from inverse_flow.parts.config import Cut
@@ -83,6 +83,39 @@ def test_across_blocks_the_work_is_shared_better_than_by_blocks() -> None:
     blocks, across = (part_shares(split_flow(flow, cut, 2)) for cut in ("blocks", "across"))
     assert sum(blocks) == pytest.approx(1)
     assert max(across) < 0.6 < max(blocks)
+
+
+class Halves(FlowLayer):
+    """A layer of one's own that splits off a latent, as a ``Split`` with a standard prior does."""
+
+    splits_off_latent = True
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[tuple[Tensor, ...], Tensor]:
+        return x.chunk(2, dim=1), x.new_zeros(len(x))
+
+    def inverse(self, z: tuple[Tensor, Tensor], context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return torch.cat(z, dim=1), z[0].new_zeros(len(z[0]))
+
+    def output_shape(self, shape: Shape) -> Shape:
+        return (shape[0] // 2, *shape[1:])
+
+    def latent_shape(self, shape: Shape) -> Shape:
+        return self.output_shape(shape)
+
+
+@pytest.mark.parametrize(("cut", "count"), [("blocks", 2), ("across", 2), ("across", 3)])
+def test_whatever_splits_off_a_latent_is_a_split(cut: Cut, count: int) -> None:
+    own, known = (
+        split_flow(Flow([Squeeze(), Conv1x1(4), split, Conv1x1(2), Squeeze(), Conv1x1(8)], (1, 4, 4)), cut, count)
+        for split in (Halves(), Split(4, prior="standard"))
+    )
+    assert bounds(own) == bounds(known)
+    assert [part.input_shapes for part in own] == [part.input_shapes for part in known]
+    carried = Carried.of(torch.randn(2, 1, 4, 4))
+    for part in own:
+        given = (*carried.latents, carried.x)
+        assert tuple(tuple(value.shape[1:]) for value in given) == part.input_shapes
+        carried = part(carried)
 
 
 def test_the_balance_is_the_best_there_is() -> None:

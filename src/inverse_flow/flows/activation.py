@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from inverse_flow.flows.base import FlowLayer, check_floating, check_images, logdet_dtype, per_channel, sum_example
+from inverse_flow.flows.base import FlowLayer, check_images, logdet_dtype, per_channel, sum_example
 from inverse_flow.ops.spec import check_integer, check_number
 
 # Newton steps of an inverse: enough for float64, for any z and slopes from the least on.
@@ -73,12 +73,12 @@ class _Smooth(FlowLayer):
         self.slope = slope
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        check_floating(self, x)
+        check_images(self, x)
         z, slope = self._evaluate(x.to(logdet_dtype(x.dtype)))
         return z.to(x.dtype), sum_example(slope.log())
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        check_floating(self, z)
+        check_images(self, z)
         wanted = z.to(logdet_dtype(z.dtype))
         x = self._solve(wanted.detach())
         # Steps that gradients follow: of one the first derivative is right, of two the first three.

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from inverse_flow.flows.base import (
@@ -17,6 +16,7 @@ from inverse_flow.flows.base import (
     count_pixels,
     expand_logdet,
     logdet_dtype,
+    may_wait_for,
     per_channel,
     sum_channels,
 )
@@ -91,7 +91,7 @@ class ActNorm(FlowLayer):
         compute = logdet_dtype(z.dtype)
         bias, log_scale = self._per_channel(z, compute)
         x = (z.to(compute) * (-log_scale).exp() - bias).to(z.dtype)
-        if not self._knows["initialized"] and x.requires_grad and _may_wait_for(x):
+        if not self._knows["initialized"] and x.requires_grad and may_wait_for(x):
             x.register_hook(partial(self._refuse_changed, self.bias._version))
         return x, expand_logdet(-self._logdet(z), z)
 
@@ -127,7 +127,7 @@ class ActNorm(FlowLayer):
             # A backward pass may run layers again, forward too; it must not change them.
             if not x.is_meta and torch._C._current_graph_task_id() == -1:
                 self._initialize(x)
-        elif not self.training and not self._knows["warned"] and _may_wait_for(x) and not self._was_initialized():
+        elif not self.training and not self._knows["warned"] and may_wait_for(x) and not self._was_initialized():
             self._knows["warned"] = True
             warnings.warn(NOT_INITIALIZED, stacklevel=3)
 
@@ -177,19 +177,6 @@ class ActNorm(FlowLayer):
         # The buffer may have changed. It is read now, so that a loaded model is captured without looking at values.
         known = not self.initialized.is_meta and bool(self.initialized)
         self._knows = {**self._knows, "initialized": known}
-
-
-def _may_wait_for(x: Tensor) -> bool:
-    """Whether a value may be looked at here: not while a graph is captured, and not under a transform or without
-    values.
-    """
-    return not (
-        torch.compiler.is_compiling()
-        or x.is_meta
-        or isinstance(x, FakeTensor)
-        or torch._C._are_functorch_transforms_active()
-        or (x.is_cuda and torch.cuda.is_current_stream_capturing())
-    )
 
 
 def _total(value: Tensor) -> Tensor:

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from inverse_flow.ops.bijection import Bijection
 from inverse_flow.ops.causal import per_channel, sum_channels
-from inverse_flow.ops.checks import shape_of_images
+from inverse_flow.ops.checks import FLOAT_DTYPES, shape_of_images
 from inverse_flow.reversible.layer import Shape, input_shape, output_shape
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "first_half",
     "input_shape",
     "logdet_dtype",
+    "may_wait_for",
     "output_shape",
     "per_channel",
     "per_example",
@@ -113,14 +115,29 @@ def per_example(values: Tensor, x: Tensor) -> Tensor:
     return values.view(-1, *(1,) * (x.dim() - 1))
 
 
+def may_wait_for(x: Tensor) -> bool:
+    """Whether a value may be looked at here: not while a graph is captured, and not under a transform or without
+    values.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or x.is_meta
+        or isinstance(x, FakeTensor)
+        or torch._C._are_functorch_transforms_active()
+        or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
+
+
 def check_floating(layer: nn.Module, x: Tensor) -> None:
-    """Refuses what is not a tensor of floating-point numbers."""
+    """Refuses what is not a dense tensor of float32, float64, bfloat16 or float16."""
     name = type(layer).__name__
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} expects a tensor, got {type(x).__name__}")
     if x.is_nested:
         raise TypeError(f"{name} expects one tensor, got a nested one: pass each of its tensors by itself")
-    if not x.is_floating_point():
+    if x.layout is not torch.strided:
+        raise TypeError(f"{name} expects a dense tensor, got one of layout {x.layout}: call its to_dense() first")
+    if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} expects floating-point images, got {x.dtype}; dequantize or convert them first")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,8 @@ from inverse_flow.flows.base import FlowLayer, Shape, check_floating, input_shap
 from inverse_flow.flows.flattened import Flattened
 from inverse_flow.flows.prior import StandardNormal
 from inverse_flow.ops.bijection import Bijection
-from inverse_flow.ops.spec import check_integer, check_number
+from inverse_flow.ops.checks import check_context
+from inverse_flow.ops.spec import check_integer, check_number, check_sizes
 from inverse_flow.reversible.chain import Link, links_of
 from inverse_flow.reversible.layer import call_layer, check_layers, splits_off_latent, uses_context
 from inverse_flow.reversible.rebuild import Rebuilding, run
@@ -84,7 +86,8 @@ class Flow(Bijection):
         anchors, tolerance: for ``memory_efficient``, as in :class:`~inverse_flow.reversible.ReversibleSequential`.
 
     Raises:
-        TypeError: a layer has no ``inverse``; images that are no floating-point tensor.
+        TypeError: a layer has no ``inverse``; images that are no floating-point tensor; latents that are no tuple of
+            tensors of one dtype; a context that is no tensor of real numbers.
         ValueError: the layers do not fit the event shape; a batch of another shape; a context with another batch, or
             one that no layer uses.
     """
@@ -101,9 +104,9 @@ class Flow(Bijection):
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(check_layers(layers))
-        self.event_shape: Shape = tuple(event_shape)
-        for size in self.event_shape:
-            check_integer("each size of event_shape", size)
+        self.event_shape: Shape = check_sizes(
+            "event_shape", event_shape, "the shape of one example, such as (C, H, W)", range(1, sys.maxsize)
+        )
         self.base = StandardNormal() if base is None else base
         if not isinstance(self.base, nn.Module):
             raise TypeError(
@@ -214,6 +217,7 @@ class Flow(Bijection):
         return (*shapes, shape)
 
     def _check_context(self, batch: int, context: Tensor | None) -> None:
+        check_context(context)
         if context is None:
             return
         if context.shape[0] != batch:
@@ -231,11 +235,16 @@ class Flow(Bijection):
             self.base.follow(state_dict.values())  # it has nothing that a state_dict could bring
 
     def check_latents(self, latents: Sequence[Tensor]) -> None:
-        """Refuses latents of other shapes than ``latent_shapes``, or of different batches."""
+        """Refuses latents of other shapes than ``latent_shapes``, or of different batches or dtypes."""
+        expected = ", ".join(f"(B, {_join(shape)})" for shape in self.latent_shapes)
+        if not isinstance(latents, tuple | list) or not all(isinstance(z, Tensor) for z in latents):
+            kinds = [type(z).__name__ for z in latents] if isinstance(latents, tuple | list) else type(latents).__name__
+            raise TypeError(f"the latents must be a tuple of tensors, {expected}, got {kinds}")
         given = [tuple(z.shape[1:]) for z in latents]
         if given != list(self.latent_shapes) or any(z.shape[0] != latents[0].shape[0] for z in latents):
-            expected = ", ".join(f"(B, {_join(shape)})" for shape in self.latent_shapes)
             raise ValueError(f"the latents must be {expected}, got {[tuple(z.shape) for z in latents]}")
+        if any(z.dtype != latents[0].dtype for z in latents):
+            raise TypeError(f"the latents must have one dtype, got {[z.dtype for z in latents]}")
 
 
 def _join(shape: Shape) -> str:

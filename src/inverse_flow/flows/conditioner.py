@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inverse_flow.flows.base import check_dtype
-from inverse_flow.ops.checks import shape_of_images
+from inverse_flow.ops.checks import check_context, shape_of_images
 from inverse_flow.ops.spec import check_integer
 
 CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -89,6 +89,7 @@ class _Conditioner(nn.Module, ABC):
     def _context_map(self, x: Tensor, context: Tensor | None) -> Tensor:
         shapes = [shape_of_images(dimensions, self.context_channels) for dimensions in (0, self.dimensions)]
         expected = " or ".join(dict.fromkeys(shapes))
+        check_context(context)
         if context is None:
             raise ValueError(f"this network was built for a context {expected}, and none was given")
         if context.dim() == 2:
@@ -121,8 +122,8 @@ class ConvNet(_Conditioner):
         in_channels, hidden, out_channels: channels before, within and after the network.
         context_channels: K of the context. The context is (B, K), the same at every pixel, or a map (B, K, H', W').
             H' is H or an integer multiple of it, and so is W': a map of a higher resolution than the images is
-            averaged down to it, so that one map serves every level of a multi-scale flow. With K = 0 a context is
-            ignored.
+            averaged down to it, so that one map serves every level of a multi-scale flow. Real numbers of any dtype are
+            converted to that of the images. With K = 0 a context is ignored.
         dimensions: 2 for images (B, C, H, W), 3 for volumes (B, C, D, H, W), whose convolutions are 3×3×3 and whose
             context maps are (B, K, D', H', W'), 1 for signals (B, C, L), and 0 for vectors (B, C), with linear layers
             in place of convolutions.

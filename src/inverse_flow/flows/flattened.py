@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from inverse_flow.flows.base import FlowLayer, Shape
-from inverse_flow.reversible.layer import uses_context
+from inverse_flow.reversible.layer import call_layer, uses_context
 
 
 class Flattened(FlowLayer):
@@ -40,7 +40,7 @@ class Flattened(FlowLayer):
         return uses_context(self.flow)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        latents, logdet = self.flow(x, context)
+        latents, logdet = call_layer("flow", self.flow, x, context, inverse=False)
         return torch.cat([latent.flatten(1) for latent in latents], dim=1), logdet
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -49,7 +49,8 @@ class Flattened(FlowLayer):
         if z.dim() != 2 or z.shape[1] != sum(sizes):
             raise ValueError(f"the latents of this flow, flattened, are (B, {sum(sizes)}), got {tuple(z.shape)}")
         parts = zip(z.split(sizes, dim=1), shapes, strict=True)
-        return self.flow.inverse([part.unflatten(1, shape) for part, shape in parts], context)  # type: ignore[operator]
+        latents = tuple(part.unflatten(1, shape) for part, shape in parts)
+        return call_layer("flow", self.flow, latents, context, inverse=True)
 
     def output_shape(self, shape: Shape) -> Shape:
         return (math.prod(self.event_shape),)

@@ -12,6 +12,7 @@ from inverse_flow.flows.base import FlowLayer, check_floating, output_shape
 from inverse_flow.flows.compose import Flow
 from inverse_flow.flows.coupling import AffineCoupling
 from inverse_flow.ops.bijection import Bijection
+from inverse_flow.ops.checks import check_context
 from inverse_flow.ops.spec import check_function, check_integer
 from inverse_flow.reversible.chain import Link
 from inverse_flow.reversible.layer import call_layer, splits_off_latent, uses_context
@@ -86,7 +87,8 @@ class JointFlow(Bijection):
         memory_efficient: as for :class:`~inverse_flow.flows.Flow`; that of the two flows is ignored.
 
     Raises:
-        TypeError: what is no :class:`~inverse_flow.flows.Flow`; a ``coupling`` that is no function.
+        TypeError: what is no :class:`~inverse_flow.flows.Flow`; a ``coupling`` that is no function; x and y of two
+            dtypes.
         ValueError: flows that do not go side by side; data or latents of another shape.
     """
 
@@ -131,6 +133,7 @@ class JointFlow(Bijection):
             check_floating(self, value)
             if tuple(value.shape[1:]) != flow.event_shape or len(value) != len(x):
                 raise ValueError(f"{name} must be {_batch(len(x), flow.event_shape)}, got {tuple(value.shape)}")
+        _check_dtypes(x, y)
         self._check_context(len(x), context)
         latents, logdet = run(self.links(inverse=False), (torch.cat((y, x), dim=1),), context, self.rebuilding)
         cuts = [shape[0] for shape in self.observed.latent_shapes]
@@ -147,6 +150,7 @@ class JointFlow(Bijection):
         self.observed.check_latents(of_y)
         if len(of_x[-1]) != len(of_y[-1]):
             raise ValueError(f"x and y have latents of as many examples, got {len(of_x[-1])} and {len(of_y[-1])}")
+        _check_dtypes(of_x[-1], of_y[-1])
         self._check_context(len(of_x[-1]), context)
         stacked = tuple(torch.cat(both, dim=1) for both in zip(of_y, of_x, strict=True))
         (both,), logdet = run(self.links(inverse=True), stacked, context, self.rebuilding)
@@ -165,13 +169,21 @@ class JointFlow(Bijection):
     def links(self, inverse: bool) -> list[Link]:
         """(path, layer, direction) of each pair of layers and each coupling, in the order in which they run."""
         found = []
-        for i, (first, second) in enumerate(zip(self.observed.layers, self.own.layers, strict=True)):
-            (before, _), (after, _) = self._states[i], self._states[i + 1]
-            latent = first.latent_shape(before)[0] if splits_off_latent(first) else 0  # type: ignore[operator]
-            found.append(Link(f"layers.{i}", Lanes(first, second, before[0], after[0], latent), False))
+        for i, layer in enumerate(self.layers):
+            found.append(Link(f"layers.{i}", layer, False))
             if str(i) in self.couplings:
                 found.append(Link(f"couplings.{i}", self.couplings[str(i)], False))
         return [link.turned for link in reversed(found)] if inverse else found
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """Of the two flows each pair of layers as one, ``first`` of y and ``second`` of x, as errors name them."""
+        lanes = []
+        for i, (first, second) in enumerate(zip(self.observed.layers, self.own.layers, strict=True)):
+            (before, _), (after, _) = self._states[i], self._states[i + 1]
+            latent = first.latent_shape(before)[0] if splits_off_latent(first) else 0  # type: ignore[operator]
+            lanes.append(Lanes(first, second, before[0], after[0], latent))
+        return nn.ModuleList(lanes)
 
     @property
     def uses_context(self) -> bool:
@@ -224,6 +236,7 @@ class JointFlow(Bijection):
         return self.inverse((of_x, of_y), context)[0][0]
 
     def _check_context(self, batch: int, context: Tensor | None) -> None:
+        check_context(context)
         if context is None:
             return
         if len(context) != batch:
@@ -247,6 +260,11 @@ class JointFlow(Bijection):
             if y[1:] != x[1:]:
                 raise ValueError(f"x and y have the same sizes behind their channels, got {x} beside {y}")
         return states
+
+
+def _check_dtypes(of_x: Tensor, of_y: Tensor) -> None:
+    if of_x.dtype != of_y.dtype:
+        raise TypeError(f"x and y must have one dtype, got {of_x.dtype} and {of_y.dtype}")
 
 
 def _of(flow: Flow, context: Tensor | None) -> Tensor | None:

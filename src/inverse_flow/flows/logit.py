@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from inverse_flow.flows.base import FlowLayer, check_floating, logdet_dtype, per_example, sum_example
+from inverse_flow.flows.base import FlowLayer, check_images, logdet_dtype, per_example, sum_example
 from inverse_flow.ops.spec import check_number
 
 # Fraction of the unit interval that is left free at each end, so that 0 and 1 have a finite logit. A dark pixel is
@@ -37,13 +37,13 @@ class Logit(FlowLayer):
         self.margin = margin
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        check_floating(self, x)
+        check_images(self, x)
         p = self.margin + (1 - 2 * self.margin) * x.to(logdet_dtype(x.dtype))
         z = torch.log(p) - torch.log1p(-p)
         return z.to(x.dtype), -self._log_slope(z)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        check_floating(self, z)
+        check_images(self, z)
         values = z.to(logdet_dtype(z.dtype))
         x = (torch.sigmoid(values) - self.margin) / (1 - 2 * self.margin)
         return x.to(z.dtype), self._log_slope(values)

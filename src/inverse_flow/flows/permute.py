@@ -24,9 +24,10 @@ class Permute(FlowLayer):
 
     def __init__(self, permutation: Sequence[int] | Tensor) -> None:
         super().__init__()
-        order = permutation.tolist() if isinstance(permutation, Tensor) else list(permutation)
-        if not isinstance(order, list) or not all(map(is_integer, order)) or sorted(order) != list(range(len(order))):
-            raise ValueError(f"a permutation names each of the channels 0 … C-1 once, got {order}")
+        order = permutation.tolist() if hasattr(permutation, "tolist") else permutation
+        integers = isinstance(order, Sequence) and all(map(is_integer, order))
+        if not integers or sorted(order) != list(range(len(order))):
+            raise ValueError(f"a permutation names each of the channels 0 … C-1 once, got {permutation!r}")
         # From plain numbers, which exist where the model is built without values, on the meta device.
         device = permutation.device if isinstance(permutation, Tensor) else None
         self.register_buffer("permutation", torch.tensor(order, device=device))

@@ -68,7 +68,7 @@ def check_scale(scale: Scale) -> Scale:
     Raises:
         ValueError: a name that does not exist.
     """
-    if not callable(scale) and scale not in SCALES:
+    if not callable(scale) and scale not in [*SCALES]:
         raise ValueError(f"the scale must be a function or one of {', '.join(map(repr, SCALES))}, got {scale!r}")
     return scale
 

@@ -152,7 +152,7 @@ class SplineActivation(FlowLayer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if kind not in _SPLINES:
+        if kind not in [*_SPLINES]:
             raise ValueError(f'the kind of a spline must be "rational_quadratic" or "linear", got {kind!r}')
         _check_spline(bins, bound)
         check_integer("channels", channels)

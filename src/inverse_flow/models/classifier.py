@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inverse_flow.conv import InverseConv2d
+from inverse_flow.flows.base import check_dtype
 from inverse_flow.ops.causal import read_part
-from inverse_flow.ops.checks import FLOAT_DTYPES
 from inverse_flow.ops.spec import check_integer, check_number, check_sizes
 
 # From opposite corners, so that after both every pixel has seen the whole image.
@@ -40,7 +40,7 @@ class InverseConvClassifier(nn.Module):
 
     Raises:
         ValueError: sizes below 1; a dropout outside [0, 1); images of another shape.
-        TypeError: images that are not floating.
+        TypeError: images that are not floating, or of another dtype than the weights.
     """
 
     def __init__(
@@ -71,10 +71,10 @@ class InverseConvClassifier(nn.Module):
         )  # fmt: skip
 
     def forward(self, images: Tensor) -> Tensor:
-        if images.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"the classifier takes floating images, got {images.dtype}")
+        check_dtype(self, images)
         if tuple(images.shape[1:]) != self.image_shape:
-            raise ValueError(f"the classifier takes (B, {self.image_shape}), got {tuple(images.shape)}")
+            expected = ", ".join(map(str, self.image_shape))
+            raise ValueError(f"the classifier takes (B, {expected}), got {tuple(images.shape)}")
         for layer in self.inverse_convs:
             images = F.leaky_relu(layer(images)[0], NEGATIVE_SLOPE)
         logits: Tensor = self.head(images)

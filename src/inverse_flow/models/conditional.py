@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 
 from inverse_flow.flows import Flow, Squeeze
-from inverse_flow.flows.base import Shape, check_dtype
+from inverse_flow.flows.base import Shape, check_dtype, may_wait_for
 from inverse_flow.flows.conditioner import check_dimensions, convolution
 from inverse_flow.flows.flattened import Flattened
 from inverse_flow.models.config import SQUEEZE_FACTOR, FlowConfig
@@ -64,7 +63,8 @@ class LabelContext(nn.Module):
         TypeError: labels that are no integers.
         ValueError: options that do not exist; labels that are not (B,); on the CPU a label outside 0 … classes − 1.
             On a GPU that one stops the program by an assertion of PyTorch, since looking would need a
-            synchronisation; in compiled and exported programs PyTorch's own lookup refuses it.
+            synchronisation; in compiled and exported programs, and under a transform of ``torch.func``, PyTorch's own
+            lookup refuses it.
     """
 
     config_type = LabelConfig
@@ -84,7 +84,7 @@ class LabelContext(nn.Module):
         if labels.dim() != 1:
             raise ValueError(f"class labels must be (B,), got shape {tuple(labels.shape)}")
         classes = self.config.classes
-        seen = labels.device.type == "cpu" and not isinstance(labels, FakeTensor) and not torch.compiler.is_compiling()
+        seen = labels.device.type == "cpu" and may_wait_for(labels)
         if seen and bool(((labels < 0) | (labels >= classes)).any()):
             raise ValueError(f"labels must lie in 0 … {classes - 1}, got {labels.min().item()} … {labels.max().item()}")
         context: Tensor = self.embedding(labels.long())

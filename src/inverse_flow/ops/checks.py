@@ -26,6 +26,23 @@ def _floating(name: str, value: object) -> torch.dtype:
     return dtype
 
 
+def check_context(context: object) -> None:
+    """Refuses what is neither None nor a dense tensor of real numbers with a row for each example.
+
+    Raises:
+        TypeError: no such tensor.
+        ValueError: a tensor without rows.
+    """
+    if context is None:
+        return
+    if not isinstance(context, Tensor):
+        raise TypeError(f"the context must be a tensor or None, got {type(context).__name__}")
+    if context.is_nested or context.layout is not torch.strided or context.is_complex():
+        raise TypeError(f"the context must be a dense tensor of real numbers, got {context.dtype}, {context.layout}")
+    if context.dim() == 0:
+        raise ValueError("the context must have one row per example, got a tensor without dimensions")
+
+
 def shape_of_images(dimensions: int, channels: object = "C") -> str:
     """``(B, C, H, W)`` and the like, as errors put it."""
     return f"({', '.join(['B', str(channels), *AXES.get(dimensions, ())])})"

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from inverse_flow.flows import Flow, Split
+from inverse_flow.flows import Flow
 from inverse_flow.flows.base import Shape, output_shape, zero_logdet
 from inverse_flow.ops.spec import check_integer
 from inverse_flow.reversible.chain import Link, run_links
+from inverse_flow.reversible.layer import splits_off_latent
 
 if TYPE_CHECKING:
     from inverse_flow.parts.config import Cut
@@ -69,7 +70,7 @@ class Part:
     def input_shapes(self) -> tuple[Shape, ...]:
         """Shapes, without the batch, of the latents factored out before this part, and of the values that come in."""
         shapes = [self.flow.event_shape, *_shapes(self.flow)]
-        splits = [i for i in range(self.start) if isinstance(self.flow.layers[i], Split)]
+        splits = [i for i in range(self.start) if splits_off_latent(self.flow.layers[i])]
         return (*self.flow.latent_shapes[: len(splits)], shapes[self.start])
 
     def state(self, flow: Flow) -> dict[str, Tensor]:
@@ -130,7 +131,7 @@ def split_flow(flow: Flow, cut: Cut, count: int) -> list[Part]:
         ValueError: another cut; the flow cannot be cut into ``count`` parts, or has parameters outside its layers.
     """
     check_integer("count", count)
-    if cut not in PLACES:
+    if cut not in [*PLACES]:
         raise ValueError(f'cut must be "blocks" or "across", got {cut!r}')
     outside = [name for name, _ in flow.named_parameters() if not name.startswith("layers.")]
     if outside:
@@ -177,7 +178,7 @@ def _block_ends(flow: Flow) -> list[int]:
         if lowers and lowered:
             ends.append(i)
         lowered, before = lowered or lowers, shape
-        if isinstance(layer, Split):
+        if splits_off_latent(layer):
             ends.append(i + 1)
             lowered = False
     return ends
@@ -185,7 +186,7 @@ def _block_ends(flow: Flow) -> list[int]:
 
 def _step_ends(flow: Flow) -> list[int]:
     """Before each layer but a split."""
-    return [i for i, layer in enumerate(flow.layers) if not isinstance(layer, Split)]
+    return [i for i, layer in enumerate(flow.layers) if not splits_off_latent(layer)]
 
 
 # Where each cut may be made: before these layers.

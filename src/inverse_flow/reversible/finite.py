@@ -12,7 +12,8 @@ _detecting = False
 
 
 class NonFiniteError(FloatingPointError):
-    """A layer gave a NaN or an infinity. ``path`` names it: ``flow.get_submodule(error.path)``."""
+    """A layer gave a NaN or an infinity. ``path`` names it: ``flow.get_submodule(error.path)``, of a
+    :class:`~inverse_flow.models.ConditionalFlow` that of its ``flow``."""
 
     def __init__(self, path: str, what: str) -> None:
         super().__init__(path, what)  # all arguments, which is what pickle makes it from again

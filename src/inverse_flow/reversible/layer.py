@@ -48,6 +48,8 @@ def check_layers(layers: Iterable[nn.Module]) -> list[nn.Module]:
     Raises:
         TypeError: one of them is no layer.
     """
+    if not isinstance(layers, Iterable):
+        raise TypeError(f"layers are a sequence of modules with an inverse, got {type(layers).__name__}")
     result = list(layers)
     for layer in result:
         if not isinstance(layer, nn.Module) or not callable(getattr(layer, "inverse", None)):
@@ -123,6 +125,8 @@ def call_layer(path: str, layer: nn.Module, x: Any, context: Tensor | None, *, i
         return result, _as_logdet(path, layer, logdet, x)
     direction = f"{type(layer).__name__}.{DIRECTIONS[inverse]}"
     check_finite(path, f"the input of {direction}", x)
+    if context is not None:
+        check_finite(path, f"the context of {direction}", context)
     try:
         result, logdet = _pair(path, layer, run(x, context))
     except NonFiniteError as error:

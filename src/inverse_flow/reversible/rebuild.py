@@ -12,6 +12,7 @@ from torch import Tensor
 
 from inverse_flow.ops.backpropagate import backpropagate
 from inverse_flow.ops.causal import without_autocast
+from inverse_flow.ops.checks import check_context
 from inverse_flow.ops.spec import check_integer, check_number
 from inverse_flow.reversible.chain import Link, elementary, run_links
 from inverse_flow.reversible.generators import is_capturing
@@ -68,13 +69,15 @@ def run(
     """:func:`run_links`, so that the backward pass rebuilds what it needs if ``rebuilding`` says how.
 
     Raises:
-        TypeError: a context that is neither a tensor nor None.
+        TypeError, ValueError: an input that is no tensor; a context that is none.
     """
-    if context is not None and not isinstance(context, Tensor):
-        raise TypeError(f"the context must be a tensor or None, got {type(context).__name__}")
+    check_context(context)
+    for value in inputs:
+        if not isinstance(value, Tensor):
+            raise TypeError(f"a chain of layers takes tensors, got {type(value).__name__}")
     # The transforms of torch.func want every kind of derivative; rebuilding gives the first one in reverse mode. An
-    # exported program consists of operators alone.
-    stored = not torch.is_grad_enabled() or torch.compiler.is_exporting()
+    # exported program consists of operators alone. Without values, on the meta device, nothing takes memory.
+    stored = not torch.is_grad_enabled() or torch.compiler.is_exporting() or inputs[-1].is_meta
     if rebuilding is None or stored or torch._C._are_functorch_transforms_active():
         return run_links(links, inputs, context)
     if torch.compiler.is_dynamo_compiling():
