@@ -53,8 +53,7 @@ INVERSE_FLOW_INLINE void outer_block(const TapSpans<T>& tap, const OuterStrides&
   }
 }
 
-// The weight gradient of all taps and channel pairs: 4 x 3 accumulators, 3 + 1 operands of 16 registers, or twice as
-// many of 32. The taps are the inner loop, since their sources overlap and stay in L1.
+// Channels of a block of either operand: 4 x 3 accumulators, 3 + 1 operands of 16 registers, or twice as many of 32.
 constexpr int kLeftBlock = 4;
 constexpr int kRightBlock = INVERSE_FLOW_VECTOR_BYTES == 64 ? 6 : 3;
 
@@ -66,6 +65,7 @@ INVERSE_FLOW_INLINE int64_t summed_steps(int64_t lane_stride) {
   return larger(kBytes / ((kLeftBlock + kRightBlock) * lane_stride * static_cast<int64_t>(sizeof(T))), 1);
 }
 
+// The weight gradient of all taps and channel pairs. The taps are the inner loop, since their sources overlap.
 template <class T, int kLanes>
 static __attribute__((noinline)) void outer_sums(const TapSpans<T>* taps, int64_t tap_count, int64_t channels,
                                                  const OuterStrides& stride, T* sums) {

@@ -695,6 +695,24 @@ def test_what_is_refused() -> None:
         ReversibleSequential(Pair())(torch.zeros(1, 2, 2, 2, requires_grad=True))
 
 
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_a_layer_without_a_log_determinant_is_named(batch: int) -> None:
+    x = torch.randn(batch, 1, 2, 2)
+    for chain in (Compose(Scale(), Alone()), ReversibleSequential(Scale(), Alone())):
+        for run in (chain, chain.inverse):
+            with pytest.raises(TypeError, match=r"layers\.1: a layer gives .* log-determinant, Alone gave Tensor"):
+                run(x)
+
+
+class Alone(nn.Identity):
+    """Gives its result alone, in both directions."""
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return x
+
+    inverse = forward
+
+
 class Pair(Scale):
     def forward(self, x: Tensor, context: Tensor | None = None) -> Any:
         return x.chunk(2, dim=1), x.new_zeros(len(x))

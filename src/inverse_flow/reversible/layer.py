@@ -110,7 +110,7 @@ def call_layer(path: str, layer: nn.Module, x: Any, context: Tensor | None, *, i
         is that of every example.
 
     Raises:
-        TypeError, ValueError: a log-determinant that is neither; naming the layer.
+        TypeError, ValueError: a layer that does not give both, or a log-determinant that is neither; naming the layer.
         RuntimeError: a forward pre-hook that changes the input, which an inverse cannot undo.
         NonFiniteError: within ``detect_nonfinite``.
     """
@@ -121,19 +121,30 @@ def call_layer(path: str, layer: nn.Module, x: Any, context: Tensor | None, *, i
             run_pre_hooks(f"{path} ({type(layer).__name__})", layer, (x, context))
             run = bare(run)
     if not is_detecting():
-        result, logdet = run(x, context)
+        result, logdet = _pair(path, layer, run(x, context))
         return result, _as_logdet(path, layer, logdet, x)
     direction = f"{type(layer).__name__}.{DIRECTIONS[inverse]}"
     check_finite(path, f"the input of {direction}", x)
     if context is not None:
         check_finite(path, f"the context of {direction}", context)
     try:
-        result, logdet = run(x, context)
+        result, logdet = _pair(path, layer, run(x, context))
     except NonFiniteError as error:
         raise NonFiniteError(f"{path}.{error.path}", error.what) from None
     logdet = _as_logdet(path, layer, logdet, x)
     check_finite(path, f"the result of {direction}", result)
     check_finite(path, f"the log-determinant of {direction}", logdet)
+    return result, logdet
+
+
+def _pair(path: str, layer: nn.Module, found: Any) -> tuple[Any, Any]:
+    # Two rows of a batch would unpack as well.
+    if not isinstance(found, (tuple, list)) or len(found) != 2:
+        raise TypeError(
+            f"{path}: a layer gives its result and the log-determinant, {type(layer).__name__} gave "
+            f"{type(found).__name__}"
+        )
+    result, logdet = found
     return result, logdet
 
 

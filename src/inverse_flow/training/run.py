@@ -152,8 +152,9 @@ def source_of(content: Checkpoint, source: str | None = None) -> DataSource:
 
 
 def data_of(content: Checkpoint, source: str | None = None) -> ImageData:
-    """The data that the run of a checkpoint was trained on, or those of another source: a folder of images read in the same
-    way, all else as it is.
+    """The data that the run of a checkpoint was trained on, or those of another source.
+
+    A folder of images is read as the run's was, all else as it is.
 
     Raises:
         ValueError: without a ``source``: what lies where the run's data lay are other images.
