@@ -170,7 +170,9 @@ class InverseConvNd(Bijection):
 
     def _check_batch(self, images: Tensor) -> None:
         """A log-determinant belongs to one example of a batch; the functions also take one example alone."""
-        if isinstance(images, Tensor) and (images.dim() != self.dimensions + 2 or images.shape[1] != self.channels):
+        if not isinstance(images, Tensor) or images.is_nested:
+            return  # the functions refuse what is not one tensor
+        if images.dim() != self.dimensions + 2 or images.shape[1] != self.channels:
             raise ValueError(
                 f"{type(self).__name__} takes batches of shape {shape_of_images(self.dimensions, self.channels)}, "
                 f"got {tuple(images.shape)}"
