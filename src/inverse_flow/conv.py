@@ -172,7 +172,11 @@ class InverseConvNd(Bijection):
         """A log-determinant belongs to one example of a batch; the functions also take one example alone."""
         if not isinstance(images, Tensor) or images.is_nested:
             return  # the functions refuse what is not one tensor
-        if images.dim() != self.dimensions + 2 or images.shape[1] != self.channels:
+        fits = images.dim() == self.dimensions + 2
+        # A trace's sizes are tensors, and comparing one warns.
+        if fits and not torch.jit.is_tracing():  # type: ignore[attr-defined]
+            fits = images.shape[1] == self.channels
+        if not fits:
             raise ValueError(
                 f"{type(self).__name__} takes batches of shape {shape_of_images(self.dimensions, self.channels)}, "
                 f"got {tuple(images.shape)}"

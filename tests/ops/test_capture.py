@@ -102,6 +102,11 @@ def test_a_traced_layer_is_trained(corner: str, direction: str, recording: bool)
         assert_same(traced, module, parameters, torch.randn(shape, requires_grad=True))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "error::torch.jit.TracerWarning")
+def test_tracing_looks_at_no_value() -> None:
+    torch.jit.trace(InverseConv2d(4), torch.ones(2, 4, 3, 3))
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
 def test_nested_tensors_are_refused(layout: torch.layout) -> None:
